@@ -1,0 +1,1 @@
+"""Hot operations of a JVP step, each with a plain PyTorch reference."""

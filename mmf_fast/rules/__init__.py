@@ -1,0 +1,5 @@
+"""The derivative rules of forward mode, one file per family of operations. Importing the package registers them."""
+
+from mmf_fast.rules import activations, arithmetic, attention, layers, norms, reductions, shapes
+
+__all__ = ["activations", "arithmetic", "attention", "layers", "norms", "reductions", "shapes"]

@@ -1,0 +1,205 @@
+"""Elementwise functions, activations and softmax.
+
+The Jacobian of an elementwise function is diagonal and that of softmax is symmetric, so J dx = J^T dx: PyTorch's fused
+backward kernels serve as the tangent. They are differentiable themselves, which SG_lambda needs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmf_fast.dual import no_tangent, register_rule, tangent_scope
+from mmf_fast.rules.common import pointwise, rule, spellings
+
+aten = torch.ops.aten
+
+# -- functions: d f(x) = f'(x) dx --------------------------------------------------------------------------------------
+
+_DERIVATIVES = {
+    "exp": lambda x, y: y,
+    "exp2": lambda x, y: y * math.log(2),
+    "expm1": lambda x, y: y + 1,
+    "log": lambda x, y: 1 / x,
+    "log2": lambda x, y: 1 / (x * math.log(2)),
+    "log10": lambda x, y: 1 / (x * math.log(10)),
+    "log1p": lambda x, y: 1 / (x + 1),
+    "sqrt": lambda x, y: 0.5 / y,
+    "rsqrt": lambda x, y: -0.5 * y / x,
+    "square": lambda x, y: 2 * x,
+    "reciprocal": lambda x, y: -y * y,
+    "sin": lambda x, y: torch.cos(x),
+    "cos": lambda x, y: -torch.sin(x),
+    "tan": lambda x, y: 1 + y * y,
+    "asin": lambda x, y: torch.rsqrt(1 - x * x),
+    "acos": lambda x, y: -torch.rsqrt(1 - x * x),
+    "atan": lambda x, y: 1 / (1 + x * x),
+    "sinh": lambda x, y: torch.cosh(x),
+    "cosh": lambda x, y: torch.sinh(x),
+    "abs": lambda x, y: torch.sign(x),
+    "erf": lambda x, y: 2 / math.sqrt(math.pi) * torch.exp(-x * x),
+    "erfc": lambda x, y: -2 / math.sqrt(math.pi) * torch.exp(-x * x),
+}
+_ALIASES = {"abs": ("absolute",), "asin": ("arcsin",), "acos": ("arccos",), "atan": ("arctan",)}
+
+for _name, _derivative in _DERIVATIVES.items():
+    pointwise(_name, *_ALIASES.get(_name, ()))(lambda dx, x, y, f=_derivative: dx * f(x, y))
+
+
+@pointwise("nan_to_num")
+def nan_to_num(dx: Tensor, x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.where(torch.isfinite(x), dx, 0.0)
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+@pointwise("sigmoid", "expit")
+def sigmoid(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return aten.sigmoid_backward(dx, y)
+
+
+@pointwise("tanh")
+def tanh(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return aten.tanh_backward(dx, y)
+
+
+@pointwise("relu")
+def relu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return aten.threshold_backward(dx, x, 0)
+
+
+@pointwise("relu6")
+def relu6(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return aten.hardtanh_backward(dx, x, 0.0, 6.0)
+
+
+@pointwise("hardtanh")
+def hardtanh(dx: Tensor, x: Tensor, y: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    return aten.hardtanh_backward(dx, x, min_val, max_val)
+
+
+@pointwise("gelu")
+def gelu(dx: Tensor, x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:
+    return aten.gelu_backward(dx, x, approximate=approximate)
+
+
+@pointwise("silu")
+def silu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.silu_backward(dx, x)  # has no derivative of its own
+    s = torch.sigmoid(x)
+    return dx * (s + y * (1 - s))
+
+
+@pointwise("mish")
+def mish(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.mish_backward(dx, x)
+    t = torch.tanh(F.softplus(x))
+    return dx * (t + x * (1 - t * t) * torch.sigmoid(x))
+
+
+@pointwise("leaky_relu")
+def leaky_relu(dx: Tensor, x: Tensor, y: Tensor, negative_slope: float = 0.01) -> Tensor:
+    return aten.leaky_relu_backward(dx, x, negative_slope, False)
+
+
+@pointwise("elu")
+def elu(dx: Tensor, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    return aten.elu_backward(dx, alpha, 1.0, 1.0, False, x)
+
+
+@pointwise("celu")
+def celu(dx: Tensor, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    return aten.elu_backward(dx, alpha, 1.0, 1.0 / alpha, False, x)
+
+
+@pointwise("selu")
+def selu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+    return aten.elu_backward(dx, alpha, scale, 1.0, False, x)
+
+
+@pointwise("softplus")
+def softplus(dx: Tensor, x: Tensor, y: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return aten.softplus_backward(dx, x, beta, threshold)
+
+
+@pointwise("logsigmoid")
+def logsigmoid(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return dx * torch.sigmoid(-x)
+
+
+@pointwise("hardsigmoid")
+def hardsigmoid(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return torch.where((x > -3) & (x < 3), dx / 6, 0.0)
+
+
+@pointwise("hardswish")
+def hardswish(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return dx * torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, x / 3 + 0.5))
+
+
+@pointwise("softsign")
+def softsign(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return dx / (1 + x.abs()) ** 2
+
+
+@pointwise("tanhshrink")
+def tanhshrink(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return dx * torch.tanh(x) ** 2
+
+
+@pointwise("hardshrink", "softshrink")
+def shrink(dx: Tensor, x: Tensor, y: Tensor, lambd: float = 0.5) -> Tensor:
+    return torch.where(x.abs() > lambd, dx, 0.0)
+
+
+@pointwise("threshold")
+def threshold(dx: Tensor, x: Tensor, y: Tensor, threshold: float, value: float) -> Tensor:
+    return aten.threshold_backward(dx, x, threshold)
+
+
+@rule("prelu")
+def prelu(input: Any, weight: Any) -> Any:
+    shape = [1, -1] + [1] * (input.ndim - 2) if input.ndim > 1 else [-1]
+    return torch.where(input > 0, input, input * weight.reshape(shape))
+
+
+@rule("glu")
+def glu(input: Any, dim: int = -1) -> Any:
+    a, b = input.chunk(2, dim)
+    return a * torch.sigmoid(b)
+
+
+# -- softmax: d softmax(x) = y * (dx - sum(y * dx)) --------------------------------------------------------------------
+
+
+@rule("softmax")
+def softmax(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> tuple[Any, Any]:
+    x = input.primal
+    y = torch.softmax(x, dim, dtype=dtype)
+    with tangent_scope(input):
+        return y, aten._softmax_backward_data(input.tangent.to(y.dtype), y, dim, y.dtype)
+
+
+@rule("log_softmax")
+def log_softmax(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> tuple[Any, Any]:
+    y = torch.log_softmax(input.primal, dim, dtype=dtype)
+    with tangent_scope(input):
+        dx = input.tangent.to(y.dtype)
+        return y, dx - (y.exp() * dx).sum(dim, keepdim=True)
+
+
+@rule("softmin")
+def softmin(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Any:
+    return torch.softmax(-input, dim, dtype=dtype)
+
+
+register_rule(F.softmin)(softmin)
+no_tangent(*spellings("argmax", "argmin", "argsort", "one_hot", "multinomial", "bernoulli"))
