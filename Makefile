@@ -1,0 +1,47 @@
+# make train | test | lint | bench | clean: each does its own set-up in .venv; a second run is quick.
+# Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
+
+TORCH  ?= torch==2.13.0
+PYTHON ?= python3
+CONFIG ?= configs/digits.yaml
+RUN    ?= runs/$(basename $(notdir $(CONFIG)))
+
+BIN   := .venv/bin
+READY := .venv/.ready
+FIRST := .venv/.torch
+
+.PHONY: train test lint bench clean
+.DEFAULT_GOAL := train
+
+# torch goes first and pinned, so that the package's own range never fetches a second one.
+$(FIRST):
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	@touch $@
+
+$(READY): $(FIRST) pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# A run that was interrupted goes on where it stopped; a finished one is only drawn and evaluated again.
+train: $(READY)
+	$(BIN)/python mmf_fast/train.py --config $(CONFIG) --run $(RUN) --resume
+	$(BIN)/python -m mmf_fast.sampling --run $(RUN) --steps 1 --out $(RUN)/grid.png
+	$(BIN)/python -m mmf_fast.evaluation --run $(RUN)
+	@echo "One evaluation of the network per picture: $(RUN)/grid.png (curves: $(RUN)/curves.png)"
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

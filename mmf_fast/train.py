@@ -1,0 +1,54 @@
+"""Command line of the training: python mmf_fast/train.py --config configs/digits.yaml [key=value ...]."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmf_fast import config
+from mmf_fast.training import CheckpointError, NonFiniteError, Trainer
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="train.py", description="Train a one-step generative model.", allow_abbrev=False
+    )
+    result.add_argument("--config", type=Path, help="YAML file; with --resume by default the run's own config.yaml")
+    result.add_argument("--run", type=Path, help="run folder (default: runs/<name of the configuration>)")
+    result.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    result.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")
+    result.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for instance train.steps=100 loss.lam.kind=linear"
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 training failed, 2 wrong input, 128 + n ended (and saved) by signal n."""
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        if options.config is None and not (options.resume and options.run):
+            raise config.ConfigError("--config is missing; for instance --config configs/digits.yaml")
+        path = options.config or options.run / "config.yaml"
+        run = options.run or Path("runs") / path.stem
+        trainer = Trainer(config.load(path, options.overrides), run, resume=options.resume)
+    except ValueError as error:
+        return _fail(error, 2)
+    try:
+        finished = trainer.fit()
+    except (NonFiniteError, CheckpointError, OSError) as error:
+        return _fail(error, 1)
+    if finished or trainer.stopped_by is None:
+        print(f"{run}: {trainer.step} steps done")
+        return 0
+    print(f"{run}: saved at step {trainer.step} on {trainer.stopped_by.name}; go on with --resume", file=sys.stderr)
+    return 128 + trainer.stopped_by
+
+
+def _fail(error: Exception, status: int) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

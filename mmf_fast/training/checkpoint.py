@@ -1,0 +1,170 @@
+"""Checkpoints that survive a crash at any moment.
+
+    checkpoints/step_0000500.pt           everything needed to go on, loadable with torch.load(weights_only=True)
+    checkpoints/step_0000500.pt.sha256    its checksum (`sha256sum -c` reads it)
+    checkpoints/latest                    the name of the newest one, for people and other programs
+
+A file is written under a temporary name, flushed to disk and renamed; its checksum is in place before it is, and
+`latest` moves last. So whatever bears the final name is whole, and what is damaged later is known by its checksum.
+"""
+
+import hashlib
+import os
+import pickle
+import random
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be used or written; the message is one line that names the file and the way out."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; the newest `keep` are kept."""
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, state: dict[str, Any], step: int) -> Path:
+        """Writes `state` as the checkpoint of `step` and moves `latest` to it. Raises CheckpointError (a full disk)."""
+        path = self.folder / f"step_{step:07d}.pt"
+        draft = path.with_suffix(".pt.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(draft, "wb") as file:
+                torch.save(state, file)
+                _flush(file)
+            path.unlink(missing_ok=True)  # a damaged one of an earlier attempt: the checksum below is not its own
+            write_atomically(_sidecar(path), f"{_digest(draft)}  {path.name}\n")
+            os.replace(draft, path)
+            _flush_folder(self.folder)
+            write_atomically(self.folder / "latest", path.name + "\n")
+            self._prune(step)
+        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+            draft.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{path}: cannot be written ({reason}); earlier checkpoints are whole; make room, go on with --resume"
+            ) from error
+        return path
+
+    def load(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, on the CPU; None where there is none at all.
+
+        A damaged one is named in a warning and the one before it is used.
+        Raises CheckpointError when all of them are damaged.
+        """
+        damaged = []
+        for path in reversed(_found(self.folder)):
+            try:
+                state = read(path)
+            except CheckpointError as error:
+                damaged.append(path)
+                warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
+                continue
+            return path, state
+        if damaged:
+            names = ", ".join(path.name for path in damaged)
+            raise CheckpointError(
+                f"{self.folder}: every checkpoint is damaged ({names}); restore one or start another run"
+            )
+        return None
+
+    def newest(self) -> Path | None:
+        """The file of the newest checkpoint, unread."""
+        return next(reversed(_found(self.folder)), None)
+
+    def _prune(self, step: int) -> None:
+        """Removes all but the newest `keep`; what lies beyond `step` is the damaged rest of an earlier attempt."""
+        found = _found(self.folder)
+        kept = [path for path in found if _step(path) <= step][-self.keep :]
+        for path in set(found) - set(kept):
+            path.unlink(missing_ok=True)
+            _sidecar(path).unlink(missing_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Checks the checksum and loads one checkpoint to the CPU. Raises CheckpointError if it is not what was written."""
+    try:
+        expected = _sidecar(path).read_text().split()[0]
+    except (OSError, IndexError) as error:
+        raise CheckpointError(f"{path}: its checksum {_sidecar(path).name} is missing") from error
+    try:
+        if _digest(path) != expected:
+            raise CheckpointError(f"{path}: damaged (its sha256 is not the one in {_sidecar(path).name})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's (also CUDA's) global generators, as plain containers and tensors."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores what `rng_state` returned; CUDA states beyond the devices at hand are left out."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a crash leaves either the old content or the new, never a part."""
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "w") as file:
+        file.write(text)
+        _flush(file)
+    os.replace(draft, path)
+    _flush_folder(path.parent)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _found(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted((path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+", path.stem)), key=_step)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

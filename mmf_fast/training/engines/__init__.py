@@ -1,0 +1,40 @@
+"""What the trainer asks of an engine: one optimisation step, the averaged weights, and its state.
+
+An engine owns the loss module, the optimizer and the device; the trainer owns time (steps, data, records, checkpoints).
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class StepResult(NamedTuple):
+    """metrics: 0-d tensors, on the device, with at least "loss", "grad_norm" and "lr".
+    skipped: 0-d bool tensor, on the device: loss or gradient was not finite and nothing was changed.
+    Reading either waits for the device, so the trainer reads them only where it logs."""
+
+    metrics: dict[str, Tensor]
+    skipped: Tensor
+
+
+class Engine(Protocol):
+    """One process' share of the training. Every rank calls every method, in the same order."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
+        """One update on this rank's samples x (B, *shape); `step` counts from 0 and sets learning rate and lambda."""
+        ...
+
+    def averaged(self) -> nn.Module:
+        """The network with its averaged weights, in eval mode, whole on rank 0."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, average and optimizer, as tensors and plain containers only: it must load with weights_only=True."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

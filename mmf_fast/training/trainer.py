@@ -1,0 +1,289 @@
+"""The trainer: it feeds batches to an engine, records, draws, saves, and goes on exactly where a run stopped.
+
+Run folder:
+
+    config.yaml  metrics.jsonl  tensorboard/  curves.png     the record
+    samples/step_0000500.png                                 one-step samples of the averaged weights, fixed noise
+    checkpoints/                                             see checkpoint.py
+    model.safetensors  model.json                            the averaged weights, for sampling and evaluation
+"""
+
+import inspect
+import random
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from mmf_fast import data, models
+from mmf_fast.config import Config, ConfigError, differences
+from mmf_fast.objective import MeanFlowLoss
+from mmf_fast.sampling import sample, save_grid
+from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state, write_atomically
+from mmf_fast.training.engines import Engine
+from mmf_fast.training.engines.local import LocalEngine
+from mmf_fast.training.metrics import MetricsLog, plot_curves
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class RunFolderError(ValueError):
+    """The run folder cannot be used; the message is one line that names it and the way out."""
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient; the weights are those before the first of them."""
+
+
+class Trainer:
+    """Trains `config` in the folder `run`: Trainer(config, run).fit().
+
+    With `resume`, continues from the newest whole checkpoint, or from the start where there is none yet.
+    Raises ConfigError, RunFolderError, CheckpointError, or ValueError of the component that refuses its arguments.
+    """
+
+    def __init__(self, config: Config, run: str | Path, resume: bool = False) -> None:
+        self.config = config
+        self.run = Path(run)
+        self.checkpoints = Checkpoints(self.run / "checkpoints", config.train.keep)
+        self.step = 0  # steps done: the schedules and the position in the data follow from it
+        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64)
+        self.stopped_by: signal.Signals | None = None
+
+        _check_run_folder(self.run, resume)
+        seed_everything(config.seed)
+        self.dataset = data.load(**config.data)
+        self.engine = build_engine(config, self.dataset)
+        self.skipped = self.skipped.to(self.engine.device)
+        self.skipped_in_a_row = self.skipped_in_a_row.to(self.engine.device)
+        if resume:
+            self._restore()
+        if self.is_main:
+            _prepare_run_folder(self.run, config)
+
+    @property
+    def is_main(self) -> bool:
+        return self.engine.rank == 0
+
+    def fit(self) -> bool:
+        """Trains up to config.train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved).
+
+        Raises NonFiniteError, CheckpointError (a full disk).
+        """
+        train = self.config.train
+        saved = self.step
+        with self._signals(), self._log() as log, self._progress_bar() as bar:
+            clock, since = time.perf_counter(), self.step
+            while self.step < train.steps and not self.stopped_by:
+                metrics, x = self._one_step()
+                bar.update()
+                last = self.step == train.steps
+                logs, draws = self.step % train.log_every == 0 or last, _due(self.step, train.sample_every) and not last
+                saves = self.step % train.checkpoint_every == 0 or last
+                if logs:
+                    values = {key: float(value) for key, value in metrics.items()}
+                    images = (self.step - since) * train.batch * self.engine.world_size
+                    values["images_per_second"] = images / (time.perf_counter() - clock)
+                    self._record(log, bar, values)
+                if logs or self.step % train.max_bad_steps == 0:
+                    self._check_finite(x)
+                if draws:
+                    self.draw()
+                if saves:
+                    self.save()
+                    saved = self.step
+                if logs or draws or saves:
+                    clock, since = time.perf_counter(), self.step
+            if saved < self.step:
+                self.save()
+        if self.step < train.steps:
+            return False
+        self.draw()
+        if self.is_main:
+            plot_curves(self.run)
+        return True
+
+    def save(self) -> None:
+        """Writes a checkpoint, then exports the averaged weights."""
+        state = {
+            "step": self.step,
+            "skipped": int(self.skipped),
+            "skipped_in_a_row": int(self.skipped_in_a_row),
+            "rng": rng_state(),
+            "fingerprint": self.config.fingerprint(),
+            "engine": self.engine.state_dict(),
+        }
+        net = self.engine.averaged()
+        if self.is_main:
+            self.checkpoints.save(state, self.step)
+            extra = {"data": self.config.tree()["data"], "step": self.step}
+            models.save_pretrained(self.run, net, extra)  # type: ignore[arg-type]  # any nn.Module with a config
+
+    def draw(self) -> None:
+        """Draws one-step samples of the averaged weights from the same noise at every call; leaves all RNGs alone."""
+        net = self.engine.averaged()
+        if not self.is_main:
+            return
+        classes = self.dataset.num_classes
+        points = len(self.dataset.shape) == 1
+        columns = min(classes, 10) or 8
+        count = 2000 if points else 8 * columns
+        generator = torch.Generator().manual_seed(self.config.seed)
+        noise = torch.randn(count, *self.dataset.shape, generator=generator).to(self.engine.device)
+        cond = {"y": torch.arange(count, device=self.engine.device) % columns} if classes else {}
+        with torch.random.fork_rng():
+            x = sample(net, tuple(noise.shape), steps=1, noise=noise, **cond)
+        path = self.run / "samples" / f"step_{self.step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_grid(x.cpu(), path, columns)
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def _one_step(self) -> tuple[dict[str, Tensor], Tensor]:
+        x, y = self.dataset.batch(self.step, self.config.train.batch)
+        result = self.engine.step(x, self.step, **({} if y is None else {"y": y}))
+        self.step += 1
+        self.skipped += result.skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * result.skipped
+        return result.metrics, x
+
+    def _check_finite(self, x: Tensor) -> None:
+        """Reading the count waits for the device, so it is not done at each step: weights are safe meanwhile."""
+        if int(self.skipped_in_a_row) < self.config.train.max_bad_steps:
+            return
+        cause = "the loss or its gradient is" if bool(torch.isfinite(x).all()) else "the data are"
+        found = self.checkpoints.newest()
+        intact = f"the last good checkpoint is {found}" if found else "no checkpoint was written yet"
+        raise NonFiniteError(
+            f"stopped at step {self.step}: {cause} not finite in {int(self.skipped_in_a_row)} steps in a row, all "
+            f"skipped; {intact}; start another run with a lower optimizer.lr or optimizer.clip, or mend the data"
+        )
+
+    def _record(self, log: MetricsLog | None, bar: Any, values: dict[str, float]) -> None:
+        if log:
+            log.write(self.step, {**values, "skipped": int(self.skipped)})
+        shown = {"loss": "loss", "mse": "mse", "lam": "lambda", "images_per_second": "images/s"}
+        bar.set_postfix({name: f"{values[key]:.4g}" for key, name in shown.items() if key in values}, refresh=False)
+
+    def _log(self) -> AbstractContextManager[MetricsLog | None]:
+        return MetricsLog(self.run, self.step) if self.is_main else nullcontext()
+
+    def _progress_bar(self) -> Any:
+        return tqdm(
+            total=self.config.train.steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.is_main,
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )
+
+    # ---- start, stop and go on --------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        with warnings.catch_warnings(record=True) as damaged:
+            warnings.simplefilter("always")
+            found = self.checkpoints.load()
+        for warning in damaged:
+            tqdm.write(f"warning: {warning.message}", file=sys.stderr)
+        if found is None:
+            tqdm.write(f"{self.run}: no checkpoint yet, starting at step 0", file=sys.stderr)
+            return
+        path, state = found
+        changed = differences(state["fingerprint"], self.config.fingerprint())
+        if changed:
+            raise CheckpointError(
+                f"{path} is of another configuration: {', '.join(changed)}; set these back, or pass another --run"
+            )
+        try:
+            self.engine.load_state_dict(state["engine"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} was written by another version of the code ({error}); start another run"
+            ) from error
+        self.step = state["step"]
+        self.skipped.fill_(state["skipped"])
+        self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
+        set_rng_state(state["rng"])
+        tqdm.write(f"{self.run}: going on from {path.name}", file=sys.stderr)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the current step; a second one ends the process at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stopped_by = signal.Signals(number)
+            signal.signal(number, before[self.stopped_by] or signal.SIG_DFL)
+
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_engine(config: Config, dataset: data.Dataset) -> Engine:
+    """Network, loss and engine of a configuration; shape and class count come from the data where the model has none.
+
+    Raises ConfigError where the model's contradict the data.
+    """
+    shape = dataset.shape
+    implied: dict[str, Any] = {"num_classes": dataset.num_classes}
+    implied |= {"dim": shape[0]} if len(shape) == 1 else {"channels": shape[0], "input_size": shape[-1]}
+    name = config.model["name"]
+    accepted = inspect.signature(models.NETWORKS[name]).parameters
+    if not implied.keys() - {"num_classes"} <= accepted.keys():
+        raise ConfigError(
+            f"model.name={name} does not take samples of shape {shape} (data.name={dataset.name}); choose another model"
+        )
+    for key in implied.keys() & config.model.keys():
+        if config.model[key] != implied[key]:
+            raise ConfigError(
+                f"model.{key} is {config.model[key]}, but that of data.name={dataset.name} is {implied[key]}; "
+                f"leave model.{key} out"
+            )
+    net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
+    loss = {key: value for key, value in config.loss.items() if key != "objective"}
+    return LocalEngine(MeanFlowLoss(net, **loss), config.optimizer, config.train)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_run_folder(run: Path, resume: bool) -> None:
+    if run.exists() and not run.is_dir():
+        raise RunFolderError(f"{run}: is a file, not a folder; pass another --run")
+    if not resume and run.is_dir() and any(run.iterdir()):
+        raise RunFolderError(f"{run}: holds a run already; go on with --resume, or start another with --run FOLDER")
+
+
+def _prepare_run_folder(run: Path, config: Config) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.tree())))
+    except OSError as error:
+        raise RunFolderError(f"{run}: cannot be written ({error.strerror}); pass another --run") from error
