@@ -16,13 +16,29 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DetachedDual", "Dual", "MissingRuleError", "missing_rule", "no_tangent", "primal", "register_rule", "tangent", "tangent_scope"]
+from mmf_fast.foreign import finite_difference_jvp, func_jvp
+
+__all__ = [
+    "JVP_MODES",
+    "DetachedDual",
+    "Dual",
+    "MissingRuleError",
+    "jvp",
+    "missing_rule",
+    "no_tangent",
+    "primal",
+    "register_rule",
+    "tangent",
+    "tangent_scope",
+]
+
+JVP_MODES = ("dual", "func", "finite_difference")
 
 Rule = Callable[..., tuple[Any, Any]]
 
@@ -82,6 +98,49 @@ class DetachedDual(Dual):
     """A Dual whose tangent is outside the autograd graph: SG_0, the tangent of MeanFlow."""
 
     __slots__ = ()
+
+
+def jvp(
+    fn: Callable[..., Any],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    tangent_grad: bool = True,
+    mode: str = "dual",
+) -> tuple[Tensor, Tensor]:
+    """The value of `fn` at `primals` and its directional derivative along `tangents`.
+
+    fn: maps tensors to one tensor (or Duals to one Dual).
+    tangents: one per primal, of its shape and dtype; None is a symbolic zero.
+    tangent_grad: whether gradients flow through the tangent (SG_1) or not (SG_0, cheaper: nothing is saved for it).
+    mode: "dual" runs fn on Duals; "func" is torch.func.jvp with exact norms and attention; "finite_difference"
+        evaluates fn twice and is biased by its step.
+    Raises ValueError for tangents that do not fit and for an unknown mode; MissingRuleError for an operation without
+    a rule; TypeError when fn does not return one tensor.
+    """
+    if mode not in JVP_MODES:
+        raise ValueError(f"unknown jvp mode {mode!r}: choose one of {', '.join(JVP_MODES)}")
+    if len(primals) != len(tangents):
+        raise ValueError(
+            f"jvp got {len(primals)} primals and {len(tangents)} tangents: give one tangent (or None) each"
+        )
+    for i, (x, dx) in enumerate(zip(primals, tangents, strict=True)):
+        if dx is not None and dx.shape != x.shape:
+            raise ValueError(
+                f"tangent {i} has shape {tuple(dx.shape)}, its primal {tuple(x.shape)}: they must be equal"
+            )
+
+    if mode == "dual":
+        kind = Dual if tangent_grad else DetachedDual
+        out = fn(*(x if dx is None else kind(x, dx) for x, dx in zip(primals, tangents, strict=True)))
+        y, dy = primal(out), tangent(out)
+    elif mode == "func":
+        y, dy = func_jvp(fn, primals, tangents)
+    else:
+        y, dy = finite_difference_jvp(fn, primals, tangents)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"jvp needs a function that returns one tensor, not {type(y).__name__}: wrap it to pick one")
+    dy = torch.zeros_like(y) if dy is None else dy  # no operation carried a tangent: fn is constant in its arguments
+    return y, dy if tangent_grad else dy.detach()
 
 
 def primal(x: Any) -> Any:

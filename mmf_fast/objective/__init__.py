@@ -1,0 +1,8 @@
+"""The objective: times, lambda curriculum, guidance and the one loss of the MeanFlow family."""
+
+from mmf_fast.objective.guidance import Guidance
+from mmf_fast.objective.loss import LossOutput, MeanFlowLoss, preset, sg_lambda
+from mmf_fast.objective.schedule import LambdaSchedule
+from mmf_fast.objective.times import TimeSampler
+
+__all__ = ["Guidance", "LambdaSchedule", "LossOutput", "MeanFlowLoss", "TimeSampler", "preset", "sg_lambda"]

@@ -1,0 +1,244 @@
+"""One loss for the MeanFlow family.
+
+    path      z_t = (1 - t) x + t eps,   v = eps - x
+    identity  v(z, t) = u + (t - r) du/dt,   du/dt = (d_z u) w + d_t u            MeanFlow, arXiv 2505.13447, eq. 6
+    SG_lam    SG_lam[a] = lam a + (1 - lam) stopgrad(a)                           Modular MeanFlow, arXiv 2508.17426
+    residual  e = u(z_t, r, t) + (t - r) SG_lam[du/dt] - v_target
+    loss      mean_b stopgrad(1 / (||e_b||^2 + c)^p) ||e_b||^2
+
+Flow matching is r = t, MeanFlow is lam = 0, a continuous consistency model is r = 0, Modular MeanFlow is lam > 0.
+Modular MeanFlow prints (x1 - x0) / (t - r) as velocity; on the straight path that is wrong unless (r, t) = (0, 1), and
+it diverges as r -> t. The velocity is eps - x.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmf_fast.dual import JVP_MODES, jvp
+from mmf_fast.objective.guidance import Guidance
+from mmf_fast.objective.points import Draw, Points, column, draw
+from mmf_fast.objective.schedule import LambdaSchedule
+from mmf_fast.objective.times import TimeSampler
+
+__all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
+
+TANGENTS = ("predicted", "conditional")
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+class LossOutput(NamedTuple):
+    """loss: 0-d, to back-propagate. per_sample: (B,), detached, its mean is the loss. metrics: detached 0-d tensors."""
+
+    loss: Tensor
+    per_sample: Tensor
+    metrics: dict[str, Tensor]
+
+
+def sg_lambda(x: Tensor, lam: Tensor | float) -> Tensor:
+    """SG_lam[x] = lam x + (1 - lam) stopgrad(x): the value of x, lam times its gradient (arXiv 2508.17426)."""
+    return torch.lerp(x.detach(), x, lam)
+
+
+def preset(objective: str) -> dict[str, Any]:
+    """Arguments of MeanFlowLoss for "flow_matching", "meanflow", "mmf" or "consistency"; override what you like."""
+    presets: dict[str, dict[str, Any]] = {
+        "flow_matching": {"times": TimeSampler(share=0.0), "lam": 0.0},
+        "meanflow": {"times": TimeSampler(share=0.25), "lam": 0.0, "tangent": "conditional"},
+        "mmf": {
+            "times": TimeSampler(share=0.25),
+            "lam": LambdaSchedule(kind="linear", warmup=10_000),
+            "tangent": "predicted",
+            "paired": True,
+        },
+        "consistency": {"times": TimeSampler(share=1.0, r="zero"), "lam": 0.0, "tangent": "conditional"},
+    }
+    if objective not in presets:
+        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(presets)}")
+    return presets[objective]
+
+
+class MeanFlowLoss(nn.Module):
+    """The loss of an average-velocity network `net(z, r, t, **cond)`, as a module whose forward computes the loss.
+
+    net: any callable u(z, r, t, **cond) -> (B, ...) like z, with r, t of shape (B,); usually an nn.Module.
+    times: the law of (r, t) and the share of samples with r < t. Only these run as Duals.
+    lam: the curriculum of SG_lambda, or a constant in [0, 1].
+    tangent: direction w of du/dt. "predicted": w = stopgrad(u(z, t, t)), the network's own marginal velocity.
+        "conditional": w = v. With lam > 0 the conditional tangent biases the minimiser (the double-sampling bias of
+        residual-gradient methods), so it warns.
+    paired: each sample with r < t shares (x, eps, t) with one of r = t, whose prediction is then its tangent: no extra
+        forward. Data rows that lose their place to a partner are not used.
+    stochastic: back-propagate through the tangents of a random lam-share of the samples, not through a lam-share of
+        every tangent: the same expected gradient, paid only for that share.
+    p, c: exponent and offset of the adaptive weight; p = 0 is the plain squared error, p = 1 MeanFlow's.
+    guidance: guidance inside the target; needs labels `y` and a null label.
+    null_label: defaults to `net.num_classes`.
+    jvp: "dual", "func" or "finite_difference" (see mmf_fast.jvp).
+    Raises ValueError for settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Any],
+        *,
+        times: TimeSampler | None = None,
+        lam: LambdaSchedule | float = 0.0,
+        tangent: str = "predicted",
+        paired: bool = False,
+        stochastic: bool = False,
+        p: float = 1.0,
+        c: float = 1e-3,
+        guidance: Guidance | None = None,
+        null_label: int | None = None,
+        jvp: str = "dual",
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.times = times or TimeSampler()
+        self.lam = lam if isinstance(lam, LambdaSchedule) else LambdaSchedule(value=lam)
+        self.tangent, self.paired, self.stochastic = tangent, paired, stochastic
+        self.p, self.c, self.guidance, self.jvp = p, c, guidance, jvp
+        self.null_label = getattr(net, "num_classes", None) if null_label is None else null_label
+        self._check()
+
+    def _check(self) -> None:
+        if self.tangent not in TANGENTS:
+            raise ValueError(f"tangent is {self.tangent!r}: choose one of {', '.join(TANGENTS)}")
+        if self.jvp not in JVP_MODES:
+            raise ValueError(f"jvp is {self.jvp!r}: choose one of {', '.join(JVP_MODES)}")
+        if self.p < 0 or self.c < 0:
+            raise ValueError(f"p and c are {self.p} and {self.c}: they must not be negative")
+        if self.paired and self.tangent != "predicted":
+            raise ValueError('paired batches serve predicted tangents: set tangent="predicted" or paired=False')
+        if self.paired and self.times.share > 0.5:
+            raise ValueError(
+                f"paired: each r < t needs a partner with r = t, so times.share may be 0.5, not {self.times.share}"
+            )
+        if self.guidance is not None and not self.null_label:
+            raise ValueError("guidance needs a class-conditional network: pass null_label (the label of no class)")
+        if self.tangent == "conditional" and self.lam.maximum > 0 and self.times.share > 0:
+            warnings.warn(
+                'conditional tangents bias the minimiser when lambda > 0; use tangent="predicted"', stacklevel=3
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        step: int = 0,
+        noise: Tensor | None = None,
+        times: tuple[Tensor, Tensor] | None = None,
+        **cond: Any,
+    ) -> LossOutput:
+        """The loss of data x (B, ...), float, at training step `step`.
+
+        noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. cond: passed to the
+        network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
+        """
+        d = draw(x, noise, times, cond, self.times, self.paired, shuffled=self.stochastic)
+        if self.guidance is not None:
+            d = d._replace(cond=self._drop_labels(d.cond))
+        intervals = len(x) - d.instants
+        lam, exact = self.lam(step), intervals  # exact: how many rows keep their tangent in the graph
+        if self.stochastic:
+            lam, exact = 1.0, self._stochastic_count(lam, intervals, step)
+        elif lam == 0:
+            exact = 0
+        loss, per_sample, metrics = self._compute(d._replace(order=None), exact, torch.full((), lam).to(d.t))
+        if d.order is not None:
+            per_sample = torch.empty_like(per_sample).index_copy_(0, d.order, per_sample)
+        metrics["lam"] = torch.tensor(lam * exact / max(intervals, 1))
+        return LossOutput(loss, per_sample, metrics)
+
+    def compile(self, **kwargs: Any) -> None:
+        """Compile the loss computation in place (fullgraph). Noise and times are still drawn eagerly, so a seed gives
+        the same draws either way; a change of lambda, step or times does not recompile."""
+        self._compute = torch.compile(self._compute, fullgraph=True, dynamic=False, **kwargs)  # type: ignore[method-assign]
+
+    def _compute(self, d: Draw, exact: int, lam: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        points, v = d.on_path()
+        now, later = points.rows(0, d.instants), points.rows(d.instants, len(v))
+
+        u_now = self._velocity(now)  # r = t: flow matching
+        with torch.no_grad():
+            w = None
+            if self.tangent == "predicted" or self._guided_by_class:
+                w = self._velocity(later) if d.pair is None else u_now[d.pair]
+            target = self._target(points, v, u_now, w)
+            if self.tangent == "conditional" or w is None:
+                w = target[d.instants :]
+        u_later = self._average(later, w, exact, lam)  # r < t: u + (t - r) SG_lam[du/dt]
+
+        error = torch.cat([u_now, u_later]).to(target.dtype) - target
+        square = error.square().flatten(1)
+        loss, per_sample = _adaptive(square.sum(1), self.p, self.c)
+        return loss, per_sample, _errors(square.detach().mean(1), d.instants)
+
+    def _velocity(self, points: Points) -> Tensor:
+        """u(z, t, t), the marginal velocity; nothing is evaluated for no rows."""
+        return self.net(points.z, points.t, points.t, **points.cond) if len(points.t) else points.z
+
+    def _average(self, points: Points, w: Tensor, exact: int, lam: Tensor) -> Tensor:
+        """u + (t - r) SG_lam[du/dt], du/dt along (w, 0, 1): SG_lam on the first `exact` rows, SG_0 on the others."""
+        values = [points.z[:0]]
+        for start, stop, tangent_grad in ((0, exact, True), (exact, len(w), False)):
+            if start < stop:
+                z, r, t, cond = points.rows(start, stop)
+                u_of_z_t = functools.partial(_with_r, self.net, r, cond)
+                tangents = (w[start:stop].to(z.dtype), torch.ones_like(t))
+                u, du = jvp(u_of_z_t, (z, t), tangents, tangent_grad, self.jvp)
+                values.append(u + column(t - r, u) * (sg_lambda(du, lam) if tangent_grad else du))
+        return torch.cat(values)
+
+    def _target(self, points: Points, v: Tensor, u_now: Tensor, u_later: Tensor | None) -> Tensor:
+        """v, or the guided velocity built from it."""
+        if self.guidance is None or not self.guidance.active:
+            return v
+        y = points.cond["y"]
+        null = points._replace(cond={**points.cond, "y": torch.full_like(y, self.null_label)})
+        u_class = torch.cat([u_now, u_later]) if self._guided_by_class and u_later is not None else None
+        return self.guidance.target(v, u_class, self._velocity(null), points.t, is_null=y == self.null_label)
+
+    @property
+    def _guided_by_class(self) -> bool:
+        return self.guidance is not None and self.guidance.kappa > 0
+
+    def _drop_labels(self, cond: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(cond.get("y"), Tensor):
+            raise ValueError("guidance needs labels: call loss_fn(x, y=labels)")
+        return {**cond, "y": self.guidance.drop(cond["y"], self.null_label)}
+
+    def _stochastic_count(self, lam: float, intervals: int, step: int) -> int:
+        """How many of the r < t rows carry gradient: lam * intervals on average over the steps.
+
+        It takes few distinct values, since each is a graph, and follows the golden-ratio sequence of the step, so
+        that all ranks agree, which ZeRO-3 needs.
+        """
+        levels = max((n for n in range(1, 9) if intervals % n == 0), default=1)
+        uniform = (step + 0.5) * GOLDEN_RATIO % 1.0
+        return math.floor(lam * levels + uniform) * (intervals // levels)
+
+
+def _with_r(net: Callable[..., Any], r: Tensor, cond: dict[str, Any], z: Tensor, t: Tensor) -> Any:
+    return net(z, r, t, **cond)
+
+
+def _adaptive(square: Tensor, p: float, c: float) -> tuple[Tensor, Tensor]:
+    """mean_b stopgrad(1 / (||e_b||^2 + c)^p) ||e_b||^2 and its terms (MeanFlow, eq. 22), from ||e_b||^2 (B,)."""
+    per_sample = square * (square.detach() + c) ** -p
+    return per_sample.mean(), per_sample.detach()
+
+
+def _errors(square: Tensor, instants: int) -> dict[str, Tensor]:
+    """Raw mean-square error per element, of all rows and of each kind: the weighted loss sits near 1 when p = 1."""
+    errors = {"mse": square.mean()}
+    if 0 < instants < len(square):
+        errors |= {"mse_instant": square[:instants].mean(), "mse_interval": square[instants:].mean()}
+    return errors

@@ -1,0 +1,125 @@
+"""The points (z, r, t) of the path that one step trains on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmf_fast.objective.times import TimeSampler
+
+__all__ = ["Draw", "Points", "draw"]
+
+
+class Points(NamedTuple):
+    """Where the network is evaluated. z: (B, ...). r, t: (B,). cond: keyword arguments of the network."""
+
+    z: Tensor
+    r: Tensor
+    t: Tensor
+    cond: dict[str, Any]
+
+    def rows(self, start: int, stop: int) -> Points:
+        batch = len(self.t)
+        return Points(
+            self.z[start:stop], self.r[start:stop], self.t[start:stop], _rows(self.cond, slice(start, stop), batch)
+        )
+
+
+class Draw(NamedTuple):
+    """What is random in a step. The first `instants` rows have r = t, the others r < t.
+
+    pair: for each row with r < t, the row with r = t that shares its x, noise and t (None: not paired).
+    order: for each row, the row of the given data whose loss it is (None: the same).
+    """
+
+    x: Tensor
+    noise: Tensor
+    r: Tensor
+    t: Tensor
+    cond: dict[str, Any]
+    instants: int
+    pair: Tensor | None = None
+    order: Tensor | None = None
+
+    def on_path(self) -> tuple[Points, Tensor]:
+        """z_t = (1 - t) x + t eps = x + t v and its conditional velocity v = eps - x."""
+        v = self.noise - self.x
+        return Points(self.x + column(self.t, v) * v, self.r, self.t, self.cond), v
+
+
+def draw(
+    x: Tensor,
+    noise: Tensor | None,
+    times: tuple[Tensor, Tensor] | None,
+    cond: dict[str, Any],
+    sampler: TimeSampler,
+    paired: bool = False,
+    shuffled: bool = False,
+) -> Draw:
+    """Draw what is not given and sort the rows. shuffled: the rows with r < t come in random order.
+
+    Raises ValueError for shapes that do not fit, r > t, times outside [0, 1], data that are not floating-point.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    order = None
+    _check(x, noise, times, cond)
+    if times is None:
+        instants = len(x) - sampler.intervals(len(x))
+        r, t = sampler.draw(len(x), x.device, dtype)
+    else:
+        r, t = (time.to(x.device, dtype) for time in times)
+        instants = int((r == t).sum())
+        order = torch.argsort((r < t).int(), stable=True)
+    noise = torch.randn_like(x) if noise is None else noise
+    intervals = len(x) - instants
+    pair = torch.arange(intervals, device=x.device)
+    if shuffled:
+        pair = torch.randperm(intervals, device=x.device)
+        order = torch.arange(len(x), device=x.device) if order is None else order
+        order = torch.cat([order[:instants], order[instants:][pair]])
+    if order is not None:
+        r, t = r[order], t[order]
+    source = order
+    if paired:
+        if intervals > instants:
+            raise ValueError(f"paired: {intervals} samples with r < t need as many with r = t, there are {instants}")
+        source = torch.arange(len(x), device=x.device) if order is None else order
+        source = torch.cat([source[:instants], source[pair]])
+        t = t.index_copy(0, pair, t[instants:])
+    if source is not None:
+        x, noise, cond = x[source], noise[source], _rows(cond, source, len(x))
+    return Draw(x, noise, r, t, cond, instants, pair if paired else None, order)
+
+
+def column(time: Tensor, like: Tensor) -> Tensor:
+    """(B,) times as (B, 1, ..., 1), to multiply `like`."""
+    return time.view(-1, *[1] * (like.ndim - 1))
+
+
+def _rows(cond: dict[str, Any], rows: Any, batch: int) -> dict[str, Any]:
+    def has_rows(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+
+    return {name: value[rows] if has_rows(value) else value for name, value in cond.items()}
+
+
+def _check(x: Tensor, noise: Tensor | None, times: tuple[Tensor, Tensor] | None, cond: dict[str, Any]) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}: scale it to floating-point data first")
+    if x.ndim < 2 or len(x) == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: it needs a batch of at least one sample, (B, ...)")
+    if noise is not None and noise.shape != x.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, x {tuple(x.shape)}: they must be equal")
+    y = cond.get("y")
+    if isinstance(y, Tensor) and y.shape != x.shape[:1]:
+        raise ValueError(f"labels y have shape {tuple(y.shape)}: expected ({len(x)},), one per sample")
+    if times is None:
+        return
+    for name, time in zip("rt", times, strict=True):
+        if time.shape != x.shape[:1]:
+            raise ValueError(f"times: {name} has shape {tuple(time.shape)}, expected ({len(x)},), one per sample")
+    r, t = times
+    if not bool(((r >= 0) & (r <= t) & (t <= 1)).all()):
+        raise ValueError("times: 0 <= r <= t <= 1 does not hold for every sample")
