@@ -1,0 +1,158 @@
+"""DiT: a transformer on image patches, conditioned through adaLN-zero (Peebles and Xie, arXiv 2212.09748).
+
+Shape legend:  B batch   C channels   Y, X image rows and columns   N tokens   P = C * patch_size^2 patch elements
+               D width
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmf_fast.models.layers import (
+    Attention,
+    Conditioning,
+    check_positive,
+    check_sample,
+    linear_flops,
+    modulate,
+    total_flops,
+    zero_init,
+)
+
+__all__ = ["DiT"]
+
+PRESETS: dict[str, dict[str, int]] = {
+    "S": dict(width=384, depth=12, heads=6),
+    "B": dict(width=768, depth=12, heads=12),
+    "L": dict(width=1024, depth=24, heads=16),
+    "XL": dict(width=1152, depth=28, heads=16),
+}
+
+
+def positions_2d(grid: int, width: int) -> Tensor:
+    """Fixed sin-cos positions (grid^2, width): half of the width for rows, half for columns (MAE, arXiv 2111.06377)."""
+    frequencies = 10000.0 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]
+    angles = torch.arange(grid)[:, None] * frequencies
+    axis = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    return torch.cat((rows, columns), dim=-1).flatten(0, 1)
+
+
+class Block(nn.Module):
+    """x <- x + gate * Attention(modulate(LN(x))); x <- x + gate * MLP(modulate(LN(x))).
+
+    Shifts, scales and gates are linear in c and zero at initialisation, so every block starts as the identity.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float):
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.modulation = zero_init(nn.Linear(width, 6 * width))
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attention = Attention(width, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.fc_in = nn.Linear(width, hidden)
+        self.fc_out = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD).unsqueeze(1).chunk(6, dim=-1)
+        h_BND = self.attention(modulate(self.norm1(x_BND), shift1, scale1))
+        x_BND = x_BND + gate1 * self.dropout(h_BND)
+        h_BND = self.fc_out(F.gelu(self.fc_in(modulate(self.norm2(x_BND), shift2, scale2)), approximate="tanh"))
+        return x_BND + gate2 * self.dropout(h_BND)
+
+    def flops(self, tokens: int) -> int:
+        mlp = linear_flops(self.fc_in, tokens) + linear_flops(self.fc_out, tokens)
+        return linear_flops(self.modulation) + self.attention.flops(tokens) + mlp
+
+
+class DiT(nn.Module):
+    """Diffusion transformer u(z, r, t, y) on square images or latents.
+
+    input_size: rows and columns of an image, divisible by patch_size.  channels: of an image.
+    width, depth, heads, mlp_ratio: of the transformer; width is divisible by heads and by 4.
+    num_classes: 0 for an unconditional network; otherwise labels 0 .. num_classes - 1, num_classes is the null label.
+    qk_norm: RMS norm of queries and keys.  dropout: on both branches of a block.
+    Raises ValueError when a size does not fit.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        channels: int = 3,
+        patch_size: int = 4,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 0,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        check_positive(input_size=input_size, channels=channels, patch_size=patch_size)
+        check_positive(width=width, depth=depth, heads=heads, mlp_width=int(width * mlp_ratio))
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
+        if width % 4:
+            raise ValueError(f"width {width} is not divisible by 4, which the 2D sin-cos positions need")
+        self.config = dict(
+            name="dit", input_size=input_size, channels=channels, patch_size=patch_size, width=width, depth=depth,
+            heads=heads, mlp_ratio=mlp_ratio, num_classes=num_classes, qk_norm=qk_norm, dropout=dropout,
+        )  # fmt: skip
+        self.num_classes, self.shape = num_classes, (channels, input_size, input_size)
+        self.patch_size, self.grid = patch_size, input_size // patch_size
+        patch = channels * patch_size**2
+        self.register_buffer("positions_ND", positions_2d(self.grid, width), persistent=False)
+        self.conditioning = Conditioning(width, num_classes)
+        self.input = nn.Linear(patch, width)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, patch)
+        self.initialize()
+
+    @classmethod
+    def preset(cls, name: str, input_size: int, **arguments: Any) -> DiT:
+        """A published size (S, B, L, XL) and a patch size: DiT.preset("B/4", input_size=64). Arguments override."""
+        size, _, patch = name.partition("/")
+        if size not in PRESETS or not patch.isdecimal():
+            nearest = difflib.get_close_matches(size.upper(), PRESETS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown DiT preset {name!r}; give S, B, L or XL and a patch size, such as '{nearest}/2'")
+        return cls(input_size, **{"patch_size": int(patch), **PRESETS[size], **arguments})
+
+    def initialize(self) -> None:
+        """Xavier-uniform weights and zero biases in the trunk; modulations and the output start at zero."""
+        for block in self.blocks:
+            for name, layer in block.named_modules():
+                if isinstance(layer, nn.Linear) and name != "modulation":
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        nn.init.xavier_uniform_(self.input.weight)
+        nn.init.zeros_(self.input.bias)
+        zero_init(self.modulation)
+        zero_init(self.output)
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """u(z, r, t, y): z (B, C, Y, X), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or None -> u like z."""
+        check_sample(z, self.shape)
+        c_BD = self.conditioning(r, t, y)
+        patches_BNP = F.pixel_unshuffle(z.to(self.input.weight.dtype), self.patch_size).flatten(2).transpose(1, 2)
+        x_BND = self.input(patches_BNP) + self.positions_ND
+        for block in self.blocks:
+            x_BND = block(x_BND, c_BD)
+        shift, scale = self.modulation(c_BD).unsqueeze(1).chunk(2, dim=-1)
+        patches_BPN = self.output(modulate(self.norm(x_BND), shift, scale)).transpose(1, 2)
+        return F.pixel_shuffle(patches_BPN.unflatten(-1, (self.grid, self.grid)), self.patch_size).to(z.dtype)
+
+    def flops(self, batch: int = 1) -> int:
+        """FLOPs of one forward pass: matrix products, 2 per multiply-add."""
+        tokens = self.grid**2
+        ends = linear_flops(self.input, tokens) + linear_flops(self.modulation) + linear_flops(self.output, tokens)
+        return batch * (self.conditioning.flops() + ends + total_flops(self.blocks, tokens))

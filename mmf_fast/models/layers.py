@@ -1,0 +1,158 @@
+"""What the networks share: modulation, time and class conditioning, attention, initialisation and FLOP counts.
+
+Shape legend of this package:  B batch   N tokens   D width   H heads   K width of a head   P = 3 N or patch elements
+                               C channels   Y, X rows and columns of an image   F frequencies
+Everything here is differentiated in forward mode too (z and t may be `Dual`s), so a forward pass uses torch functions
+only and never writes in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "Attention",
+    "Conditioning",
+    "check_positive",
+    "check_sample",
+    "conv_flops",
+    "linear_flops",
+    "modulate",
+    "sinusoids",
+    "total_flops",
+    "zero_init",
+]
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+# Highest angular frequency of the time embedding, see `sinusoids`.
+MAX_FREQUENCY = 16.0
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) x + shift, the scale-shift conditioning of FiLM, ADM and adaLN. shift and scale broadcast to x."""
+    return x * (1 + scale) + shift
+
+
+def sinusoids(t: Tensor, count: int) -> Tensor:
+    """[sin(w_j t), cos(w_j t)] with w_j spaced geometrically from 1 to MAX_FREQUENCY: (...,) -> (..., 2 * count).
+
+    MeanFlow regresses on d_t u, which grows with the frequencies of the embedding. Diffusion code multiplies t in
+    [0, 1] by 1000: neighbouring times then look unrelated, d_t u is of order 1000 and training diverges. Here w = 1
+    gives a monotone feature, w = 16 about 2.5 periods over [0, 1], and the root mean square of w is below 7.
+    The result has at least float32 precision whatever the dtype of t.
+    """
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    exponents_F = torch.linspace(0, 1, count, dtype=dtype, device=t.device)
+    angles_BF = t.to(dtype).unsqueeze(-1) * torch.exp(math.log(MAX_FREQUENCY) * exponents_F)
+    return torch.cat((angles_BF.sin(), angles_BF.cos()), dim=-1)
+
+
+class Conditioning(nn.Module):
+    """c = silu(MLP([sinusoids(t), sinusoids(t - r)]) + E[y]), what every block of a network is modulated by.
+
+    r, t (B,) float32, y (B,) int64 -> c (B, width) in the dtype of the weights. The interval t - r is embedded itself,
+    because the network must tell r = t (velocity) from r < t (average velocity) sharply. The sinusoids and their
+    tangents are float32 also in a bfloat16 network: the cast comes after them.
+
+    Class labels are 0 .. num_classes - 1; num_classes is the null label, and y = None means all null.
+    """
+
+    def __init__(self, width: int, num_classes: int = 0, frequencies: int = 128):
+        super().__init__()
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (unconditional) or more, got {num_classes}")
+        self.frequencies, self.num_classes = frequencies, num_classes
+        self.fc_in = nn.Linear(4 * frequencies, width)
+        self.fc_out = nn.Linear(width, width)
+        self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+
+    def forward(self, r: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        times_B4F = torch.cat((sinusoids(t, self.frequencies), sinusoids(t - r, self.frequencies)), dim=-1)
+        c_BD = self.fc_out(F.silu(self.fc_in(times_B4F.to(self.fc_in.weight.dtype))))
+        if self.label is not None:
+            if y is None:
+                y = torch.full(t.shape, self.num_classes, device=t.device)
+            c_BD = c_BD + self.label(y)
+        elif y is not None:
+            raise ValueError("an unconditional network was given labels; pass y=None or build it with num_classes > 0")
+        return F.silu(c_BD)
+
+    def flops(self) -> int:
+        return linear_flops(self.fc_in) + linear_flops(self.fc_out)
+
+
+class HeadNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Under autocast x is bfloat16 and the weight float32; the fused kernel wants them alike.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v over all tokens, H heads: (B, N, D) -> (B, N, D).
+
+    qk_norm: divide queries and keys by their root mean square per head, which bounds the logits in bfloat16
+    (ViT-22B, arXiv 2302.05442, section 2).
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by heads {heads}")
+        self.heads, self.width = heads, width
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = HeadNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        qkv_3BHNK = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHNK, k_BHNK, v_BHNK = qkv_3BHNK.unbind(0)
+        o_BHNK = F.scaled_dot_product_attention(self.q_norm(q_BHNK), self.k_norm(k_BHNK), v_BHNK)
+        return self.out(o_BHNK.transpose(1, 2).flatten(-2))
+
+    def flops(self, tokens: int) -> int:
+        """Projections 2 * 4 N D^2, and q k^T and P v with 2 N^2 D each."""
+        return linear_flops(self.qkv, tokens) + linear_flops(self.out, tokens) + 4 * tokens**2 * self.width
+
+
+def zero_init(layer: Layer) -> Layer:
+    """Set all parameters of a layer to zero, so that its branch starts as the identity (or the output as 0)."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def linear_flops(layer: nn.Linear, rows: int = 1) -> int:
+    """2 per multiply-add; bias, normalisation and activations are not counted (as in torch's FlopCounterMode)."""
+    return 2 * rows * layer.in_features * layer.out_features
+
+
+def conv_flops(layer: nn.Conv2d, size: int) -> int:
+    """FLOPs of a convolution with a size x size result."""
+    return 2 * size**2 * layer.out_channels * layer.in_channels * math.prod(layer.kernel_size)
+
+
+def total_flops(layers: Iterable[Any], *sizes: int) -> int:
+    return sum(layer.flops(*sizes) for layer in layers)
+
+
+def check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_sample(z: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(z.shape[1:]) != shape:
+        raise ValueError(f"the network was built for samples of shape {shape}, got {tuple(z.shape[1:])}")
