@@ -116,6 +116,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"override {override!r}: write it as key=value, for instance train.steps=100")
     try:
         tree = OmegaConf.load(path)
+        if not isinstance(tree, Mapping):
+            raise ConfigError("must be a mapping of keys to values")
         given = OmegaConf.from_dotlist([_expand(override) for override in overrides])
         merged = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True, throw_on_missing=True)
     except OSError as error:

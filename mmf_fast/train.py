@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmf_fast import config
-from mmf_fast.training import CheckpointError, NonFiniteError, Trainer
+from mmf_fast.training import NonFiniteError, Trainer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 training failed, 2 wrong input, 128 + n ended (and saved) by signal n."""
+    """Returns the exit status: 0 done, 1 training failed or the disk is full, 2 wrong input, 128 + n on signal n."""
     options = parser().parse_intermixed_args(arguments)
     try:
         if options.config is None and not (options.resume and options.run):
@@ -32,12 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = options.config or options.run / "config.yaml"
         run = options.run or Path("runs") / path.stem
         trainer = Trainer(config.load(path, options.overrides), run, resume=options.resume)
+        finished = trainer.fit()
+    except (NonFiniteError, OSError) as error:
+        return _fail(error, 1)
     except ValueError as error:
         return _fail(error, 2)
-    try:
-        finished = trainer.fit()
-    except (NonFiniteError, CheckpointError, OSError) as error:
-        return _fail(error, 1)
     if finished or trainer.stopped_by is None:
         print(f"{run}: {trainer.step} steps done")
         return 0

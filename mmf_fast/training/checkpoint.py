@@ -22,7 +22,7 @@ import torch
 
 
 class CheckpointError(ValueError):
-    """No checkpoint can be used or written; the message is one line that names the file and the way out."""
+    """A checkpoint cannot be used; the message is one line that names the file and the way out."""
 
 
 class Checkpoints:
@@ -33,7 +33,7 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, state: dict[str, Any], step: int) -> Path:
-        """Writes `state` as the checkpoint of `step` and moves `latest` to it. Raises CheckpointError (a full disk)."""
+        """Writes `state` as the checkpoint of `step` and moves `latest` to it. Raises OSError (a full disk)."""
         path = self.folder / f"step_{step:07d}.pt"
         draft = path.with_suffix(".pt.tmp")
         try:
@@ -50,7 +50,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
             draft.unlink(missing_ok=True)
             reason = str(error).splitlines()[0]
-            raise CheckpointError(
+            raise OSError(
                 f"{path}: cannot be written ({reason}); earlier checkpoints are whole; make room, go on with --resume"
             ) from error
         return path
@@ -73,7 +73,7 @@ class Checkpoints:
         if damaged:
             names = ", ".join(path.name for path in damaged)
             raise CheckpointError(
-                f"{self.folder}: every checkpoint is damaged ({names}); restore one or start another run"
+                f"{self.folder}: all checkpoints are damaged ({names}); restore one or start another run"
             )
         return None
 

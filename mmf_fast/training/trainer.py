@@ -66,6 +66,9 @@ class Trainer:
         _check_run_folder(self.run, resume)
         seed_everything(config.seed)
         self.dataset = data.load(**config.data)
+        self.dataset.batch(
+            0, config.train.batch
+        )  # a size that does not fit is refused here, before anything is written
         self.engine = build_engine(config, self.dataset)
         self.skipped = self.skipped.to(self.engine.device)
         self.skipped_in_a_row = self.skipped_in_a_row.to(self.engine.device)
@@ -81,7 +84,7 @@ class Trainer:
     def fit(self) -> bool:
         """Trains up to config.train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved).
 
-        Raises NonFiniteError, CheckpointError (a full disk).
+        Raises NonFiniteError, OSError (a full disk).
         """
         train = self.config.train
         saved = self.step

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmf_fast.config import Optimizer, Train
+from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import EMA
 from mmf_fast.training.engines import StepResult
 
@@ -24,17 +25,6 @@ def learning_rate(step: int, config: Optimizer, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is cuda where there is one, else cpu. Raises ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"train.device: {name!r} cannot be used ({reason}); try train.device=auto") from error
-
-
 class LocalEngine:
     """Implements `mmf_fast.training.engines.Engine` for one process.
 
@@ -47,7 +37,7 @@ class LocalEngine:
     def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train) -> None:
         self.config = optimizer
         self.steps = train.steps
-        self.device = pick_device(train.device)
+        self.device = choose_device(train.device)
         self.loss_fn = loss_fn.to(self.device).train()
         self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
         self.ema = EMA(self.net, optimizer.ema)

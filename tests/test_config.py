@@ -1,0 +1,200 @@
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from mmf_fast import config
+from mmf_fast.config import ConfigError, convert
+from mmf_fast.objective import Guidance, LambdaSchedule, TimeSampler
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+TOY = "data: {name: two_moons}\nmodel: {name: mlp, width: 16}\nloss: {objective: mmf}\n"
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_loads_and_survives_a_round_trip(path: Path) -> None:
+    first = config.load(path)
+    written = yaml.safe_load(yaml.safe_dump(first.tree()))
+    assert config.from_tree(written) == first
+
+
+def test_overrides_take_effect_and_keep_their_neighbours(toy: Path) -> None:
+    loaded = config.load(toy, ["train.steps=1e2", "loss.lam.kind=cosine", "loss.times.share=0.5", "optimizer.lr=1e-4"])
+    assert loaded.train.steps == 100 and isinstance(loaded.train.steps, int)
+    assert loaded.optimizer.lr == 1e-4
+    assert loaded.loss["lam"].kind == "cosine"
+    assert loaded.loss["lam"].warmup == config.load(toy).loss["lam"].warmup > 0  # of the preset
+    assert loaded.loss["times"] == TimeSampler(share=0.5)
+    assert loaded.model == {"name": "mlp", "width": 16}
+
+
+def test_lambda_is_a_number_or_a_schedule(toy: Path) -> None:
+    assert config.load(toy, ["loss.lam=0.5"]).loss["lam"] == 0.5
+    schedule = config.load(toy, ["loss.lam={kind: step, value: 0.5, start: 7}"]).loss["lam"]
+    assert isinstance(schedule, LambdaSchedule) and schedule(6) == 0.0 and schedule(7) == 0.5
+
+
+def test_guidance_is_off_or_typed(toy: Path) -> None:
+    assert config.load(toy).loss.get("guidance") is None
+    assert config.load(toy, ["loss.guidance.omega=2"]).loss["guidance"] == Guidance(omega=2.0)
+
+
+def test_a_component_may_be_named_in_short(toy: Path) -> None:
+    loaded = config.load(toy, ["data=checkerboard", "loss=flow_matching"])
+    assert loaded.data["name"] == "checkerboard"
+    assert loaded.loss["objective"] == "flow_matching"
+
+
+@pytest.mark.parametrize(
+    ("override", "named", "advice"),
+    [
+        ("train.stpes=3", "train.stpes", "train.steps"),
+        ("optimzer.lr=1", "optimzer", "optimizer"),
+        ("model.widht=3", "model.widht", "model.width"),
+        ("data.sed=1", "data.sed", "data.seed"),
+        ("loss.lam.kin=linear", "loss.lam.kin", "loss.lam.kind"),
+        ("loss.tangnet=predicted", "loss.tangnet", "loss.tangent"),
+        ("loss.guidance.omga=2", "loss.guidance.omga", "loss.guidance.omega"),
+        ("train.steps=many", "train.steps", "int"),
+        ("train.steps=1.5", "train.steps", "int"),
+        ("train.compile=1", "train.compile", "bool"),
+        ("optimizer.lr=true", "optimizer.lr", "float"),
+        ("optimizer.lr=.nan", "optimizer.lr", "number"),
+        ("optimizer.betas=[0.9]", "optimizer.betas", "2"),
+        ("optimizer.betas=0.9", "optimizer.betas", "list"),
+        ("optimizer.schedule=cosin", "optimizer.schedule", "cosine"),
+        ("model.width=wide", "model.width", "int"),
+        ("model=mpl", "model.name", "mlp"),
+        ("data=two_moon", "data.name", "two_moons"),
+        ("loss=mff", "loss.objective", "mmf"),
+        ("loss.lam.kind=linaer", "loss.lam", "linear"),
+        ("loss.times.share=-0.25", "loss.times.share", "[0, 1]"),
+        ("loss.lam=fast", "loss.lam", "float"),
+        ("train=5", "train", "mapping"),
+        ("train.steps=0", "steps", "at least 1"),
+        ("optimizer.lr=0", "lr", "positive"),
+        ("seed=x", "seed", "int"),
+        ("steps", "steps", "key=value"),
+        ("model.width=${nothing}", "nothing", "not found"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(toy: Path, override: str, named: str, advice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(toy, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert named in message
+    assert advice in message.split(named, 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [("", "data: missing"), ("[1, 2]", "mapping"), ("a: [", "toy.yaml"), ("data: {name: two_moons}", "model: missing")],
+)
+def test_a_file_that_is_no_configuration(toy: Path, text: str, advice: str) -> None:
+    toy.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load(toy)
+    assert advice in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml.*--config"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_length_and_logging_are_not_part_of_the_fingerprint(toy: Path) -> None:
+    one = config.load(toy).fingerprint()
+    longer = config.load(toy, ["train.steps=9", "train.log_every=3", "train.keep=1", "train.device=cpu"]).fingerprint()
+    assert config.differences(one, longer) == []
+    other = config.load(toy, ["model.width=8", "train.batch=7", "seed=1", "loss.lam=0.5"]).fingerprint()
+    changed = {text.split()[0] for text in config.differences(one, other)}
+    assert {"model.width", "train.batch", "seed", "loss.lam"} <= changed
+    assert all(key in changed or key.startswith("loss.lam.") for key in changed)
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    tags: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (3, float, 3.0),
+        (3.0, int, 3),
+        (None, int | None, None),
+        (2, int | None, 2),
+        ([1, 2.0], tuple[int, ...], (1, 2)),
+        ([1, 2], Sequence[float], (1.0, 2.0)),
+        ([[0, 0.5]], tuple[tuple[int, float], ...], ((0, 0.5),)),
+        ("a", Literal["a", 1], "a"),
+        ({"x": 1, "tags": ["b"]}, Point, Point(1.0, ("b",))),
+        ({"x": 1}, Point | float, Point(1.0)),
+        (4, Point | float, 4.0),
+        ({"k": [1]}, dict[str, Any], {"k": [1]}),
+        ("anything", Any, "anything"),
+    ],
+)
+def test_convert(value: Any, hint: Any, expected: Any) -> None:
+    result = convert(value, hint, "key")
+    assert result == expected and type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (True, int),
+        (1, bool),
+        (1, str),
+        ("1", int),
+        (True, Literal[1]),
+        ({}, Point),
+        ({"y": 1}, Point),
+        ("x", Point | float),
+    ],
+)
+def test_convert_coerces_nothing_else(value: Any, hint: Any) -> None:
+    with pytest.raises(ConfigError, match="key"):
+        convert(value, hint, "key")
+
+
+def test_a_wheel_finds_its_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare name that is no file here is looked for where setup.py installs configs/."""
+    installed = tmp_path / "share" / "mmf_fast" / "configs"
+    installed.mkdir(parents=True)
+    (installed / "mine.yaml").write_text(TOY)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert config.load("configs/mine.yaml").model["width"] == 16
+
+
+def test_the_command_line_reports_it_without_a_traceback(toy: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mmf_fast.train",
+            "--config",
+            str(toy),
+            "train.stpes=3",
+            "--run",
+            str(toy.parent / "run"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown key train.stpes; did you mean train.steps?\n"

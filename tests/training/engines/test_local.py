@@ -1,0 +1,164 @@
+import copy
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmf_fast.config import Optimizer, Train
+from mmf_fast.training.engines.local import LocalEngine, learning_rate
+
+
+class Output(NamedTuple):
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Regression(nn.Module):
+    """A loss module with the trainer's calling convention: mean square distance of net(x) to y."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, step: int = 0, y: Tensor | None = None) -> Output:
+        error = self.net(x) - y
+        mse = error.square().mean()
+        return Output(mse, {"mse": mse.detach()})
+
+
+OPTIMIZER = Optimizer(lr=0.02, betas=(0.9, 0.95), weight_decay=0.1, clip=0.05, warmup=3, ema=0.5)
+TRAIN = Train(batch=8, steps=20, device="cpu")
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2))
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {"x": torch.randn(8, 4, generator=generator), "y": torch.randn(8, 2, generator=generator)}
+
+
+def weights(net: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def test_steps_are_those_of_adamw_written_out(float64: None) -> None:
+    """Loshchilov & Hutter, arXiv 1711.05101, algorithm 2, with clipping and warm-up, on one flat vector."""
+    net = make_net().double()
+    reference = copy.deepcopy(net)
+    engine = LocalEngine(Regression(net), OPTIMIZER, TRAIN)
+    theta = weights(reference)
+    m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+    for step in range(6):
+        data = {key: value.double() for key, value in batch(step).items()}
+        nn.utils.vector_to_parameters(theta, reference.parameters())
+        loss = (reference(data["x"]) - data["y"]).square().mean()
+        g = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(reference.parameters()))])
+        norm = g.norm()
+        g = g * min(1.0, 0.05 / (norm.item() + 1e-6))
+        lr = 0.02 * min(1.0, (step + 1) / 3)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
+        theta = theta - lr * 0.1 * theta - lr * m_hat / (v_hat.sqrt() + 1e-8)
+
+        result = engine.step(step=step, **data)
+        torch.testing.assert_close(result.metrics["grad_norm"], norm, rtol=1e-10, atol=0)
+        torch.testing.assert_close(result.metrics["loss"], loss.detach(), rtol=1e-10, atol=0)
+        assert result.metrics["lr"].item() == pytest.approx(lr, rel=1e-12)
+        assert not result.skipped
+    torch.testing.assert_close(weights(net), theta, rtol=1e-9, atol=1e-12)
+
+
+def everything(engine: LocalEngine) -> list[Tensor]:
+    def leaves(value: Any) -> list[Tensor]:
+        if isinstance(value, Tensor):
+            return [value.clone()]
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return [leaf for child in children for leaf in leaves(child)]
+
+    return leaves(engine.state_dict())
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])  # 1e30: the loss is finite, its gradient's norm is not
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_step_that_is_not_finite_changes_no_bit(poison: float, clip: float) -> None:
+    optimizer = Optimizer(clip=clip, weight_decay=0.1, warmup=0)
+    engine = LocalEngine(Regression(make_net()), optimizer, TRAIN)
+    for step in range(3):
+        engine.step(step=step, **batch(step))
+    before = everything(engine)
+    bad = batch(3)
+    if poison == 1e30:
+        next(engine.net.parameters()).register_hook(lambda grad: grad * 1e30)
+    else:
+        bad["x"][2, 1] = poison
+    assert engine.step(step=3, **bad).skipped
+    after = everything(engine)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_skipped_step_does_not_disturb_the_ones_after_it() -> None:
+    with_bad = LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN)
+    without = LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN)
+    for step in range(8):
+        if step == 4:
+            bad = batch(step)
+            bad["y"][0, 0] = math.nan
+            with_bad.step(step=step, **bad)
+            continue
+        with_bad.step(step=step, **batch(step))
+        without.step(step=step, **batch(step))
+    assert torch.equal(weights(with_bad.net), weights(without.net))
+    assert torch.equal(weights(with_bad.averaged()), weights(without.averaged()))
+
+
+def test_no_clipping_leaves_the_gradient_alone() -> None:
+    engines = [LocalEngine(Regression(make_net()), Optimizer(clip=clip), TRAIN) for clip in (0.0, 1e9)]
+    for step in range(3):
+        norms = [engine.step(step=step, **batch(step)).metrics["grad_norm"] for engine in engines]
+    assert norms[0] == norms[1] > 0
+    assert torch.equal(weights(engines[0].net), weights(engines[1].net))
+
+
+def test_the_state_is_complete() -> None:
+    one = LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN)
+    for step in range(5):
+        one.step(step=step, **batch(step))
+    torch.manual_seed(99)
+    other = LocalEngine(Regression(nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2))), OPTIMIZER, TRAIN)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for step in range(5, 9):
+        losses = [engine.step(step=step, **batch(step)).metrics["loss"] for engine in (one, other)]
+        assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(everything(one), everything(other), strict=True))
+
+
+def test_learning_rate() -> None:
+    constant = Optimizer(lr=2.0, warmup=4)
+    assert [learning_rate(step, constant, 10) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    cosine = Optimizer(lr=2.0, warmup=4, schedule="cosine")
+    assert learning_rate(4, cosine, 10) == 2.0
+    assert learning_rate(7, cosine, 10) == pytest.approx(1.0)
+    assert learning_rate(10, cosine, 10) == pytest.approx(0.0)
+    assert learning_rate(10_000, cosine, 10) == pytest.approx(0.0)
+    assert learning_rate(0, Optimizer(lr=2.0, warmup=0), 10) == 2.0
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_float32_weights() -> None:
+    seen = []
+    net = make_net()
+    net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    engine = LocalEngine(Regression(net), OPTIMIZER, Train(steps=5, device="cpu", precision="bf16"))
+    result = engine.step(step=0, **batch(0))
+    assert seen == [torch.bfloat16]
+    assert weights(net).dtype == torch.float32 and math.isfinite(result.metrics["loss"])
+
+
+def test_a_device_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(ValueError, match="nonsense") as caught:
+        LocalEngine(Regression(make_net()), OPTIMIZER, Train(device="nonsense"))
+    assert "\n" not in str(caught.value)

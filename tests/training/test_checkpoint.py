@@ -1,0 +1,180 @@
+import hashlib
+import random
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmf_fast.training import checkpoint
+from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, read, rng_state, set_rng_state
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"step": step, "weights": torch.full((300,), float(step)), "nested": [{"a": (1, 2.5, None, "x")}]}
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Checkpoints:
+    """Checkpoints of steps 10, 20, 30."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    for step in (10, 20, 30):
+        checkpoints.save(state(step), step)
+    return checkpoints
+
+
+def test_what_is_saved_is_loaded(three: Checkpoints) -> None:
+    found = three.load()
+    assert found is not None
+    path, loaded = found
+    assert path.name == "step_0000030.pt"
+    assert (three.folder / "latest").read_text() == "step_0000030.pt\n"
+    assert loaded["step"] == 30 and loaded["nested"] == state(30)["nested"]
+    assert torch.equal(loaded["weights"], state(30)["weights"])
+
+
+def test_the_checksum_is_that_of_sha256sum(three: Checkpoints) -> None:
+    path = three.folder / "step_0000020.pt"
+    line = (three.folder / "step_0000020.pt.sha256").read_text()
+    assert line == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+    assert subprocess.run(["sha256sum", "--check", "--status", f"{path.name}.sha256"], cwd=three.folder).returncode == 0
+
+
+def test_none_where_there_is_none(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "absent").load() is None
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(9_999_998, 10_000_003):  # the names outgrow their padding here, so text order is not step order
+        checkpoints.save(state(step), step)
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"step_10000001.pt", "step_10000002.pt"}
+    assert len(list(tmp_path.iterdir())) == 5  # two files, two checksums, latest
+    assert checkpoints.newest() == tmp_path / "step_10000002.pt"
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 4
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def lose_checksum(path: Path) -> None:
+    path.with_name(path.name + ".sha256").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, lose_checksum])
+def test_a_damaged_one_is_named_and_the_one_before_it_is_used(
+    three: Checkpoints, damage: Callable[[Path], None]
+) -> None:
+    damage(three.folder / "step_0000030.pt")
+    with pytest.warns(UserWarning, match=r"step_0000030\.pt.*(damaged|missing)"):
+        found = three.load()
+    assert found is not None and found[1]["step"] == 20
+    three.save(state(25), 25)  # going on from 20: the damaged one must not come back as the newest
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = three.load()
+    assert found is not None and found[1]["step"] == 25
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(three: Checkpoints) -> None:
+    for path in three.folder.glob("*.pt"):
+        truncate(path)
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="all checkpoints are damaged"):
+        warnings.simplefilter("ignore")
+        three.load()
+
+
+def test_an_object_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (exec, ("raise SystemExit('ran')",))
+
+    path = Checkpoints(tmp_path).save({"x": Harmful()}, 1)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read(path)
+
+
+class Crash(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_crash_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
+    three: Checkpoints, monkeypatch: pytest.MonkeyPatch, call: str, moment: int
+) -> None:
+    """Crashes before the n-th rename or flush; what is on disk then must load without a complaint."""
+    calls = 0
+    real = getattr(checkpoint.os, call)
+
+    def crash(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > moment:
+            raise Crash
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, call, crash)
+        try:
+            three.save(state(40), 40)
+            crashed = False
+        except Crash:
+            crashed = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = three.load()
+    assert found is not None
+    assert found[1]["step"] in ((30, 40) if crashed else (40,))
+    assert torch.equal(found[1]["weights"], state(found[1]["step"])["weights"])
+    three.save(state(50), 50)
+    assert not list(three.folder.glob("*.tmp"))
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(three: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match=r"step_0000040\.pt.*No space left") as caught:
+        three.save(state(40), 40)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    found = three.load()
+    assert found is not None and found[1]["step"] == 30
+    assert not list(three.folder.glob("*.tmp"))
+
+
+def draws() -> list[float]:
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.randn()),
+        float(torch.randn(())),
+        float(torch.rand(())),
+    ]
+
+
+def test_all_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    np.random.seed(3)
+    random.seed(3)
+    draws()  # an odd number of normals: the second of the pair that NumPy and random.gauss keep is part of the state
+    path = Checkpoints(tmp_path).save(rng_state(), 1)
+    expected = [draws() for _ in range(3)]
+    draws()
+    set_rng_state(read(path))
+    assert [draws() for _ in range(3)] == expected

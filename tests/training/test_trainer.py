@@ -1,0 +1,322 @@
+import copy
+import math
+import signal
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+from torch import Tensor
+
+from mmf_fast import config, models
+from mmf_fast.config import Config, ConfigError
+from mmf_fast.sampling import sample
+from mmf_fast.training import CheckpointError, NonFiniteError, RunFolderError, Trainer
+from mmf_fast.training.checkpoint import read as read_checkpoint
+from mmf_fast.training.metrics import read as read_metrics
+
+TINY = {
+    "data": {"name": "two_moons"},
+    "model": {"name": "mlp", "width": 8, "depth": 1},
+    "loss": {"objective": "mmf", "lam": {"kind": "linear", "warmup": 10}},
+    "optimizer": {"lr": 1e-2, "warmup": 2},
+    "train": {"steps": 12, "batch": 16, "log_every": 1, "sample_every": 0, "checkpoint_every": 4, "device": "cpu"},
+}
+
+
+def tiny(**sections: Any) -> Config:
+    tree = copy.deepcopy(TINY)
+    for name, values in sections.items():
+        if isinstance(values, dict):
+            tree.setdefault(name, {}).update(values)
+        else:
+            tree[name] = values
+    return config.from_tree(tree)
+
+
+def digits(**sections: Any) -> Config:
+    model = {"name": "dit", "patch_size": 4, "width": 16, "depth": 1, "heads": 2}
+    return config.from_tree({**TINY, "data": {"name": "digits"}, "model": model, **sections})
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in record.items() if k != "images_per_second"} for record in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+class Poisoned:
+    """A dataset whose batches hold a NaN at the given steps."""
+
+    def __init__(self, dataset: Any, steps: range) -> None:
+        self.dataset, self.steps = dataset, steps
+        self.shape, self.num_classes, self.name = dataset.shape, dataset.num_classes, dataset.name
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor | None]:
+        x, y = self.dataset.batch(step, size)
+        return (x * math.nan if step in self.steps else x), y
+
+
+def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cfg = tiny(train={"sample_every": 5})
+    assert Trainer(cfg, run).fit()
+    assert [record["step"] for record in records(run)] == list(range(1, 13))
+    assert {"loss", "mse", "lam", "grad_norm", "lr", "skipped", "mse_instant", "mse_interval"} <= records(run)[0].keys()
+    assert config.load(run / "config.yaml") == cfg
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step_{s:07d}.png" for s in (5, 10, 12)]
+    assert imread(run / "curves.png").ndim == 3
+    assert list((run / "tensorboard").iterdir())
+    kept = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
+    assert kept == ["step_0000004.pt", "step_0000008.pt", "step_0000012.pt"]
+    net, extra = models.load_pretrained(run)
+    assert extra["step"] == 12 and extra["data"]["name"] == "two_moons"
+    state = read_checkpoint(run / "checkpoints" / "step_0000012.pt")
+    assert all(torch.equal(value, state["engine"]["ema"][key]) for key, value in net.state_dict().items())
+    assert any(not torch.equal(value, state["engine"]["net"][key]) for key, value in net.state_dict().items())
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    """On data of unit variance the best linear prediction of v = eps - x from z_t leaves, with s = 2t - 1,
+
+        E_t[2 - (2t - 1)^2 / ((1 - t)^2 + t^2)] = 2 - int_0^1 2 s^2 / (1 + s^2) ds = pi / 2
+
+    per coordinate, and no prediction at all leaves 2. A network must come below the linear one.
+    """
+    cfg = tiny(
+        model={"width": 64, "depth": 2},
+        loss={"objective": "flow_matching", "lam": 0.0, "paired": False},
+        train={"steps": 800, "batch": 128, "log_every": 2, "checkpoint_every": 800},
+    )
+    Trainer(cfg, tmp_path / "run").fit()
+    mse = [record["mse"] for record in records(tmp_path / "run")]
+    assert mse[0] == pytest.approx(2.0, rel=0.3)
+    assert sum(mse[-100:]) / 100 < math.pi / 2
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 11])
+def test_resuming_is_exact(tmp_path: Path, stop: int) -> None:
+    """Also from between checkpoints, with sampling and logging in between, and with other interval settings."""
+    Trainer(tiny(), tmp_path / "whole").fit()
+    cut = tmp_path / "cut"
+    trainer = Trainer(tiny(), cut)
+    steps = iter(range(stop))
+    real = trainer._one_step
+
+    def one_step() -> Any:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt  # as hard as it gets inside one process: nothing is saved
+        return real()
+
+    trainer._one_step = one_step  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    torch.manual_seed(12345)
+    resumed = Trainer(tiny(train={"sample_every": 3, "checkpoint_every": 5, "keep": 1}), cut, resume=True)
+    assert resumed.step == stop - stop % 4
+    assert resumed.fit()
+    assert records(cut) == records(tmp_path / "whole")
+    one, other = (read_checkpoint(run / "checkpoints" / "step_0000012.pt") for run in (tmp_path / "whole", cut))
+    assert all(torch.equal(one["engine"]["net"][key], other["engine"]["net"][key]) for key in one["engine"]["net"])
+    assert all(torch.equal(one["engine"]["ema"][key], other["engine"]["ema"][key]) for key in one["engine"]["ema"])
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
+    Trainer(tiny(), tmp_path / "whole").fit()
+    Trainer(tiny(train={"steps": 7}), tmp_path / "grown").fit()
+    Trainer(tiny(), tmp_path / "grown", resume=True).fit()
+    assert records(tmp_path / "grown") == records(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Trainer(tiny(), run).fit()
+    kept = [run / "metrics.jsonl", run / "model.safetensors", *(run / "checkpoints").iterdir()]
+    before = {path: path.read_bytes() for path in kept}
+    assert Trainer(tiny(), run, resume=True).fit()
+    assert {path: path.read_bytes() for path in kept} == before
+
+
+def test_resuming_nothing_starts_at_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Trainer(tiny(), tmp_path / "new", resume=True).step == 0
+    assert "no checkpoint yet" in capsys.readouterr().err
+
+
+def test_drawing_disturbs_no_generator_and_uses_the_same_noise(tmp_path: Path) -> None:
+    trainer = Trainer(digits(), tmp_path / "run")
+    before = torch.get_rng_state()
+    trainer.draw()
+    assert torch.equal(torch.get_rng_state(), before)
+    first = (tmp_path / "run" / "samples" / "step_0000000.png").read_bytes()
+    trainer.draw()
+    assert (tmp_path / "run" / "samples" / "step_0000000.png").read_bytes() == first
+
+
+def test_drawing_takes_one_evaluation_of_the_averaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(net: Any, shape: Any, **options: Any) -> Tensor:
+        seen.append((net, tuple(shape), options["steps"], options["y"]))
+        return sample(net, shape, **options)
+
+    monkeypatch.setattr("mmf_fast.training.trainer.sample", spy)
+    trainer = Trainer(digits(), tmp_path / "run")
+    trainer.draw()
+    net, shape, steps, y = seen[0]
+    assert net is trainer.engine.averaged() and shape == (80, 1, 8, 8) and steps == 1
+    assert y.view(8, 10).eq(torch.arange(10)).all()  # one class per column
+
+
+def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(train={"max_bad_steps": 4}), tmp_path / "run")
+    trainer.dataset = Poisoned(trainer.dataset, range(5, 8))
+    assert trainer.fit()
+    found = records(tmp_path / "run")
+    assert [record["skipped"] for record in found] == [0] * 5 + [1, 2, 3] + [3] * 4
+    assert [record["loss"] is None for record in found] == [False] * 5 + [True] * 3 + [False] * 4
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_too_many_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(tmp_path: Path, log_every: int) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(tiny(train={"max_bad_steps": 3, "log_every": log_every, "steps": 40}), run)
+    healthy = trainer.dataset
+    trainer.dataset = Poisoned(healthy, range(9, 1000))
+    with pytest.raises(NonFiniteError, match=r"the data are not finite.*step_00000\d+\.pt") as caught:
+        trainer.fit()
+    assert "\n" not in str(caught.value)
+    assert trainer.step <= 9 + 2 * 3
+    good = read_checkpoint(run / "checkpoints" / "step_0000008.pt")
+    assert all(torch.isfinite(value).all() for value in good["engine"]["net"].values())
+    # every checkpoint that is there holds the weights from before the first bad step, and the run can go on
+    assert Trainer(tiny(train={"max_bad_steps": 3, "steps": 20}), run, resume=True).fit()
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_resumption(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {"max_bad_steps": 6, "checkpoint_every": 1}
+    trainer = Trainer(tiny(train={**settings, "steps": 4}), run)
+    trainer.dataset = Poisoned(trainer.dataset, range(1000))
+    assert trainer.fit()
+    trainer = Trainer(tiny(train=settings), run, resume=True)
+    trainer.dataset = Poisoned(trainer.dataset, range(1000))
+    with pytest.raises(NonFiniteError, match="6 steps in a row"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    trainer = Trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
+    real = trainer.dataset.batch
+
+    def batch(step: int, size: int) -> Any:
+        if step == 6:
+            signal.raise_signal(number)
+        return real(step, size)
+
+    trainer.dataset.batch = batch  # type: ignore[method-assign]
+    assert not trainer.fit()
+    assert trainer.stopped_by == number and trainer.step == 7
+    assert signal.getsignal(number) is before
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")] == ["step_0000007.pt"]
+    Trainer(tiny(), tmp_path / "run", resume=True).fit()
+    Trainer(tiny(), tmp_path / "whole").fit()
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_training_works_in_a_thread_where_signals_cannot_be_caught(tmp_path: Path) -> None:
+    done = []
+    thread = threading.Thread(target=lambda: done.append(Trainer(tiny(), tmp_path / "run").fit()))
+    thread.start()
+    thread.join()
+    assert done == [True]
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="--resume"):
+        Trainer(tiny(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("run", ["file", "file/below", "/proc/run"])
+def test_a_folder_that_cannot_be_written(tmp_path: Path, run: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="--run") as caught:
+        Trainer(tiny(), tmp_path / run)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path: Path) -> None:
+    Trainer(tiny(), tmp_path / "run").fit()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = tiny(model={"width": 9}, optimizer={"lr": 2e-2}, train={"steps": 99})
+    with pytest.raises(CheckpointError, match=r"model\.width \(8 -> 9\), optimizer\.lr \(0\.01 -> 0\.02\);") as caught:
+        Trainer(other, tmp_path / "run", resume=True)
+    assert "\n" not in str(caught.value) and "steps" not in str(caught.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_exactly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(tiny(), tmp_path / "whole").fit()
+    run = tmp_path / "run"
+    Trainer(tiny(train={"steps": 9}), run).fit()
+    path = run / "checkpoints" / "step_0000009.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    trainer = Trainer(tiny(), run, resume=True)
+    assert trainer.step == 8
+    assert "step_0000009.pt: damaged" in capsys.readouterr().err
+    trainer.fit()
+    assert records(run) == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"dim": 3}}, r"model\.dim is 3.*is 2; leave model\.dim out"),
+        ({"data": {"name": "digits"}}, r"model\.name=mlp does not take samples of shape \(1, 8, 8\)"),
+        ({"train": {"device": "nonsense"}}, "nonsense"),
+        ({"data": {"name": "two_moons", "seed": -1}}, "seed"),
+    ],
+)
+def test_pieces_that_do_not_fit_together(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Trainer(tiny(**sections), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch size 100000"):
+        Trainer(digits(train={"batch": 100_000, "device": "cpu"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_shapes_and_classes_come_from_the_data(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = Trainer(digits(train={**TINY["train"], "steps": 2}), tmp_path / "run")
+        assert trainer.fit()
+    net, _ = models.load_pretrained(tmp_path / "run")
+    assert (net.shape, net.num_classes) == ((1, 8, 8), 10)
+
+
+def test_two_rates_of_the_same_seed_differ_only_where_they_should(tmp_path: Path) -> None:
+    """The seed decides weights and draws: at another learning rate the first loss is the same, at another seed not."""
+    losses = {}
+    for name, sections in {"a": {}, "b": {"optimizer": {"lr": 1e-3}}, "c": {"seed": 1}}.items():
+        Trainer(tiny(**sections), tmp_path / name).fit()
+        losses[name] = [record["loss"] for record in records(tmp_path / name)]
+    assert losses["a"][0] == losses["b"][0] != losses["c"][0]
+    assert losses["a"][-1] != losses["b"][-1]
+
+
+def test_unknown_sections_are_refused() -> None:
+    with pytest.raises(ConfigError, match="optimiser; did you mean optimizer"):
+        tiny(optimiser={"lr": 1.0})
