@@ -1,0 +1,49 @@
+"""Datasets by name. All are small, none is downloaded, and every batch is a pure function of (seed, step).
+
+    dataset = load("digits", seed=0)
+    x, y = dataset.batch(step=17, size=128)         x (128, 1, 8, 8) float32 in [-1, 1], y (128,) int64
+    x, y = dataset.split("validation")              the whole split
+
+To add a dataset: a function whose typed keyword arguments are its options and that returns a `Dataset`, entered below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mmf_fast.data.dataset import ArrayDataset, Dataset
+from mmf_fast.data.digits import digits
+from mmf_fast.data.toy2d import checkerboard, circles, eight_gaussians, two_moons
+
+__all__ = ["DATASETS", "ArrayDataset", "Dataset", "load"]
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "two_moons": two_moons,
+    "circles": circles,
+    "checkerboard": checkerboard,
+    "eight_gaussians": eight_gaussians,
+    "digits": digits,
+}
+
+
+def load(name: str, **options: Any) -> Dataset:
+    """The dataset called `name`, with the options of its function in `DATASETS`.
+
+    Raises ValueError for an unknown name, an unknown option, or a value the dataset refuses.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}; {_nearest(name, DATASETS)}")
+    valid = inspect.signature(DATASETS[name]).parameters
+    for option in options:
+        if option not in valid:
+            raise ValueError(f"dataset {name!r} has no option {option!r}; {_nearest(option, valid)}")
+    return DATASETS[name](**options)
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    names = list(valid)
+    match = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean {match[0]!r}?" if match else f"valid are {', '.join(names)}"

@@ -1,0 +1,197 @@
+"""Drawing samples: from a network, and from a run folder on the command line.
+
+python -m mmf_fast.sampling --run runs/digits --steps 1 --out grid.png --classes 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmf_fast.models import load_pretrained
+from mmf_fast.pictures import save_grid, writing
+
+__all__ = ["choose_device", "device_of", "draw_run", "evaluating", "sample", "sample_in_chunks", "save_grid"]
+
+
+@torch.no_grad()
+def sample(
+    net: Callable[..., Tensor],
+    shape: Sequence[int],
+    steps: int = 1,
+    noise: Tensor | None = None,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    **cond: Any,
+) -> Tensor:
+    """Samples x (B, *shape) of an average-velocity network, from noise at t = 1 to data at t = 0 in equal steps.
+
+        z_r = z_t - (t - r) u(z_t, r, t)        (MeanFlow, arXiv 2505.13447, section 4; one step: x = e - u(e, 0, 1))
+
+    net: u(z, r, t, **cond), called `steps` times, in evaluation mode; the mode of every submodule is restored.
+        It must have learned the intervals asked for: a consistency model (r = 0 only) is for one step.
+    shape: of the result, batch first.  noise: of that shape, floating point; the result has its dtype.
+    seed, generator: where the noise is drawn when it is not given (float32, at most one of the two, by default torch's
+        global generator). A seed draws on the CPU, so that it means the same noise on every device.
+    cond: conditions such as y (B,) int64; tensors are moved to the device of the network.
+
+    Raises ValueError for steps below 1, a noise of another shape, or noise given twice.
+    """
+    shape = tuple(shape)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
+    if (noise is not None) + (seed is not None) + (generator is not None) > 1:
+        raise ValueError("give only one of noise, seed and generator: each of them decides the noise")
+    if noise is not None and tuple(noise.shape) != shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, but shape is {shape}: they must agree")
+    if noise is None:
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(shape, generator=generator, device=None if generator is None else generator.device)
+    device = device_of(net)
+    z = noise.to(device or noise.device)
+    cond = {name: value.to(z.device) if isinstance(value, Tensor) else value for name, value in cond.items()}
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    time_dtype = torch.promote_types(z.dtype, torch.float32)  # half precision would move the times
+    with evaluating(net):
+        for t, r in zip(times[:-1], times[1:], strict=True):
+            r_B, t_B = (z.new_full(shape[:1], time, dtype=time_dtype) for time in (r, t))
+            z = z - (t - r) * net(z, r_B, t_B, **cond)
+    return z
+
+
+def sample_in_chunks(
+    net: Callable[..., Tensor], noise: Tensor, steps: int = 1, chunk: int | None = None, **cond: Tensor
+) -> Tensor:
+    """`sample` from noise (N, *shape), `chunk` rows at a time; cond: tensors with one row per sample.
+
+    By default a chunk has about a million numbers and at most 4,096 rows. Returns x on the device of the network.
+    """
+    rows = torch.arange(len(noise)).split(chunk or min(4096, max(1, 2**20 // noise[0].numel())))
+    parts = []
+    for i in rows:
+        part: dict[str, Any] = {name: value[i] for name, value in cond.items()}
+        parts.append(sample(net, noise[i].shape, steps, noise[i], **part))
+    return torch.cat(parts)
+
+
+def device_of(net: Callable[..., Tensor]) -> torch.device | None:
+    """The device of a network's first parameter; None for a callable without parameters."""
+    parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+    return None if parameter is None else parameter.device
+
+
+@contextmanager
+def evaluating(net: Callable[..., Tensor]) -> Iterator[None]:
+    """Evaluation mode; afterwards every submodule has its own mode again, frozen ones included."""
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def draw_run(
+    run: str | Path,
+    steps: int = 1,
+    classes: Sequence[int] | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Samples x (N, *shape) of the network in a run folder, on the CPU, and their labels y (N,), None without classes.
+
+    classes: the labels, repeated in turn up to `count`; by default all of them, or the first 10.
+    count: by default 8 per class, 64 images without classes, 2,000 points of a toy.
+    device: "auto" is CUDA where there is one.
+    Raises ValueError for a missing or damaged run, an unknown class or device, steps or count below 1, samples that are
+    not finite.
+    """
+    net, _ = load_pretrained(run)
+    if classes and not net.num_classes:
+        raise ValueError(f"the network of {run} has no classes: leave --classes out")
+    for label in classes or ():
+        if not 0 <= label < net.num_classes:
+            raise ValueError(
+                f"class {label} is unknown to the network of {run}: its classes are 0 to {net.num_classes - 1}"
+            )
+    labels = list(classes or range(min(net.num_classes, 10)))
+    if count is None:
+        count = 8 * len(labels) or (2000 if len(net.shape) == 1 else 64)
+    if count < 1:
+        raise ValueError(f"count is {count}: ask for at least 1 sample")
+    net.to(choose_device(device))
+    noise = torch.randn(count, *net.shape, generator=torch.Generator().manual_seed(seed))
+    y = torch.tensor(labels)[torch.arange(count) % len(labels)] if labels else None
+    cond: dict[str, Any] = {} if y is None else {"y": y}
+    x = sample_in_chunks(net, noise, steps, **cond).cpu()
+    if not torch.isfinite(x).all():
+        raise ValueError(f"the network of {run} gives samples that are not finite: its training has diverged")
+    return x, y
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of that name; "auto" is CUDA where there is one, else the CPU. Raises ValueError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: choose auto, cpu or cuda") from error
+    return torch.device(name)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m mmf_fast.sampling", description="Draw samples from a trained run.", allow_abbrev=False
+    )
+    result.add_argument("--run", type=Path, required=True, help="run folder with model.safetensors and model.json")
+    result.add_argument("--out", type=Path, required=True, help=".png: a grid or scatter plot; .npz: arrays x, y")
+    result.add_argument("--steps", type=int, default=1, help="evaluations of the network per sample (default: 1)")
+    result.add_argument("--classes", type=int, nargs="+", metavar="LABEL", help="labels (default: the first 10)")
+    result.add_argument("--count", type=int, help="samples in all (default: 8 per class, or 64 images, or 2000 points)")
+    result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 wrong input."""
+    options = parser().parse_args(arguments)
+    out: Path = options.out
+    try:
+        if out.suffix not in (".png", ".npz"):
+            raise ValueError(f"--out {out}: the name must end in .png or .npz")
+        x, y = draw_run(options.run, options.steps, options.classes, options.count, options.seed, options.device)
+        if out.suffix == ".png":
+            columns = len(options.classes) if options.classes else 0 if y is None else len(y.unique())
+            save_grid(x, out, columns if columns > 1 else 8)
+        else:
+            arrays: dict[str, Any] = {"x": x.numpy()} | ({} if y is None else {"y": y.numpy()})
+            with writing(out) as temporary:
+                np.savez_compressed(temporary, **arrays)
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(f"{out}: {len(x)} samples, {options.steps} evaluation{'s' if options.steps > 1 else ''} of the network each")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
