@@ -42,6 +42,16 @@ JVP_MODES = ("dual", "func", "finite_difference")
 
 Rule = Callable[..., tuple[Any, Any]]
 
+# How eager mode and Dynamo spell operators between a Tensor and a Dual: the operator, and whether they swap the operands.
+_OPERATORS = {
+    "__pow__": (operator.pow, False),
+    "__floordiv__": (operator.floordiv, False),
+    "__rsub__": (operator.sub, True),
+    "__rdiv__": (operator.truediv, True),
+    "__rpow__": (operator.pow, True),
+    "__rfloordiv__": (operator.floordiv, True),
+    "__rmod__": (operator.mod, True),
+}
 _RULES: dict[Any, Rule] = {}
 _NO_TANGENT: set[Any] = set()
 
@@ -66,6 +76,9 @@ class Dual(NamedTuple):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _OPERATORS:
+            func, swapped = _OPERATORS[func.__name__]
+            args = args[::-1] if swapped else args
         if func in _NO_TANGENT or not _has_tangent(args, kwargs):
             return func(*map(_strip, args), **{name: _strip(value) for name, value in kwargs.items()})
         rule = _RULES.get(func)
@@ -214,10 +227,10 @@ def _operator(name: str, reflected: bool = False) -> Callable[..., Any]:
     return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
+for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "mod", "floordiv"):
     setattr(Dual, f"__{_name}__", _operator(_name))
     setattr(Dual, f"__r{_name}__", _operator(_name, reflected=True))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne", "floordiv", "mod"):
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Dual, f"__{_name}__", _operator(_name))
 Dual.__hash__ = tuple.__hash__  # type: ignore[method-assign]  # defining __eq__ removed it
 Dual.__getitem__ = lambda self, index: type(self).__torch_function__(Tensor.__getitem__, (), (self, index))  # type: ignore
@@ -256,7 +269,7 @@ def _wrap(cls: type[Dual], y: Any, dy: Any) -> Any:
 def missing_rule(func: Any, fix: str | None = None) -> MissingRuleError:
     """The error of an operation that has no rule, in one line: the operation, the module it ran in, the way out."""
     name = getattr(func, "__name__", str(func))
-    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    in_place = name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
     if fix is None and in_place:
         fix = "a Dual is immutable, use the out-of-place form"
     elif fix is None:
