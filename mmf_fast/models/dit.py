@@ -148,8 +148,9 @@ class DiT(nn.Module):
         for block in self.blocks:
             x_BND = block(x_BND, c_BD)
         shift, scale = self.modulation(c_BD).unsqueeze(1).chunk(2, dim=-1)
-        patches_BPN = self.output(modulate(self.norm(x_BND), shift, scale)).transpose(1, 2)
-        return F.pixel_shuffle(patches_BPN.unflatten(-1, (self.grid, self.grid)), self.patch_size).to(z.dtype)
+        patches_BNP = self.output(modulate(self.norm(x_BND), shift, scale))
+        patches_BPYX = patches_BNP.transpose(1, 2).reshape(z.shape[0], -1, self.grid, self.grid)
+        return F.pixel_shuffle(patches_BPYX, self.patch_size).to(z.dtype)
 
     def flops(self, batch: int = 1) -> int:
         """FLOPs of one forward pass: matrix products, 2 per multiply-add."""

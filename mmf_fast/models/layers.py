@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        qkv_3BHNK = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv_3BHNK = self.qkv(x_BND).reshape(*x_BND.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q_BHNK, k_BHNK, v_BHNK = qkv_3BHNK.unbind(0)
         o_BHNK = F.scaled_dot_product_attention(self.q_norm(q_BHNK), self.k_norm(k_BHNK), v_BHNK)
         return self.out(o_BHNK.transpose(1, 2).flatten(-2))

@@ -44,7 +44,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         h_BNC = self.attention(self.norm(x_BCYX).flatten(2).transpose(1, 2))
-        return x_BCYX + h_BNC.transpose(1, 2).unflatten(-1, (self.size, self.size))
+        return x_BCYX + h_BNC.transpose(1, 2).reshape(x_BCYX.shape)
 
     def flops(self) -> int:
         return self.attention.flops(self.size**2)
