@@ -84,6 +84,11 @@ def evaluate_run(
     if not isinstance(extra.get("data"), Mapping) or "name" not in extra["data"]:
         raise ValueError(f"{Path(run) / 'model.json'} does not name its data; give the folder of a training run")
     dataset = data.load(**extra["data"])
+    if (net.shape, net.num_classes) != (dataset.shape, dataset.num_classes):
+        raise ValueError(
+            f"the network of {run} has shape {net.shape} and {net.num_classes} classes, "
+            f"but {dataset.name} has {dataset.shape} and {dataset.num_classes}; its model.json is not its own"
+        )
     result = {"step": extra.get("step")} | evaluate(
         net.to(choose_device(device)), dataset, steps, seed, folder=run if pictures else None
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ def writing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"cannot write {path} ({error.strerror or error}); choose a writable place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
