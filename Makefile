@@ -15,6 +15,7 @@ FIRST := .venv/.torch
 
 # torch goes first and pinned, so that the package's own range never fetches a second one.
 $(FIRST):
+	@echo "setting up .venv: torch and the other libraries are fetched once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,22 +177,3 @@ def test_a_wheel_finds_its_configurations(tmp_path: Path, monkeypatch: pytest.Mo
     (installed / "mine.yaml").write_text(TOY)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert config.load("configs/mine.yaml").model["width"] == 16
-
-
-def test_the_command_line_reports_it_without_a_traceback(toy: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mmf_fast.train",
-            "--config",
-            str(toy),
-            "train.stpes=3",
-            "--run",
-            str(toy.parent / "run"),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: unknown key train.stpes; did you mean train.steps?\n"

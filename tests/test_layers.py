@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "classifier": FORWARD | {"models", "data", "classifier"},
     "evaluation": FORWARD | {"models", "data", "sampling", "evaluation", "pictures", "metrics", "classifier"},
     "config": PARTS,
-    "training": FORWARD | PARTS | {"sampling", "evaluation", "config", "training"},
+    "training": FORWARD | PARTS | {"sampling", "evaluation", "pictures", "config", "training"},
     "train": {"config", "training"},
     "__init__": FORWARD | PARTS | {"sampling", "evaluation"},
 }

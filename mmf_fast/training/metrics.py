@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from mmf_fast.pictures import writing
 from mmf_fast.training.checkpoint import write_atomically
 
 CURVES = {"loss": "weighted loss", "mse": "raw error", "lam": "lambda", "grad_norm": "gradient norm"}
@@ -52,6 +52,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def plot_curves(run: Path) -> Path:
     """Draws loss, raw error, lambda and gradient norm over the steps into curves.png and returns its path."""
+    from matplotlib.figure import Figure  # a second of start-up, and needed once at the end
+
     records = read(run / "metrics.jsonl")
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
@@ -64,7 +66,8 @@ def plot_curves(run: Path) -> Path:
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
     path = run / "curves.png"
-    figure.savefig(path, dpi=120)
+    with writing(path) as draft:
+        figure.savefig(draft, dpi=120)
     return path
 
 

@@ -146,12 +146,13 @@ class Trainer:
         count = 2000 if points else 8 * columns
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(count, *self.dataset.shape, generator=generator).to(self.engine.device)
-        cond = {"y": torch.arange(count, device=self.engine.device) % columns} if classes else {}
+        cond: dict[str, Any] = {"y": torch.arange(count, device=self.engine.device) % columns} if classes else {}
         with torch.random.fork_rng():
             x = sample(net, tuple(noise.shape), steps=1, noise=noise, **cond)
-        path = self.run / "samples" / f"step_{self.step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_grid(x.cpu(), path, columns)
+        if torch.isfinite(x).all():
+            save_grid(x.cpu(), self.run / "samples" / f"step_{self.step:07d}.png", columns)
+        else:
+            tqdm.write(f"warning: step {self.step}: samples are not finite, no picture drawn", file=sys.stderr)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
