@@ -38,9 +38,9 @@ def positions_2d(grid: int, width: int) -> Tensor:
     """Fixed sin-cos positions (grid^2, width): half of the width for rows, half for columns (MAE, arXiv 2111.06377)."""
     frequencies = 10000.0 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]
     angles = torch.arange(grid)[:, None] * frequencies
-    axis = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)
     rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
-    return torch.cat((rows, columns), dim=-1).flatten(0, 1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 class Block(nn.Module):

@@ -1,9 +1,9 @@
 """What the networks share: modulation, time and class conditioning, attention, initialisation and FLOP counts.
 
-Shape legend of this package:  B batch   N tokens   D width   H heads   K width of a head   P = 3 N or patch elements
-                               C channels   Y, X rows and columns of an image   F frequencies
+Shape legend:  B batch   N tokens   D width   H heads   K width of a head   F frequencies
+
 Everything here is differentiated in forward mode too (z and t may be `Dual`s), so a forward pass uses torch functions
-only and never writes in place.
+only and never writes in place. torch.cat is given a list: Dynamo does not look for Duals inside a tuple.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def sinusoids(t: Tensor, count: int) -> Tensor:
     dtype = torch.promote_types(t.dtype, torch.float32)
     exponents_F = torch.linspace(0, 1, count, dtype=dtype, device=t.device)
     angles_BF = t.to(dtype).unsqueeze(-1) * torch.exp(math.log(MAX_FREQUENCY) * exponents_F)
-    return torch.cat((angles_BF.sin(), angles_BF.cos()), dim=-1)
+    return torch.cat([angles_BF.sin(), angles_BF.cos()], dim=-1)
 
 
 class Conditioning(nn.Module):
@@ -76,7 +76,7 @@ class Conditioning(nn.Module):
             nn.init.normal_(self.label.weight, std=0.02)
 
     def forward(self, r: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        times_B4F = torch.cat((sinusoids(t, self.frequencies), sinusoids(t - r, self.frequencies)), dim=-1)
+        times_B4F = torch.cat([sinusoids(t, self.frequencies), sinusoids(t - r, self.frequencies)], dim=-1)
         c_BD = self.fc_out(F.silu(self.fc_in(times_B4F.to(self.fc_in.weight.dtype))))
         if self.label is not None:
             if y is None:

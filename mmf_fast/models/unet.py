@@ -189,7 +189,7 @@ class UNet(nn.Module):
             x_BCYX = layer(x_BCYX, c_BD)
         for layer in self.up:
             if isinstance(layer, ResBlock):
-                x_BCYX = torch.cat((x_BCYX, skips.pop()), dim=1)
+                x_BCYX = torch.cat([x_BCYX, skips.pop()], dim=1)
             x_BCYX = layer(x_BCYX, c_BD)
         return self.output(F.silu(self.norm(x_BCYX))).to(z.dtype)
 

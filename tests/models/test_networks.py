@@ -233,6 +233,21 @@ def test_the_primal_of_a_dual_call_is_the_plain_call(name):
     assert (du - difference).norm() < 1e-7 * difference.norm()
 
 
+@every_network
+def test_a_dual_call_compiles_in_one_graph(name):
+    net = network(name)
+    z, r, t, y = inputs(net)
+
+    def velocity_and_derivative(z, w, r, t, y):
+        u, du = net(Dual(z, w), r, Dual(t, torch.ones_like(t)), y)
+        return u, du
+
+    compiled = torch.compile(velocity_and_derivative, fullgraph=True, backend="eager")
+    w = torch.randn_like(z)
+    torch.testing.assert_close(compiled(z, w, r, t, y), velocity_and_derivative(z, w, r, t, y))
+    torch.compiler.reset()
+
+
 def test_the_tangent_of_the_time_embedding_is_float32_in_a_bfloat16_network():
     t = torch.rand(4, dtype=torch.bfloat16)
     embedded = sinusoids(Dual(t, torch.ones_like(t)), 8)
