@@ -42,7 +42,7 @@ JVP_MODES = ("dual", "func", "finite_difference")
 
 Rule = Callable[..., tuple[Any, Any]]
 
-# How eager mode and Dynamo spell operators between a Tensor and a Dual: the operator, and whether they swap the operands.
+# How eager mode and Dynamo spell operators between a Tensor and a Dual, and whether they swap the operands.
 _OPERATORS = {
     "__pow__": (operator.pow, False),
     "__floordiv__": (operator.floordiv, False),
@@ -86,6 +86,8 @@ class Dual(NamedTuple):
             raise missing_rule(func)
         if kwargs.get("out") is not None:
             raise missing_rule(func, "a Dual cannot be written to out=; use the returned value")
+        if "out" in kwargs:  # out=None, which functions written in Python pass on
+            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         return _wrap(cls, *rule(*args, **kwargs))
 
     shape = property(lambda self: self.primal.shape)
@@ -94,6 +96,10 @@ class Dual(NamedTuple):
     layout = property(lambda self: self.primal.layout)
     ndim = property(lambda self: self.primal.ndim)
     is_cuda = property(lambda self: self.primal.is_cuda)
+    is_cpu = property(lambda self: self.primal.is_cpu)
+    is_nested = property(lambda self: self.primal.is_nested)
+    is_sparse = property(lambda self: self.primal.is_sparse)
+    is_quantized = property(lambda self: self.primal.is_quantized)
     requires_grad = property(lambda self: self.primal.requires_grad)
     T = property(lambda self: self.t())
     mT = property(lambda self: self.transpose(-2, -1))
@@ -174,8 +180,9 @@ def tangent_scope(*args: Any) -> contextlib.AbstractContextManager:
 def register_rule(*functions: Any) -> Callable[[Rule], Rule]:
     """Decorator: the rule of one or several torch functions (or Tensor methods, or operators of `torch.ops`).
 
-    The rule is called with the arguments of the function, at least one of them a Dual with a tangent, and returns
-    `(y, dy)`: the result and its tangent, of the same shape and dtype. Compute `dy` inside `tangent_scope`:
+    The rule is called with the arguments of the function (never `out`), at least one of them a Dual with a tangent,
+    and returns `(y, dy)`: the result and its tangent, which is broadcast and converted to the shape and dtype of y.
+    Compute `dy` inside `tangent_scope`:
 
         @register_rule(torch.sinc)
         def sinc(x):
@@ -263,7 +270,10 @@ def _wrap(cls: type[Dual], y: Any, dy: Any) -> Any:
     if isinstance(y, (list, tuple)):
         pairs = [_wrap(cls, y_i, dy_i) for y_i, dy_i in zip(y, dy, strict=True)]
         return pairs if type(y) is list else tuple(pairs) if type(y) is tuple else type(y)(pairs)
-    return cls(y, dy)
+    # A rule may leave its tangent smaller (broadcasting) or of another dtype (promotion, autocast) than its primal.
+    if dy.dtype != y.dtype:
+        dy = dy.to(y.dtype)
+    return cls(y, dy if dy.shape == y.shape else dy.expand(y.shape))
 
 
 def missing_rule(func: Any, fix: str | None = None) -> MissingRuleError:

@@ -1,4 +1,4 @@
-"""Elementwise functions, activations and softmax.
+"""Activations and softmax.
 
 The Jacobian of an elementwise function is diagonal and that of softmax is symmetric, so J dx = J^T dx: PyTorch's fused
 backward kernels serve as the tangent. They are differentiable themselves, which SG_lambda needs.
@@ -6,56 +6,16 @@ backward kernels serve as the tangent. They are differentiable themselves, which
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.dual import no_tangent, register_rule, tangent_scope
-from mmf_fast.rules.common import pointwise, rule, spellings
+from mmf_fast.dual import tangent_scope
+from mmf_fast.rules.common import in_place, pointwise, rule
 
 aten = torch.ops.aten
-
-# -- functions: d f(x) = f'(x) dx --------------------------------------------------------------------------------------
-
-_DERIVATIVES = {
-    "exp": lambda x, y: y,
-    "exp2": lambda x, y: y * math.log(2),
-    "expm1": lambda x, y: y + 1,
-    "log": lambda x, y: 1 / x,
-    "log2": lambda x, y: 1 / (x * math.log(2)),
-    "log10": lambda x, y: 1 / (x * math.log(10)),
-    "log1p": lambda x, y: 1 / (x + 1),
-    "sqrt": lambda x, y: 0.5 / y,
-    "rsqrt": lambda x, y: -0.5 * y / x,
-    "square": lambda x, y: 2 * x,
-    "reciprocal": lambda x, y: -y * y,
-    "sin": lambda x, y: torch.cos(x),
-    "cos": lambda x, y: -torch.sin(x),
-    "tan": lambda x, y: 1 + y * y,
-    "asin": lambda x, y: torch.rsqrt(1 - x * x),
-    "acos": lambda x, y: -torch.rsqrt(1 - x * x),
-    "atan": lambda x, y: 1 / (1 + x * x),
-    "sinh": lambda x, y: torch.cosh(x),
-    "cosh": lambda x, y: torch.sinh(x),
-    "abs": lambda x, y: torch.sign(x),
-    "erf": lambda x, y: 2 / math.sqrt(math.pi) * torch.exp(-x * x),
-    "erfc": lambda x, y: -2 / math.sqrt(math.pi) * torch.exp(-x * x),
-}
-_ALIASES = {"abs": ("absolute",), "asin": ("arcsin",), "acos": ("arccos",), "atan": ("arctan",)}
-
-for _name, _derivative in _DERIVATIVES.items():
-    pointwise(_name, *_ALIASES.get(_name, ()))(lambda dx, x, y, f=_derivative: dx * f(x, y))
-
-
-@pointwise("nan_to_num")
-def nan_to_num(dx: Tensor, x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.where(torch.isfinite(x), dx, 0.0)
-
-
-# -- activations -------------------------------------------------------------------------------------------------------
 
 
 @pointwise("sigmoid", "expit")
@@ -165,6 +125,19 @@ def threshold(dx: Tensor, x: Tensor, y: Tensor, threshold: float, value: float) 
     return aten.threshold_backward(dx, x, threshold)
 
 
+@rule("rrelu")
+def rrelu(
+    input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> tuple[Any, Any]:
+    """A leaky ReLU whose slope is drawn per element in training, the mean slope in evaluation."""
+    if inplace:
+        raise in_place(F.rrelu)
+    if not training:
+        return F.leaky_relu(input, (lower + upper) / 2)
+    slope = torch.empty_like(input.primal).uniform_(lower, upper)
+    return torch.where(input >= 0, input, input * slope)
+
+
 @rule("prelu")
 def prelu(input: Any, weight: Any) -> Any:
     shape = [1, -1] + [1] * (input.ndim - 2) if input.ndim > 1 else [-1]
@@ -199,7 +172,3 @@ def log_softmax(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stac
 @rule("softmin")
 def softmin(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Any:
     return torch.softmax(-input, dim, dtype=dtype)
-
-
-register_rule(F.softmin)(softmin)
-no_tangent(*spellings("argmax", "argmin", "argsort", "one_hot", "multinomial", "bernoulli"))

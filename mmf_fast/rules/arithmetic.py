@@ -1,4 +1,4 @@
-"""Arithmetic and products: sums, quotients, powers, matrix products, einsum."""
+"""Arithmetic of two tensors: sums, products, quotients, powers, remainders, extrema."""
 
 from __future__ import annotations
 
@@ -7,193 +7,190 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmf_fast.dual import no_tangent, primal, register_rule, tangent, tangent_scope
-from mmf_fast.rules.common import add_tangents, linear_in_first, match, pointwise, rule, spellings
+from mmf_fast.rules.common import add_tangents, linear_in_first, rule, spellings
 
 linear_in_first("neg", "negative", "positive")
 
 
 @rule("add")
 @register_rule(operator.add)
-def add(a: Any, b: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
-    y = primal(a) + (primal(b) if alpha == 1 else alpha * primal(b))
-    with tangent_scope(a, b):
-        db = tangent(b)
-        return y, match(add_tangents(tangent(a), db if db is None or alpha == 1 else alpha * db), y)
+def add(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
+    a, b = primal(input), primal(other)
+    with tangent_scope(input, other):
+        db = tangent(other)
+        dy = add_tangents(tangent(input), db if db is None or alpha == 1 else alpha * db)
+    return a + (b if alpha == 1 else alpha * b), dy
 
 
 @rule("sub", "subtract")
 @register_rule(operator.sub)
-def sub(a: Any, b: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
-    y = primal(a) - (primal(b) if alpha == 1 else alpha * primal(b))
-    with tangent_scope(a, b):
-        da, db = tangent(a), tangent(b)
+def sub(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
+    a, b = primal(input), primal(other)
+    with tangent_scope(input, other):
+        da, db = tangent(input), tangent(other)
         if db is None:
-            return y, match(da, y)
-        db = db if alpha == 1 else alpha * db
-        return y, match(-db if da is None else da - db, y)
+            dy = da
+        else:
+            db = db if alpha == 1 else alpha * db
+            dy = -db if da is None else da - db
+    return a - (b if alpha == 1 else alpha * b), dy
 
 
 @rule("rsub")
-def rsub(a: Any, b: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
-    return sub(b, a, alpha=alpha)
+def rsub(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
+    return sub(other, input, alpha=alpha)
+
+
+@rule("mul", "multiply")
+@register_rule(operator.mul)
+def mul(input: Any, other: Any) -> tuple[Any, Any]:
+    a, b = primal(input), primal(other)
+    with tangent_scope(input, other):
+        da, db = tangent(input), tangent(other)
+        dy = add_tangents(None if da is None else da * b, None if db is None else a * db)
+    return a * b, dy
 
 
 @rule("div", "divide", "true_divide")
 @register_rule(operator.truediv)
-def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> tuple[Any, Any]:
+def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> tuple[Any, Any]:
     """d(a/b) = (da - (a/b) db) / b."""
+    a, b = primal(input), primal(other)
     if rounding_mode is not None:
-        return torch.div(primal(a), primal(b), rounding_mode=rounding_mode), None
-    y = primal(a) / primal(b)
-    with tangent_scope(a, b):
-        da, db = tangent(a), tangent(b)
+        return torch.div(a, b, rounding_mode=rounding_mode), None
+    y = a / b
+    with tangent_scope(input, other):
+        da, db = tangent(input), tangent(other)
         numerator = add_tangents(da, None if db is None else -y * db)
-        return y, match(numerator / primal(b), y)
+        return y, numerator / b  # type: ignore[operator]  # one of them has a tangent
 
 
-@rule("pow", "float_power")
-@register_rule(operator.pow)
-def power(a: Any, b: Any) -> tuple[Any, Any]:
+@rule("pow")
+@register_rule(operator.pow, Tensor.__pow__)
+def power(input: Any, exponent: Any) -> tuple[Any, Any]:
     """d(a^b) = b a^(b-1) da + a^b log(a) db; at a = 0 the second term is 0, as in autograd."""
-    x, n = primal(a), primal(b)
-    y = torch.pow(x, n)
-    with tangent_scope(a, b):
-        da, db = tangent(a), tangent(b)
-        from_base = None
-        if da is not None:
-            slope = n * torch.pow(x, n - 1)
-            if isinstance(n, torch.Tensor):
-                slope = torch.where(n == 0, 0.0, slope)
-            elif n == 0:
-                slope = torch.zeros_like(x)
-            from_base = da * slope
-        if db is None:
-            return y, match(from_base, y)
-        log_x = torch.log(torch.as_tensor(x, dtype=y.dtype, device=y.device))
-        from_exponent = db * torch.where(y == 0, 0.0, y * log_x)
-        return y, match(add_tangents(from_base, from_exponent), y)
+    a, b = primal(input), primal(exponent)
+    y = torch.pow(a, b)
+    with tangent_scope(input, exponent):
+        da, db = tangent(input), tangent(exponent)
+        from_base = None if da is None else da * _slope(a, b)
+        from_exponent = None
+        if db is not None:
+            safe = torch.where(y == 0, 1.0, torch.as_tensor(a, dtype=y.dtype, device=y.device))
+            from_exponent = db * y * torch.log(safe)
+        return y, add_tangents(from_base, from_exponent)
 
 
-@rule("maximum", "fmax")
-def maximum(a: Any, b: Any) -> tuple[Any, Any]:
+def _slope(a: Tensor, b: Any) -> Any:
+    # b a^(b-1), without 0 * inf at a = b = 0.
+    if isinstance(b, Tensor):
+        return torch.where(b == 0, 0.0, b * torch.pow(a, torch.where(b == 0, 1.0, b - 1)))
+    return 0.0 if b == 0 else b * torch.pow(a, b - 1)
+
+
+@rule("remainder")
+@register_rule(operator.mod)
+def remainder(input: Any, other: Any) -> tuple[Any, Any]:
+    """a mod b = a - b floor(a/b)."""
+    return _modulo(torch.remainder, "floor", input, other)
+
+
+@rule("fmod")
+def fmod(input: Any, other: Any) -> tuple[Any, Any]:
+    """fmod(a, b) = a - b trunc(a/b)."""
+    return _modulo(torch.fmod, "trunc", input, other)
+
+
+def _modulo(function: Callable[..., Tensor], rounding_mode: str, input: Any, other: Any) -> tuple[Any, Any]:
+    a, b = primal(input), primal(other)
+    with tangent_scope(input, other):
+        db = tangent(other)
+        from_other = None if db is None else -db * torch.div(a, b, rounding_mode=rounding_mode)
+        dy = add_tangents(tangent(input), from_other)
+    return function(a, b), dy
+
+
+@rule("maximum")
+def maximum(input: Any, other: Any) -> tuple[Any, Any]:
     """Ties share the tangent, as autograd's do."""
-    return _select(torch.maximum(primal(a), primal(b)), a, b)
+    return _select(torch.maximum(primal(input), primal(other)), input, other)
 
 
-@rule("minimum", "fmin")
-def minimum(a: Any, b: Any) -> tuple[Any, Any]:
-    return _select(torch.minimum(primal(a), primal(b)), a, b)
+@rule("minimum")
+def minimum(input: Any, other: Any) -> tuple[Any, Any]:
+    return _select(torch.minimum(primal(input), primal(other)), input, other)
 
 
-def _select(y: torch.Tensor, a: Any, b: Any) -> tuple[Any, Any]:
+def _select(y: Tensor, a: Any, b: Any) -> tuple[Any, Any]:
     with tangent_scope(a, b):
         is_a, is_b = (y == primal(a)).to(y.dtype), (y == primal(b)).to(y.dtype)
         total = is_a + is_b
         da, db = tangent(a), tangent(b)
         terms = (None if da is None else da * is_a / total, None if db is None else db * is_b / total)
-        return y, match(add_tangents(*terms), y)
-
-
-def multilinear(function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """A product, linear in each tensor argument: the sum of f with one argument replaced by its tangent."""
-
-    def product(*factors: Any, **kwargs: Any) -> tuple[Any, Any]:
-        primals = [primal(x) for x in factors]
-        y = function(*primals, **kwargs)
-        with tangent_scope(*factors):
-            terms = [
-                function(*primals[:i], dx, *primals[i + 1 :], **kwargs)
-                for i, dx in enumerate(map(tangent, factors))
-                if dx is not None
-            ]
-            return y, match(add_tangents(*terms), y)
-
-    return product
-
-
-register_rule(operator.mul, *spellings("mul", "multiply"))(multilinear(operator.mul))
-register_rule(operator.matmul, *spellings("matmul"), torch.Tensor.__matmul__)(multilinear(torch.matmul))
-for _name in ("mm", "bmm", "mv", "dot", "inner", "outer", "ger", "kron", "cross", "vdot", "chain_matmul"):
-    for _function in spellings(_name):
-        register_rule(_function)(multilinear(_function))
-
-
-@rule("einsum")
-def einsum(equation: str, *operands: Any) -> tuple[Any, Any]:
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    return multilinear(lambda *tensors: torch.einsum(equation, *tensors))(*operands)
-
-
-@rule("tensordot")
-def tensordot(a: Any, b: Any, dims: Any = 2) -> tuple[Any, Any]:
-    return multilinear(lambda a, b: torch.tensordot(a, b, dims=dims))(a, b)
-
-
-def _add_product(name: str, product: Callable[..., Any]) -> None:
-    # beta * input + alpha * (a @ b): torch.addmm and its kin.
-    @rule(name)
-    def add_product(input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> tuple[Any, Any]:
-        function = getattr(torch, name)
-        y = function(primal(input), primal(a), primal(b), beta=beta, alpha=alpha)
-        with tangent_scope(input, a, b):
-            d_input, da, db = tangent(input), tangent(a), tangent(b)
-            terms = (
-                None if d_input is None else beta * d_input,
-                None if da is None else alpha * product(da, primal(b)),
-                None if db is None else alpha * product(primal(a), db),
-            )
-            return y, match(add_tangents(*terms), y)
-
-
-_add_product("addmm", torch.mm)
-_add_product("addmv", torch.mv)
-_add_product("addr", torch.outer)
-_add_product("baddbmm", torch.bmm)
-_add_product("addbmm", lambda a, b: torch.bmm(a, b).sum(0))
+        return y, add_tangents(*terms)
 
 
 @rule("addcmul")
-def addcmul(input: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
-    return input + value * (a * b)
+def addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
+    return input + value * (tensor1 * tensor2)
 
 
 @rule("addcdiv")
-def addcdiv(input: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
-    return input + value * (a / b)
+def addcdiv(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
+    return input + value * (tensor1 / tensor2)
 
 
 @rule("lerp")
-def lerp(start: Any, end: Any, weight: Any) -> Any:
-    return start + weight * (end - start)
+def lerp(input: Any, end: Any, weight: Any) -> Any:
+    return input + weight * (end - input)
 
 
 @rule("atan2", "arctan2")
-def atan2(a: Any, b: Any) -> tuple[Any, Any]:
+def atan2(input: Any, other: Any) -> tuple[Any, Any]:
     """d atan2(a, b) = (b da - a db) / (a^2 + b^2)."""
-    y = torch.atan2(primal(a), primal(b))
-    with tangent_scope(a, b):
-        da, db = tangent(a), tangent(b)
-        terms = (None if da is None else primal(b) * da, None if db is None else -primal(a) * db)
-        return y, match(add_tangents(*terms) / (primal(a) ** 2 + primal(b) ** 2), y)
+    a, b = primal(input), primal(other)
+    with tangent_scope(input, other):
+        da, db = tangent(input), tangent(other)
+        terms = (None if da is None else b * da, None if db is None else -a * db)
+        dy = add_tangents(*terms) / (a * a + b * b)  # type: ignore[operator]
+    return torch.atan2(a, b), dy
 
 
-@pointwise("clamp", "clip")
-def clamp(dx: Any, x: Any, y: Any, min: Any = None, max: Any = None) -> Any:
-    inside = torch.ones_like(x, dtype=torch.bool)
-    if min is not None:
-        inside = inside & (x >= min)
-    if max is not None:
-        inside = inside & (x <= max)
-    return torch.where(inside, dx, 0.0)
+@rule("hypot")
+def hypot(input: Any, other: Any) -> Any:
+    return torch.sqrt(input * input + other * other)
 
 
+@rule("logaddexp")
+def logaddexp(input: Any, other: Any) -> tuple[Any, Any]:
+    """d log(e^a + e^b) = sigmoid(a - b) da + sigmoid(b - a) db."""
+    a, b = primal(input), primal(other)
+    with tangent_scope(input, other):
+        da, db = tangent(input), tangent(other)
+        terms = (
+            None if da is None else torch.sigmoid(a - b) * da,
+            None if db is None else torch.sigmoid(b - a) * db,
+        )
+    return torch.logaddexp(a, b), add_tangents(*terms)
+
+
+@rule("xlogy")
+def xlogy(input: Any, other: Any) -> tuple[Any, Any]:
+    """d(a log b) = log(b) da + (a/b) db."""
+    a, b = primal(input), primal(other)
+    with tangent_scope(input, other):
+        da, db = tangent(input), tangent(other)
+        terms = (None if da is None else torch.log(torch.as_tensor(b)) * da, None if db is None else a / b * db)
+        return torch.xlogy(a, b), add_tangents(*terms)
+
+
+# Comparisons and integer quotients: piecewise constant.
 no_tangent(
-    *(getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "floordiv", "mod")),
+    *(getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "floordiv")),
     *spellings("lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal"),
-    *spellings("isclose", "allclose", "equal", "isnan", "isinf", "isfinite", "logical_not", "logical_and", "logical_or"),
-    *spellings("sign", "sgn", "floor", "ceil", "round", "trunc", "fix", "floor_divide"),
-    *spellings("heaviside", "signbit", "bucketize", "searchsorted"),
+    *spellings("isclose", "allclose", "equal", "logical_and", "logical_or", "logical_xor", "floor_divide"),
+    *spellings("__floordiv__", "__rfloordiv__"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ _NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg)
 
 
 def spellings(*names: str) -> list[Any]:
-    """Every function and method of that name: torch.exp, Tensor.exp, torch.special.exp, ..."""
+    """Every function and method of these names that this PyTorch has: torch.exp, Tensor.exp, torch.special.expm1, ..."""
     found = [getattr(space, name) for name in names for space in _NAMESPACES if callable(getattr(space, name, None))]
     return list(dict.fromkeys(found))
 
@@ -34,32 +34,49 @@ def add_tangents(*terms: Tensor | None) -> Tensor | None:
     return sum(present[1:], start=present[0])
 
 
-def match(dy: Tensor | None, y: Tensor) -> Tensor | None:
-    """Give a tangent the shape and dtype of its primal, after broadcasting or type promotion."""
-    if dy is None:
-        return None
-    return dy.to(y.dtype).expand(y.shape)
+def constant_arguments(function: Any, arguments: Iterable[Any]) -> None:
+    """Refuse a tangent where a rule would drop it."""
+    if any(tangent(x) is not None for x in arguments):
+        raise missing_rule(function, "only its first argument may be a Dual")
 
 
 def linear_in_first(*names: str) -> None:
-    """Operations linear in their first argument and constant in the others: d f(x, ...) = f(dx, ...)."""
+    """Operations linear in their first argument, the others constant: d f(x, ...) = f(dx, ...)."""
     for function in spellings(*names):
         _linear_in_first(function)
 
 
 def _linear_in_first(function: Any) -> None:
     @register_rule(function)
-    def linear_rule(x: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def linear_rule(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        constant_arguments(function, (*args, *kwargs.values()))
+        y = function(input.primal, *args, **kwargs)
+        with tangent_scope(input):
+            return y, function(input.tangent, *args, **kwargs)
+
+
+def after_example(*names: str) -> None:
+    """Linear operations whose other argument gives only shape or dtype: view_as, to, ..."""
+    for function in spellings(*names):
+        _after_example(function)
+
+
+def _after_example(function: Any) -> None:
+    @register_rule(function)
+    def example_rule(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         args, kwargs = tuple(map(primal, args)), {name: primal(value) for name, value in kwargs.items()}
-        y = function(primal(x), *args, **kwargs)
-        if tangent(x) is None:
+        y, dx = function(primal(input), *args, **kwargs), tangent(input)
+        if dx is None or not isinstance(y, Tensor) or not y.is_floating_point():
             return y, None
-        with tangent_scope(x):
-            return y, function(tangent(x), *args, **kwargs)
+        with tangent_scope(input):
+            return y, function(dx, *args, **kwargs)
 
 
 def pointwise(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Elementwise functions of one tensor, from their tangent: decorates `d(dx, x, y, *args) -> dy`."""
+    """Elementwise functions of one tensor, from their tangent: decorates `d(dx, x, y, *args) -> dy`.
+
+    Autocast may compute y wider than x; then x and dx arrive in y's dtype.
+    """
 
     def register(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for function in spellings(*names):
@@ -73,7 +90,13 @@ def _pointwise(function: Any, derivative: Callable[..., Tensor]) -> None:
     @register_rule(function)
     def pointwise_rule(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> tuple[Any, Any]:
         if inplace:
-            raise missing_rule(function, "a Dual is immutable, build the module with inplace=False")
+            raise in_place(function)
+        constant_arguments(function, (*args, *kwargs.values()))
         y = function(input.primal, *args, **kwargs)
         with tangent_scope(input):
-            return y, derivative(input.tangent, input.primal, y, *args, **kwargs)
+            return y, derivative(input.tangent.to(y.dtype), input.primal.to(y.dtype), y, *args, **kwargs)
+
+
+def in_place(function: Any) -> Exception:
+    """The error for inplace=True."""
+    return missing_rule(function, "a Dual is immutable, build the module with inplace=False")

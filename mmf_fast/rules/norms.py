@@ -119,7 +119,7 @@ def group_norm(
         return y, _affine_tangent(x_hat, d_hat, weight, bias, shape).to(y.dtype)
 
 
-@register_rule(F.batch_norm, torch.batch_norm)
+@register_rule(F.batch_norm)
 def batch_norm(
     input: Any,
     running_mean: Tensor | None,
@@ -139,7 +139,7 @@ def batch_norm(
         return y, _with_statistics(input, dims, running_mean, running_var, weight, bias, training, eps).to(y.dtype)
 
 
-@register_rule(F.instance_norm, torch.instance_norm)
+@register_rule(F.instance_norm)
 def instance_norm(
     input: Any,
     running_mean: Tensor | None = None,
@@ -155,7 +155,9 @@ def instance_norm(
     y = F.instance_norm(x, running_mean, running_var, primal(weight), primal(bias), use_input_stats, momentum, eps)
     dims = tuple(range(2, x.ndim))
     with tangent_scope(input, weight, bias):
-        return y, _with_statistics(input, dims, running_mean, running_var, weight, bias, use_input_stats, eps).to(y.dtype)
+        return y, _with_statistics(input, dims, running_mean, running_var, weight, bias, use_input_stats, eps).to(
+            y.dtype
+        )
 
 
 def _with_statistics(
@@ -171,10 +173,19 @@ def _with_statistics(
     x, dx = primal(input), tangent(input)
     shape = (1, x.shape[1], *[1] * (x.ndim - 2))
     dx = torch.zeros_like(x) if dx is None else dx
-    if use_input_stats:
+    if use_input_stats or running_mean is None or running_var is None:
         x_hat, d_hat = _standardised(x, dx, dims, eps)
     else:
-        assert running_mean is not None and running_var is not None  # torch has checked it
         r_std = torch.rsqrt(running_var + eps).view(shape)
         x_hat, d_hat = (x - running_mean.view(shape)) * r_std, dx * r_std
     return _affine_tangent(x_hat, d_hat, weight, bias, shape)
+
+
+@register_rule(torch.batch_norm)
+def torch_batch_norm(input: Any, weight: Any, bias: Any, mean: Any, var: Any, *options: Any) -> tuple[Any, Any]:
+    return batch_norm(input, mean, var, weight, bias, *options)
+
+
+@register_rule(torch.instance_norm)
+def torch_instance_norm(input: Any, weight: Any, bias: Any, mean: Any, var: Any, *options: Any) -> tuple[Any, Any]:
+    return instance_norm(input, mean, var, weight, bias, *options)
