@@ -106,7 +106,7 @@ def save_field(
     velocity: Callable[[Tensor, float], Tensor],
     data: Tensor,
     path: str | Path,
-    times: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0),
+    times: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.1),
 ) -> None:
     """Draw the learned field of a toy, one panel per time: arrows -u(z, t, t), the way sampling moves the points.
 
@@ -115,38 +115,36 @@ def save_field(
     """
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0))
     figure, panels = _panels(len(times))
-    mesh = torch.stack(torch.meshgrid(*[torch.linspace(-2.6, 2.6, 25)] * 2, indexing="xy"), dim=-1).flatten(0, 1)
+    mesh = torch.stack(torch.meshgrid(*[torch.linspace(-2.6, 2.6, 20)] * 2, indexing="xy"), dim=-1).flatten(0, 1)
     for axes, t in zip(panels, times, strict=True):
         z = (1 - t) * data + t * noise
         near = mesh[torch.cdist(mesh, z).min(dim=1).values < 0.2]
         u = velocity(near, t).detach().float().cpu()
-        _scatter(axes, z[:2000], _NOISE, alpha=0.25)
+        _scatter(axes, z[:2000], _NOISE, alpha=0.6)
         speed = u.norm(dim=1)
         direction = -u / speed.clamp_min(1e-12)[:, None] * speed.clamp_max(3)[:, None]
-        axes.quiver(*near.T, *direction.T, speed, cmap="viridis", clim=(0, 3), angles="xy", scale=16, width=0.006)
+        axes.quiver(*near.T, *direction.T, speed, cmap="viridis", clim=(0, 3), angles="xy", scale=16, width=0.007)
         axes.set_title(f"t = {t:g}")
         axes.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7))
     figure.suptitle("Learned field −u(z, t, t): where sampling moves a point at time t (brighter is faster)")
     _save(figure, path)
 
 
-def save_arrows(noise: Tensor, x: Tensor, data: Tensor, path: str | Path, arrows: int = 250) -> None:
+def save_arrows(noise: Tensor, x: Tensor, data: Tensor, path: str | Path, arrows: int = 150) -> None:
     """Draw one-step samples of a toy, some as arrows from their noise, all as points, beside the data; each (N, 2)."""
     figure, panels = _panels(3)
     way, samples, truth = panels
     start, move = noise[:arrows].cpu(), (x - noise)[:arrows].cpu()
-    way.quiver(
-        *start.T, *move.T, color=_NOISE, alpha=0.45, angles="xy", scale_units="xy", scale=1, width=0.002, headwidth=6
-    )
-    _scatter(way, start, _NOISE, size=4)
-    _scatter(way, x[:arrows], _SAMPLES, size=4)
-    way.set_title("one step: x = ε − u(ε, 0, 1)")
+    to_scale: dict[str, Any] = dict(angles="xy", scale_units="xy", scale=1, width=0.003, headwidth=5)
+    way.quiver(*start.T, *move.T, color=_NOISE, alpha=0.7, **to_scale)
+    _scatter(way, start, _NOISE, size=6, alpha=1)
+    _scatter(way, x[:arrows], _SAMPLES, size=6, alpha=1)
+    way.set_title("one step: ε → ε − u(ε, 0, 1)")
     _scatter(samples, x, _SAMPLES)
     samples.set_title("one-step samples")
     _scatter(truth, data, _DATA)
     truth.set_title("data")
-    _same_limits([way], [noise[:arrows], x[:arrows]])
-    _same_limits([samples, truth], [data])
+    _same_limits(panels, [1.3 * data])  # the tails of the noise would make the rest small
     _save(figure, path)
 
 
