@@ -151,7 +151,8 @@ class MeanFlowLoss(nn.Module):
             lam, exact = 1.0, self._stochastic_count(lam, intervals, step)
         elif lam == 0:
             exact = 0
-        loss, per_sample, metrics = self._compute(d._replace(order=None), exact, torch.full((), lam).to(d.t))
+        share = torch.full((), lam, dtype=d.t.dtype, device=d.t.device)  # a tensor: its value is not part of the graph
+        loss, per_sample, metrics = self._compute(d._replace(order=None), exact, share)
         if d.order is not None:
             per_sample = torch.empty_like(per_sample).index_copy_(0, d.order, per_sample)
         metrics["lam"] = torch.tensor(lam * exact / max(intervals, 1))
