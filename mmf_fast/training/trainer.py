@@ -66,9 +66,7 @@ class Trainer:
         _check_run_folder(self.run, resume)
         seed_everything(config.seed)
         self.dataset = data.load(**config.data)
-        self.dataset.batch(
-            0, config.train.batch
-        )  # a size that does not fit is refused here, before anything is written
+        self.dataset.batch(0, config.train.batch)  # refuses a size that does not fit, before anything is written
         self.engine = build_engine(config, self.dataset)
         self.skipped = self.skipped.to(self.engine.device)
         self.skipped_in_a_row = self.skipped_in_a_row.to(self.engine.device)
@@ -147,8 +145,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(count, *self.dataset.shape, generator=generator).to(self.engine.device)
         cond: dict[str, Any] = {"y": torch.arange(count, device=self.engine.device) % columns} if classes else {}
-        with torch.random.fork_rng():
-            x = sample(net, tuple(noise.shape), steps=1, noise=noise, **cond)
+        x = sample(net, tuple(noise.shape), steps=1, noise=noise, **cond)
         if torch.isfinite(x).all():
             save_grid(x.cpu(), self.run / "samples" / f"step_{self.step:07d}.png", columns)
         else:
@@ -214,9 +211,7 @@ class Trainer:
         try:
             self.engine.load_state_dict(state["engine"])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} was written by another version of the code ({error}); start another run"
-            ) from error
+            raise CheckpointError(f"{path} is of another version of the code ({error}); start another run") from error
         self.step = state["step"]
         self.skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])

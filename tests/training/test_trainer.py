@@ -216,6 +216,7 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals)
     def batch(step: int, size: int) -> Any:
         if step == 6:
             signal.raise_signal(number)
+            assert signal.getsignal(number) is before  # a second one is not caught
         return real(step, size)
 
     trainer.dataset.batch = batch  # type: ignore[method-assign]

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 
 class StepResult(NamedTuple):
-    """metrics: 0-d tensors, on the device, with at least "loss", "grad_norm" and "lr".
-    skipped: 0-d bool tensor, on the device: loss or gradient was not finite and nothing was changed.
-    Reading either waits for the device, so the trainer reads them only where it logs."""
+    """What one step gave. Reading a tensor waits for the device, so the trainer does it only where it logs.
+
+    metrics: detached 0-d tensors, at least "loss" (before the step), "grad_norm" (before clipping) and "lr".
+    skipped: 0-d bool tensor: the loss or its gradient was not finite, and nothing was changed.
+    """
 
     metrics: dict[str, Tensor]
     skipped: Tensor
