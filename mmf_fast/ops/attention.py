@@ -1,7 +1,7 @@
 """The tangent of softmax attention.
 
-    S = s q k^T,  P = softmax(S + mask),  S' = s (q' k^T + q k'^T),  mu = rowsum(P * S')
-    O = P v,      O' = (P * (S' - mu)) v + P v' = (P * S') v - mu O + P v'
+S = s q k^T,  P = softmax(S + mask),  S' = s (q' k^T + q k'^T),  mu = rowsum(P * S')
+O = P v,      O' = (P * (S' - mu)) v + P v' = (P * S') v - mu O + P v'
 """
 
 from __future__ import annotations

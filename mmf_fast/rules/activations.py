@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.dual import tangent_scope
+from mmf_fast.ops.pointwise import gelu_tangent, silu_tangent
 from mmf_fast.rules.common import in_place, pointwise, rule
 
 aten = torch.ops.aten
@@ -45,15 +46,12 @@ def hardtanh(dx: Tensor, x: Tensor, y: Tensor, min_val: float = -1.0, max_val: f
 
 @pointwise("gelu")
 def gelu(dx: Tensor, x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:
-    return aten.gelu_backward(dx, x, approximate=approximate)
+    return gelu_tangent(dx, x, approximate)
 
 
 @pointwise("silu")
 def silu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return aten.silu_backward(dx, x)  # has no derivative of its own
-    s = torch.sigmoid(x)
-    return dx * (s + y * (1 - s))
+    return silu_tangent(dx, x)
 
 
 @pointwise("mish")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.dual import primal, register_rule, tangent, tangent_scope
+from mmf_fast.ops.layer_norm import layer_norm_tangent
 from mmf_fast.rules.common import add_tangents
 
 aten = torch.ops.aten
@@ -64,14 +65,10 @@ def layer_norm(
     dims = tuple(range(-len(shape), 0))
     y = F.layer_norm(x, shape, primal(weight), primal(bias), eps)
     with tangent_scope(input, weight, bias):
-        if torch.is_grad_enabled() or _has_parameter_tangent(weight, bias):
+        if _has_parameter_tangent(weight, bias):
             x_hat, d_hat = _standardised(x, torch.zeros_like(x) if dx is None else dx, dims, eps)
         else:
-            x, x_hat = x.to(y.dtype), None
-            _, mean, r_std = torch.native_layer_norm(x, shape, None, None, eps)
-            d_hat = aten.native_layer_norm_backward(
-                dx.to(y.dtype), x, shape, mean, r_std, None, None, [True, False, False]
-            )[0]
+            x_hat, d_hat = None, layer_norm_tangent(x.to(y.dtype), dx.to(y.dtype), shape, eps)
         return y, _affine_tangent(x_hat, d_hat, weight, bias, shape).to(y.dtype)
 
 
