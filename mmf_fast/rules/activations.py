@@ -130,10 +130,10 @@ def rrelu(
     """A leaky ReLU whose slope is drawn per element in training, the mean slope in evaluation."""
     if inplace:
         raise in_place(F.rrelu)
-    if not training:
-        return F.leaky_relu(input, (lower + upper) / 2)
-    slope = torch.empty_like(input.primal).uniform_(lower, upper)
-    return torch.where(input >= 0, input, input * slope)
+    x, y = input.primal, F.rrelu(input.primal, lower, upper, training)
+    with tangent_scope(input):
+        slope = torch.where(x < 0, y / x, 1.0).detach()
+        return y, input.tangent * slope
 
 
 @rule("prelu")

@@ -183,8 +183,8 @@ def xlogy(input: Any, other: Any) -> tuple[Any, Any]:
     a, b = primal(input), primal(other)
     with tangent_scope(input, other):
         da, db = tangent(input), tangent(other)
-        terms = (None if da is None else torch.log(torch.as_tensor(b)) * da, None if db is None else a / b * db)
-        return torch.xlogy(a, b), add_tangents(*terms)
+        dy = add_tangents(None if da is None else torch.xlogy(da, b), None if db is None else a / b * db)
+    return torch.xlogy(a, b), dy
 
 
 # Comparisons and integer quotients: piecewise constant.
@@ -192,5 +192,4 @@ no_tangent(
     *(getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "floordiv")),
     *spellings("lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal"),
     *spellings("isclose", "allclose", "equal", "logical_and", "logical_or", "logical_xor", "floor_divide"),
-    *spellings("__floordiv__", "__rfloordiv__"),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.dual import no_tangent
+from mmf_fast.dual import no_tangent, tangent_scope
 from mmf_fast.rules.common import pointwise, rule, spellings
 
 _LN2, _LN10, _SQRT_PI = math.log(2), math.log(10), math.sqrt(math.pi)
@@ -65,11 +65,15 @@ for _name, _derivative in _DERIVATIVES.items():
 
 @rule("sinc")
 def sinc(input: Any) -> tuple[Any, Any]:
-    """sin(pi x) / (pi x); the second branch is its Taylor series, whose own gradient is right at 0 too."""
-    z = math.pi * input
-    near_zero = (z > -1e-2) & (z < 1e-2)
-    away = torch.where(near_zero, 1.0, z)
-    return torch.where(near_zero, 1 - z * z / 6 + z**4 / 120 - z**6 / 5040, torch.sin(away) / away)
+    """sin(z)/z with z = pi x, whose derivative has a Taylor series where (cos z - sin z / z) / z loses its digits."""
+    x, y = input.primal, torch.sinc(input.primal)
+    with tangent_scope(input):
+        z = math.pi * x
+        near_zero = z.abs() < 1e-2
+        away = torch.where(near_zero, 1.0, z)
+        slope = (torch.cos(away) - torch.sin(away) / away) / away
+        series = z * (-1 / 3 + z * z * (1 / 30 - z * z / 840))
+        return y, math.pi * input.tangent * torch.where(near_zero, series, slope)
 
 
 @rule("logit")

@@ -14,7 +14,7 @@ from mmf_fast.rules.common import linear_in_first, rule
 linear_in_first("avg_pool1d", "avg_pool2d", "avg_pool3d")
 linear_in_first("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 linear_in_first("max_unpool1d", "max_unpool2d", "max_unpool3d")
-linear_in_first("interpolate", "upsample", "upsample_nearest", "upsample_bilinear")
+linear_in_first("interpolate")
 
 
 def _max_pool(name: str, dims: int) -> None:

@@ -45,7 +45,7 @@ _SECOND_FACTORS = {
 for _other, _names in _SECOND_FACTORS.items():
     for _function in spellings(*_names):
         _product(_function, _other)
-register_rule(operator.matmul, Tensor.__matmul__)(lambda a, b: multilinear(torch.matmul, a, b))
+register_rule(operator.matmul)(lambda a, b: multilinear(torch.matmul, a, b))
 
 
 def _cross(function: Any) -> None:

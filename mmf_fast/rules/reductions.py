@@ -44,9 +44,11 @@ def std(input: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _with_mean(moment: Any) -> Any:
-    def with_mean(input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **kwargs: Any) -> Any:
-        y, dy = moment(input, dim, unbiased, keepdim, **kwargs)
-        mean = input.mean(() if isinstance(dim, bool) else _dims(input, dim), keepdim=keepdim)
+    def with_mean(input: Any, *args: Any, **kwargs: Any) -> Any:
+        y, dy = moment(input, *args, **kwargs)
+        dim = args[0] if args else kwargs.get("dim")
+        keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+        mean = input.mean(_dims(input, None if isinstance(dim, bool) else dim), keepdim=keepdim)
         return (y, mean.primal), (dy, mean.tangent)
 
     return with_mean

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.dual import no_tangent, primal, tangent, tangent_scope
+from mmf_fast.dual import no_tangent, primal, register_rule, tangent, tangent_scope
 from mmf_fast.rules.common import after_example, linear_in_first, rule, spellings
 
 linear_in_first("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "alias")
@@ -20,7 +20,7 @@ linear_in_first("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "as_s
 linear_in_first("diagonal", "diag", "diag_embed", "diagflat", "tril", "triu", "sum_to_size")
 linear_in_first("atleast_1d", "atleast_2d", "atleast_3d")
 linear_in_first("clone", "contiguous", "float", "double", "half", "bfloat16", "cuda", "cpu", "pin_memory")
-linear_in_first("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+linear_in_first("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 after_example("view_as", "reshape_as", "expand_as", "type_as", "to", "type")
 
 no_tangent(
@@ -46,6 +46,7 @@ def broadcast_tensors(*tensors: Any) -> tuple[Any, Any]:
 
 
 @rule("meshgrid")
+@register_rule(torch._VF.meshgrid)  # what torch.meshgrid calls when given a list
 def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, Any]:
     tensors = tuple(tensors[0]) if type(tensors[0]) in (list, tuple) else tensors
     ys = torch.meshgrid(*map(primal, tensors), indexing=indexing)
