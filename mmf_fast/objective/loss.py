@@ -106,7 +106,7 @@ class MeanFlowLoss(nn.Module):
         self.lam = lam if isinstance(lam, LambdaSchedule) else LambdaSchedule(value=lam)
         self.tangent, self.paired, self.stochastic = tangent, paired, stochastic
         self.p, self.c, self.guidance, self.jvp = p, c, guidance, jvp
-        self.null_label = getattr(net, "num_classes", None) if null_label is None else null_label
+        self.null_label: int = getattr(net, "num_classes", 0) if null_label is None else null_label
         self._check()
 
     def _check(self) -> None:
@@ -144,7 +144,7 @@ class MeanFlowLoss(nn.Module):
         """
         d = draw(x, noise, times, cond, self.times, self.paired, shuffled=self.stochastic)
         if self.guidance is not None:
-            d = d._replace(cond=self._drop_labels(d.cond))
+            d = d._replace(cond=self._drop_labels(d.cond, self.guidance))
         intervals = len(x) - d.instants
         lam, exact = self.lam(step), intervals  # exact: how many rows keep their tangent in the graph
         if self.stochastic:
@@ -211,10 +211,10 @@ class MeanFlowLoss(nn.Module):
     def _guided_by_class(self) -> bool:
         return self.guidance is not None and self.guidance.kappa > 0
 
-    def _drop_labels(self, cond: dict[str, Any]) -> dict[str, Any]:
+    def _drop_labels(self, cond: dict[str, Any], guidance: Guidance) -> dict[str, Any]:
         if not isinstance(cond.get("y"), Tensor):
             raise ValueError("guidance needs labels: call loss_fn(x, y=labels)")
-        return {**cond, "y": self.guidance.drop(cond["y"], self.null_label)}
+        return {**cond, "y": guidance.drop(cond["y"], self.null_label)}
 
     def _stochastic_count(self, lam: float, intervals: int, step: int) -> int:
         """How many of the r < t rows carry gradient: lam * intervals on average over the steps.
