@@ -44,6 +44,7 @@ Rule = Callable[..., tuple[Any, Any]]
 
 # How eager mode and Dynamo spell operators between a Tensor and a Dual, and whether they swap the operands.
 _OPERATORS = {
+    "pow": (torch.pow, False),  # also the name of Tensor.__pow__, which Dynamo wraps anew
     "__pow__": (operator.pow, False),
     "__floordiv__": (operator.floordiv, False),
     "__rsub__": (operator.sub, True),
@@ -108,6 +109,9 @@ class Dual(NamedTuple):
         # Reached only by names without a rule: the methods that have one are attributes of the class.
         method = getattr(Tensor, name, None)
         raise missing_rule(method) if method is not None else MissingRuleError(f"a Dual has no attribute {name!r}")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise missing_rule(Tensor.__setitem__)
 
     def __bool__(self) -> bool:
         raise MissingRuleError("the truth value of a Dual would drop its tangent; branch on x.primal instead")
@@ -251,8 +255,15 @@ def _has_tangent(args: Any, kwargs: dict) -> bool:
             if x.tangent is not None:
                 return True
         elif isinstance(x, (list, tuple)) and _has_tangent(x, {}):
+            _refuse_in_graph(x)
             return True
     return False
+
+
+def _refuse_in_graph(x: Any) -> None:
+    # Dynamo looks for Duals in lists, not in tuples: it would put this call into its graph and take the result apart.
+    if not torch.compiler.is_dynamo_compiling() and torch._guards.TracingContext.try_get() is not None:
+        raise MissingRuleError(f"torch.compile does not see the Dual inside a {type(x).__name__}: pass a list instead")
 
 
 def _strip(x: Any) -> Any:

@@ -100,7 +100,7 @@ def hardsigmoid(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 @pointwise("hardswish")
 def hardswish(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return dx * torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, x / 3 + 0.5))
+    return dx * torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0))
 
 
 @pointwise("softsign")

@@ -69,7 +69,7 @@ def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> tuple[An
 
 
 @rule("pow")
-@register_rule(operator.pow, Tensor.__pow__)
+@register_rule(operator.pow)
 def power(input: Any, exponent: Any) -> tuple[Any, Any]:
     """d(a^b) = b a^(b-1) da + a^b log(a) db; at a = 0 the second term is 0, as in autograd."""
     a, b = primal(input), primal(exponent)
