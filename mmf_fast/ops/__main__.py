@@ -1,0 +1,26 @@
+"""python -m mmf_fast.ops: which implementation serves each operator on this machine, and why."""
+
+from __future__ import annotations
+
+import torch
+
+import mmf_fast as mmf_fast  # defines the operators
+from mmf_fast.ops import gpu, native
+from mmf_fast.ops.dispatch import OPERATORS, choose
+
+
+def main() -> None:
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    print(f"torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}")
+    print(f"native: {native.reason() or 'C++ kernels loaded'}")
+    if gpu.triton is None:
+        print("triton: not installed")
+    else:
+        print(f"triton: {gpu.triton.__version__}" + ("" if "cuda" in devices else ", not used: no CUDA device"))
+    for name in sorted(OPERATORS):
+        served = (f"{device}: {choose(name, [torch.empty(0, device=device)])}" for device in devices)
+        print(f"  {name:32} {', '.join(served)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Which implementation serves an operator, and the definition of operators.
+
+An operator `mmf_fast::name` has up to three implementations with the same arguments:
+
+    reference  plain PyTorch (ops/reference.py), its specification, on every device
+    native     C++ (csrc/), on the CPU
+    triton     on CUDA; on the CPU too under TRITON_INTERPRET=1, which tests use
+
+MMF_FAST_OPS=reference|native|triton in the environment forces one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmf_fast.ops import gpu, native
+
+__all__ = ["KINDS", "OPERATORS", "choose", "define", "fused", "implementation"]
+
+KINDS = ("reference", "native", "triton")
+OPERATORS: dict[str, dict[str, Callable[..., Any]]] = {}  # name -> kind -> implementation; native is looked up late
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_library = torch.library.Library("mmf_fast", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+) -> Any:
+    """Define the operator mmf_fast::<schema> and return it (an OpOverload, to call and to give an autograd formula).
+
+    schema: "name(Tensor x, ...) -> ...". reference: its specification. fake: shapes and dtypes of the result.
+    triton: the launcher. The C++ kernel is torch.ops.mmf_fast_native.<name>, if there is one. All take the arguments
+    of the schema by position. Gradients: torch.library.register_autograd.
+    """
+    name = schema.partition("(")[0]
+    OPERATORS[name] = {"reference": reference} | ({} if triton is None else {"triton": triton})
+    _library.define(schema)
+
+    def run(*args: Any) -> Any:
+        return implementation(name, choose(name, args))(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mmf_fast::{name}", fake, lib=_library)
+    return getattr(torch.ops.mmf_fast, name).default
+
+
+def implementation(name: str, kind: str) -> Callable[..., Any]:
+    """One implementation of an operator. Raises ValueError, in one line, when this installation has none."""
+    found = native.op(name) if kind == "native" else OPERATORS[name].get(kind)
+    if found is None or (kind == "triton" and not gpu.available()):
+        raise ValueError(f"{name} has no {kind} implementation here ({_why_not(name, kind)}): unset MMF_FAST_OPS")
+    return found
+
+
+def choose(name: str, args: Any) -> str:
+    """The kind of implementation that serves these arguments."""
+    forced = os.environ.get("MMF_FAST_OPS")
+    if forced:
+        if forced not in KINDS:
+            raise ValueError(f"MMF_FAST_OPS is {forced!r}: choose one of {', '.join(KINDS)}")
+        return forced
+    x = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    if x.is_cuda:
+        return "triton" if gpu.available() and "triton" in OPERATORS[name] else "reference"
+    return "native" if x.device.type == "cpu" and x.dtype in CPU_DTYPES and native.op(name) else "reference"
+
+
+def fused(name: str, *args: Any) -> bool:
+    """Whether a rule should call the operator on these arguments rather than compose it of torch functions.
+
+    Not while torch.compile traces (inductor fuses elementwise work itself), not inside functorch transforms (an
+    operator there would lose its tangent), and not where only the reference would serve.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    plain = all(type(a) in (Tensor, torch.nn.Parameter) and a.layout == torch.strided for a in tensors)
+    return plain and choose(name, tensors) != "reference"
+
+
+def _why_not(name: str, kind: str) -> str:
+    if kind == "native":
+        return native.reason() or "it has no C++ kernel"
+    return "Triton is not installed" if not gpu.available() else "it has no Triton kernel"
