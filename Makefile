@@ -1,4 +1,4 @@
-# make train | test | lint | bench | clean: each does its own set-up in .venv; a second run is quick.
+# make train | test | test-all | lint | bench | clean: each does its own set-up in .venv; a second run is quick.
 # Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
 
 TORCH  ?= torch==2.13.0
@@ -10,7 +10,7 @@ BIN   := .venv/bin
 READY := .venv/.ready
 FIRST := .venv/.torch
 
-.PHONY: train test lint bench clean
+.PHONY: train test test-all lint bench clean
 .DEFAULT_GOAL := train
 
 # torch goes first and pinned, so that the package's own range never fetches a second one.
@@ -33,6 +33,9 @@ train: $(READY)
 	@echo "One evaluation of the network per picture: $(RUN)/grid.png (curves: $(RUN)/curves.png)"
 
 test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(READY)

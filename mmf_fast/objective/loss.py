@@ -219,10 +219,10 @@ class MeanFlowLoss(nn.Module):
     def _stochastic_count(self, lam: float, intervals: int, step: int) -> int:
         """How many of the r < t rows carry gradient: lam * intervals on average over the steps.
 
-        It takes few distinct values, since each is a graph, and follows the golden-ratio sequence of the step, so
-        that all ranks agree, which ZeRO-3 needs.
+        It takes at most five distinct values, since each is a graph and Dynamo stops at eight, and it follows the
+        golden-ratio sequence of the step, so that all ranks agree, which ZeRO-3 needs.
         """
-        levels = max((n for n in range(1, 9) if intervals % n == 0), default=1)
+        levels = max((n for n in range(1, 5) if intervals % n == 0), default=1)
         uniform = (step + 0.5) * GOLDEN_RATIO % 1.0
         return math.floor(lam * levels + uniform) * (intervals // levels)
 
