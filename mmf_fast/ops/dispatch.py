@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmf_fast.ops import gpu, native
 
-__all__ = ["KINDS", "OPERATORS", "choose", "define", "fused", "implementation"]
+__all__ = ["KINDS", "OPERATORS", "choose", "define", "empty_or", "fused", "implementation", "present"]
 
 KINDS = ("reference", "native", "triton")
 OPERATORS: dict[str, dict[str, Callable[..., Any]]] = {}  # name -> kind -> implementation; native is looked up late
@@ -91,3 +91,13 @@ def _why_not(name: str, kind: str) -> str:
     if kind == "native":
         return native.reason() or "it has no C++ kernel"
     return "Triton is not installed" if not gpu.available() else "it has no Triton kernel"
+
+
+def present(**tensors: Tensor | None) -> dict[str, bool]:
+    """HAS_<name> flags of a Triton kernel."""
+    return {f"HAS_{name}": tensor is not None for name, tensor in tensors.items()}
+
+
+def empty_or(like: Tensor | None, x: Tensor) -> Tensor:
+    """An output shaped like `like`, or an empty one for an absent argument (operators cannot return None)."""
+    return x.new_empty(0) if like is None else torch.empty_like(like)

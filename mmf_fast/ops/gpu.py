@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, Windows, CPU-only wheels of torch
     triton = tl = None
 
-__all__ = ["available", "jit", "tl", "triton"]
+__all__ = ["available", "jit", "processors", "tl", "triton"]
 
 
 def available() -> bool:
@@ -21,3 +23,8 @@ def available() -> bool:
 def jit(kernel: Callable[..., Any]) -> Any:
     """triton.jit, or the plain function where there is no Triton."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def processors(device: Any) -> int:
+    """Multiprocessors of a device; a small number for the interpreter, which runs programs one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
