@@ -17,6 +17,7 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,12 +45,12 @@ Rule = Callable[..., tuple[Any, Any]]
 
 # How eager mode and Dynamo spell operators between a Tensor and a Dual, and whether they swap the operands.
 _OPERATORS = {
-    "pow": (torch.pow, False),  # also the name of Tensor.__pow__, which Dynamo wraps anew
-    "__pow__": (operator.pow, False),
+    "pow": (torch.pow, False),  # also the name of Tensor.__pow__ and operator.pow
+    "__pow__": (torch.pow, False),
     "__floordiv__": (operator.floordiv, False),
     "__rsub__": (operator.sub, True),
     "__rdiv__": (operator.truediv, True),
-    "__rpow__": (operator.pow, True),
+    "__rpow__": (torch.pow, True),
     "__rfloordiv__": (operator.floordiv, True),
     "__rmod__": (operator.mod, True),
 }
@@ -91,20 +92,6 @@ class Dual(NamedTuple):
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         return _wrap(cls, *rule(*args, **kwargs))
 
-    shape = property(lambda self: self.primal.shape)
-    dtype = property(lambda self: self.primal.dtype)
-    device = property(lambda self: self.primal.device)
-    layout = property(lambda self: self.primal.layout)
-    ndim = property(lambda self: self.primal.ndim)
-    is_cuda = property(lambda self: self.primal.is_cuda)
-    is_cpu = property(lambda self: self.primal.is_cpu)
-    is_nested = property(lambda self: self.primal.is_nested)
-    is_sparse = property(lambda self: self.primal.is_sparse)
-    is_quantized = property(lambda self: self.primal.is_quantized)
-    requires_grad = property(lambda self: self.primal.requires_grad)
-    T = property(lambda self: self.t())
-    mT = property(lambda self: self.transpose(-2, -1))
-
     def __getattr__(self, name: str) -> Any:
         # Reached only by names without a rule: the methods that have one are attributes of the class.
         method = getattr(Tensor, name, None)
@@ -115,6 +102,18 @@ class Dual(NamedTuple):
 
     def __bool__(self) -> bool:
         raise MissingRuleError("the truth value of a Dual would drop its tangent; branch on x.primal instead")
+
+
+def _metadata(name: str) -> property:
+    return property(lambda self: getattr(self.primal, name))
+
+
+for _name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad"):
+    setattr(Dual, _name, _metadata(_name))
+for _name in ("is_cpu", "is_cuda", "is_nested", "is_sparse", "is_quantized"):
+    setattr(Dual, _name, _metadata(_name))
+Dual.T = property(lambda self: self.t())  # type: ignore[attr-defined]
+Dual.mT = property(lambda self: self.transpose(-2, -1))  # type: ignore[attr-defined]
 
 
 class DetachedDual(Dual):
@@ -219,6 +218,8 @@ def _add_method(function: Any) -> None:
     name = getattr(function, "__name__", "")
     if getattr(Tensor, name, None) is not function:
         return
+    if isinstance(function, FunctionType):  # Dynamo does not recognise a method written in Python as a key: norm, ...
+        function = getattr(torch, name, function)
 
     def method(self: Dual, *args: Any, **kwargs: Any) -> Any:
         return type(self).__torch_function__(function, (), (self, *args), kwargs)
@@ -245,7 +246,7 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Dual, f"__{_name}__", _operator(_name))
 Dual.__hash__ = tuple.__hash__  # type: ignore[method-assign]  # defining __eq__ removed it
 Dual.__getitem__ = lambda self, index: type(self).__torch_function__(Tensor.__getitem__, (), (self, index))  # type: ignore
-Dual.__neg__ = lambda self: type(self).__torch_function__(torch.neg, (), (self,))  # type: ignore[attr-defined]
+setattr(Dual, "__neg__", lambda self: type(self).__torch_function__(torch.neg, (), (self,)))  # noqa: B010
 Dual.__abs__ = lambda self: type(self).__torch_function__(torch.abs, (), (self,))  # type: ignore[attr-defined]
 
 
@@ -302,7 +303,7 @@ def _module_path() -> str:
     """' in blocks.0.attn (Attention)' for the innermost nn.Module on the Python stack."""
     if torch.compiler.is_compiling():
         return ""
-    frame, modules = sys._getframe(), []
+    frame, modules = sys._getframe(), list[nn.Module]()
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and (not modules or modules[-1] is not module):

@@ -23,14 +23,14 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Any, Any]:
+) -> Any:
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     if dropout_p > 0 or tangent(attn_mask) is not None:
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        return F.dropout(attention_weights(query, key, attn_mask, scale), dropout_p) @ value
+        return torch.matmul(F.dropout(attention_weights(query, key, attn_mask, scale), dropout_p), value)
     q, k, v, mask = primal(query), primal(key), primal(value), primal(attn_mask)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
     with tangent_scope(query, key, value):
@@ -41,7 +41,7 @@ def scaled_dot_product_attention(
 def attention_weights(query: Any, key: Any, mask: Any, scale: float | None = None) -> Any:
     """softmax(s q k^T + mask), where the weights themselves are needed."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    logits = scale * query @ key.transpose(-2, -1)
+    logits = torch.matmul(scale * query, key.transpose(-2, -1))  # Dynamo has no @ of two Duals
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
     return torch.softmax(logits, -1)
@@ -95,13 +95,13 @@ def multi_head_attention_forward(
         weights = separate if use_separate_proj_weight else in_proj_weight.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     # (N, B, H D) -> (B, H, N, D)
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q, k, v))
+    q, k, v = (x.reshape(*x.shape[:2], num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))
 
     dropout_p = dropout_p if training else 0.0
     mask = _additive_mask(attn_mask, key_padding_mask, q)
     if need_weights:
         weights = F.dropout(attention_weights(q, k, mask), dropout_p)
-        out = weights @ v
+        out = torch.matmul(weights, v)
         weights = weights.mean(1) if average_attn_weights else weights
         weights = weights if batched else weights.squeeze(0)
     else:
@@ -113,7 +113,7 @@ def multi_head_attention_forward(
 
 
 def _additive_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Any) -> Tensor | None:
-    # nn.MultiheadAttention's boolean masks say where NOT to attend. attn_mask is (N, M) or (B H, N, M), the other (B, M).
+    # (N, M) or (B H, N, M), and (B, M). A boolean mask of nn.MultiheadAttention says where NOT to attend.
     def additive(mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool:
             return mask.to(q.dtype)

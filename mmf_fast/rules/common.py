@@ -16,7 +16,7 @@ _NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg)
 
 
 def spellings(*names: str) -> list[Any]:
-    """Every function and method of these names that this PyTorch has: torch.exp, Tensor.exp, torch.special.expm1, ..."""
+    """Every function and method of these names that this PyTorch has: torch.exp, Tensor.exp, ..."""
     found = [getattr(space, name) for name in names for space in _NAMESPACES if callable(getattr(space, name, None))]
     return list(dict.fromkeys(found))
 

@@ -77,7 +77,7 @@ def sinc(input: Any) -> tuple[Any, Any]:
 
 
 @rule("logit")
-def logit(input: Any, eps: float | None = None) -> tuple[Any, Any]:
+def logit(input: Any, eps: float | None = None) -> Any:
     """log(x / (1 - x)), with x clamped to [eps, 1 - eps]."""
     x = input if eps is None else input.clamp(eps, 1 - eps)
     return torch.log(x / (1 - x))

@@ -71,8 +71,8 @@ def _dropout(function: Any) -> None:
         return input.primal * mask, dy
 
 
-for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout):
-    _dropout(_function)
+for _random in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout):
+    _dropout(_random)
 
 
 @rule("affine_grid")

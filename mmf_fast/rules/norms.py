@@ -28,7 +28,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _standardised(x: Tensor, dx: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+def _standardised(x: Tensor, dx: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
     """x^ and its tangent, in the dtype of the statistics."""
     x, dx = x.to(_statistics_dtype(x)), dx.to(_statistics_dtype(x))
     centred = x - x.mean(dims, keepdim=True)
@@ -38,18 +38,16 @@ def _standardised(x: Tensor, dx: Tensor, dims: Sequence[int], eps: float) -> tup
     return x_hat, r_std * (dx - x_hat * (x_hat * dx).mean(dims, keepdim=True))
 
 
-def _affine_tangent(x_hat: Tensor | None, d_hat: Tensor | None, weight: Any, bias: Any, shape: Sequence[int]) -> Tensor:
+def _affine_tangent(x_hat: Any, d_hat: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Any:
     """d(weight x^ + bias) = weight dx^ + dweight x^ + dbias, with weight and bias viewed as `shape`."""
 
-    def view(p: Tensor | None) -> Tensor | None:
+    def view(p: Any) -> Any:
         return None if p is None else p.view(shape)
 
     w, dw, db = view(primal(weight)), view(tangent(weight)), view(tangent(bias))
     if d_hat is not None and w is not None:
         d_hat = d_hat * w
-    dy = add_tangents(d_hat, None if dw is None else dw * x_hat, db)
-    assert dy is not None  # some argument had a tangent
-    return dy
+    return add_tangents(d_hat, None if dw is None else dw * x_hat, db)
 
 
 def _has_parameter_tangent(weight: Any, bias: Any) -> bool:
@@ -60,8 +58,8 @@ def _has_parameter_tangent(weight: Any, bias: Any) -> bool:
 def layer_norm(
     input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Any, Any]:
-    x, dx = primal(input), tangent(input)
-    shape = tuple(normalized_shape)
+    x, shape = primal(input), tuple(normalized_shape)
+    dx: Any = tangent(input)
     dims = tuple(range(-len(shape), 0))
     y = F.layer_norm(x, shape, primal(weight), primal(bias), eps)
     with tangent_scope(input, weight, bias):
@@ -69,7 +67,7 @@ def layer_norm(
             x_hat, d_hat = _standardised(x, torch.zeros_like(x) if dx is None else dx, dims, eps)
         else:
             x_hat, d_hat = None, layer_norm_tangent(x.to(y.dtype), dx.to(y.dtype), shape, eps)
-        return y, _affine_tangent(x_hat, d_hat, weight, bias, shape).to(y.dtype)
+        return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
 
 
 @register_rule(F.rms_norm, torch.rms_norm)
@@ -86,17 +84,18 @@ def rms_norm(
         x = x.to(_statistics_dtype(x))
         r_rms = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
         x_hat, d_hat = x * r_rms, None
-        if tangent(input) is not None:
-            dx = tangent(input).to(x.dtype)
+        if (dx := tangent(input)) is not None:
+            dx = dx.to(x.dtype)
             d_hat = r_rms * (dx - x_hat * (x_hat * dx).mean(dims, keepdim=True))
-        return y, _affine_tangent(x_hat, d_hat, weight, None, shape).to(y.dtype)
+        return y, _affine_tangent(x_hat, d_hat, weight, None, shape)
 
 
 @register_rule(F.group_norm, torch.group_norm)
 def group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Any, Any]:
-    x, dx = primal(input), tangent(input)
+    x = primal(input)
+    dx: Any = tangent(input)
     batch, channels, *spatial = x.shape
     shape = (1, channels, *[1] * len(spatial))
     y = F.group_norm(x, num_groups, primal(weight), primal(bias), eps)
@@ -109,11 +108,11 @@ def group_norm(
         else:
             x, dx, x_hat = x.to(y.dtype).contiguous(), dx.to(y.dtype).contiguous(), None
             pixels = x[0, 0].numel()
-            _, mean, r_std = torch.native_group_norm(x, None, None, batch, channels, pixels, num_groups, eps)
+            mean, r_std = torch.native_group_norm(x, None, None, batch, channels, pixels, num_groups, eps)[1:]
             d_hat = aten.native_group_norm_backward(
                 dx, x, mean, r_std, None, batch, channels, pixels, num_groups, [True, False, False]
             )[0]
-        return y, _affine_tangent(x_hat, d_hat, weight, bias, shape).to(y.dtype)
+        return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
 
 
 @register_rule(F.batch_norm)
@@ -133,7 +132,7 @@ def batch_norm(
     y = F.batch_norm(x, running_mean, running_var, primal(weight), primal(bias), training, momentum, eps)
     dims = (0, *range(2, x.ndim))
     with tangent_scope(input, weight, bias):
-        return y, _with_statistics(input, dims, running_mean, running_var, weight, bias, training, eps).to(y.dtype)
+        return y, _with_statistics(input, dims, running_mean, running_var, weight, bias, training, eps)
 
 
 @register_rule(F.instance_norm)
@@ -159,7 +158,7 @@ def instance_norm(
 
 def _with_statistics(
     input: Any,
-    dims: Sequence[int],
+    dims: tuple[int, ...],
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Any,

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmf_fast.dual import no_tangent, primal, register_rule, tangent, tangent_scope
 from mmf_fast.rules.common import after_example, linear_in_first, rule, spellings
 
-linear_in_first("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "alias")
+linear_in_first("view", "reshape", "flatten", "squeeze", "unsqueeze", "ravel", "alias")
 linear_in_first("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "flip", "fliplr")
 linear_in_first("flipud", "roll", "rot90", "expand", "broadcast_to", "repeat", "repeat_interleave", "tile")
 linear_in_first("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind")
@@ -33,6 +33,14 @@ no_tangent(
 )
 
 
+@rule("unflatten")
+def unflatten(input: Any, dim: int, sizes: Sequence[int]) -> tuple[Any, Any]:
+    # Dynamo traces the method on a tensor, but not the function Tensor.unflatten.
+    y = torch.unflatten(input.primal, dim, sizes)
+    with tangent_scope(input):
+        return y, torch.unflatten(input.tangent, dim, sizes)
+
+
 @rule("pad")
 def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> tuple[Any, Any]:
     y = F.pad(input.primal, pad, mode, value)
@@ -46,7 +54,7 @@ def broadcast_tensors(*tensors: Any) -> tuple[Any, Any]:
 
 
 @rule("meshgrid")
-@register_rule(torch._VF.meshgrid)  # what torch.meshgrid calls when given a list
+@register_rule(torch._C._VariableFunctions.meshgrid)  # type: ignore[attr-defined]  # behind torch.meshgrid of a list
 def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, Any]:
     tensors = tuple(tensors[0]) if type(tensors[0]) in (list, tuple) else tensors
     ys = torch.meshgrid(*map(primal, tensors), indexing=indexing)

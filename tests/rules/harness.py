@@ -70,8 +70,9 @@ class Case:
     def subsets(self) -> Iterator[tuple[bool, ...]]:
         """Which variables carry a tangent: each alone, all but each, all."""
         n = len(self._moving)
-        chosen = {tuple(i == j for j in range(n)) for i in range(n)} | {tuple(i != j for j in range(n)) for i in range(n)}
-        yield from sorted(s for s in chosen | {(True,) * n} if any(s))
+        alone = {tuple(i == j for j in range(n)) for i in range(n)}
+        but_one = {tuple(i != j for j in range(n)) for i in range(n)}
+        yield from sorted(s for s in alone | but_one | {(True,) * n} if any(s))
 
 
 def _is_variable(leaf: Any) -> bool:

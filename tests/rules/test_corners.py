@@ -133,7 +133,7 @@ class Scale(torch.autograd.Function):
 
 @pytest.mark.parametrize("then", [lambda y: y + 1, lambda y: X + y, lambda y: F.linear(y, torch.ones(4, 4)), torch.exp])
 def test_after_an_autograd_function_the_next_operation_raises(then: Callable[[Any], Any]) -> None:
-    """PyTorch offers no hook at Function.apply, which returns the pair as a plain tuple: no later operation takes it."""
+    """PyTorch has no hook at Function.apply, which returns the pair as a plain tuple: no later operation takes it."""
     with pytest.raises((TypeError, MissingRuleError)):
         then(Scale.apply(X))
 
@@ -145,7 +145,7 @@ def test_einops_is_loud() -> None:
 
 
 @pytest.mark.parametrize("function", [
-    torch.sign, torch.floor, torch.round, torch.trunc, lambda x: x > 0.5, lambda x: x // 2, lambda x: 1 <= x,
+    torch.sign, torch.floor, torch.round, torch.trunc, lambda x: x > 0.5, lambda x: x // 2, lambda x: x >= 1,
     torch.zeros_like, torch.ones_like, lambda x: x.new_zeros(3), lambda x: x.argmax(-1), lambda x: x.detach(),
     lambda x: x.long(), lambda x: torch.isfinite(x), lambda x: torch.div(x, 2, rounding_mode="floor"),
 ])  # fmt: skip

@@ -147,6 +147,6 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         for function in case.functions:
             recorder.outermost = True
             case.call(arguments, function)
-    # F.sigmoid and F.tanh call the methods; the other two need a GPU.
-    missed = set(recorder) - recorder.reached - {F.sigmoid, F.tanh, Tensor.cuda, Tensor.pin_memory}
+    unreachable = {F.sigmoid, F.tanh, Tensor.unflatten, Tensor.norm, Tensor.split, Tensor.pow}  # lead to torch.*
+    missed = set(recorder) - recorder.reached - unreachable - {Tensor.cuda, Tensor.pin_memory}
     assert not missed, f"rules without a case in the table: {missed}"

@@ -67,5 +67,5 @@ def test_gradient_through_the_tangent_of_a_norm_is_wrong_in_torch_func(name: str
     right = gradient(lambda x: tangent(norm(Dual(x, dx))))
     func = gradient(lambda x: torch.func.jvp(norm, (x,), (dx,))[1])
     assert (func - right).norm() > 0.1 * right.norm(), (
-        f"torch.func.jvp now differentiates {name} rightly: drop its decomposition from mmf_fast/foreign.py for this torch"
+        f"torch.func.jvp now differentiates {name} rightly: foreign.py need not decompose it for this torch"
     )
