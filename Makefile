@@ -33,10 +33,10 @@ train: $(READY)
 	@echo "One evaluation of the network per picture: $(RUN)/grid.png (curves: $(RUN)/curves.png)"
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .
