@@ -32,7 +32,8 @@ def func_jvp(
         return fn(*arguments)
 
     with _ExactDerivatives():
-        return torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
+        y, dy = torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
+    return y, dy
 
 
 def finite_difference_jvp(
@@ -63,7 +64,7 @@ def _is_custom(operator: Any) -> bool:
     return packet._qualified_op_name.split("::")[0] not in ("aten", "prim", "prims")
 
 
-def _standardise(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     centred = x - x.mean(dims, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
 
@@ -120,7 +121,7 @@ def _instance_norm(
 
 def _from_statistics(
     x: Tensor,
-    dims: Sequence[int],
+    dims: tuple[int, ...],
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
