@@ -32,8 +32,8 @@ def func_jvp(
         return fn(*arguments)
 
     with _ExactDerivatives():
-        y, dy = torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
-    return y, dy
+        pair = torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
+    return pair[0], pair[1]
 
 
 def finite_difference_jvp(
