@@ -48,6 +48,7 @@ _OPERATORS = {
     "pow": (torch.pow, False),  # also the name of Tensor.__pow__ and operator.pow
     "__pow__": (torch.pow, False),
     "__floordiv__": (operator.floordiv, False),
+    "__eq__": (operator.eq, False),
     "__rsub__": (operator.sub, True),
     "__rdiv__": (operator.truediv, True),
     "__rpow__": (torch.pow, True),

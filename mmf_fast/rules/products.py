@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.dual import missing_rule, primal, register_rule, tangent, tangent_scope
+from mmf_fast.dual import Dual, missing_rule, primal, register_rule, tangent, tangent_scope
 from mmf_fast.rules.common import add_tangents, rule, spellings
 
 
@@ -46,6 +46,14 @@ for _other, _names in _SECOND_FACTORS.items():
     for _function in spellings(*_names):
         _product(_function, _other)
 register_rule(operator.matmul)(lambda a, b: multilinear(torch.matmul, a, b))
+
+
+@register_rule(Tensor.matmul)
+def matmul_method(input: Any, other: Any) -> tuple[Any, Any]:
+    # Dynamo calls Tensor.matmul(b, a) for a @ b when a is not a tensor, and nothing tells it from b @ a.
+    if torch.compiler.is_dynamo_compiling() and not isinstance(input, Dual):
+        raise missing_rule(Tensor.matmul, "torch.compile may swap the operands of @, write torch.matmul(a, b)")
+    return multilinear(torch.matmul, input, other)
 
 
 def _cross(function: Any) -> None:
