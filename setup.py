@@ -59,6 +59,7 @@ def native_build() -> dict[str, Any]:
             depends=glob("csrc/*.h"),
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 f"-DCPU_CAPABILITY={name.upper()}",

@@ -1,11 +1,14 @@
 """Every test runs on one thread, from the same seed, and leaves the default dtype as it found it."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the package is imported: kernels run on CPU tensors
 
 
 @pytest.fixture(autouse=True)

@@ -20,11 +20,24 @@ from torch import Tensor
 
 from mmf_fast.ops import gpu, native
 
-__all__ = ["KINDS", "OPERATORS", "choose", "define", "empty_or", "fused", "implementation", "present"]
+__all__ = [
+    "KINDS",
+    "OPERATORS",
+    "choose",
+    "define",
+    "empty_or",
+    "fused",
+    "implementation",
+    "is_channels_last",
+    "layout_of",
+    "present",
+]
 
 KINDS = ("reference", "native", "triton")
 OPERATORS: dict[str, dict[str, Callable[..., Any]]] = {}  # name -> kind -> implementation; native is looked up late
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 _library = torch.library.Library("mmf_fast", "FRAGMENT")
 
@@ -101,3 +114,16 @@ def present(**tensors: Tensor | None) -> dict[str, bool]:
 def empty_or(like: Tensor | None, x: Tensor) -> Tensor:
     """An output shaped like `like`, or an empty one for an absent argument (operators cannot return None)."""
     return x.new_empty(0) if like is None else torch.empty_like(like)
+
+
+def layout_of(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x without gaps in memory: contiguous or channels-last, whichever it is already, or in the layout of `like`."""
+    if like is not None:
+        return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+    if x.ndim in (4, 5) and not x.is_contiguous():
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.ndim]) if is_channels_last(x) else x.contiguous()
+    return x.contiguous()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.ndim in (4, 5) and x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim]) and not x.is_contiguous()

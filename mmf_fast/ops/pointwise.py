@@ -1,8 +1,10 @@
-"""The tangents of smooth activations, with a backward of their own.
+"""Smooth activations and their tangents.
 
-    y' = f'(x) x';       for a cotangent h of y':   g_x' = f'(x) h,   g_x = f''(x) x' h
+    y = f(x),   y' = f'(x) x';       for cotangents g of y and h of y':   g_x = f'(x) g + f''(x) x' h,   g_x' = f'(x) h
 
-PyTorch has fused kernels for f' (they are the backward of f) but builds f'' from dozens of passes, or not at all.
+`activation` is one kernel forward and one backward. PyTorch has fused kernels for f' (they are the backward of f) but
+builds f'' from dozens of passes, or not at all; `gelu_tangent` and `silu_tangent` are composed of them, for
+torch.compile to fuse.
 """
 
 from __future__ import annotations
@@ -14,9 +16,140 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gelu_tangent", "silu_tangent"]
+from mmf_fast.ops import reference
+from mmf_fast.ops.dispatch import define, layout_of
+from mmf_fast.ops.gpu import jit, tl, triton
+
+__all__ = ["activation", "gelu_tangent", "silu_tangent"]
 
 aten = torch.ops.aten
+
+
+def activation(x: Tensor, dx: Tensor, act: str, *, tangent_grad: bool = True) -> tuple[Tensor, Tensor]:
+    """(f(x), f'(x) dx), differentiable in x and dx, which are alike, of any shape.
+
+    act: "silu", "gelu" (erf) or "gelu_tanh". tangent_grad=False detaches the tangent and keeps nothing for it.
+    """
+    x = layout_of(x)
+    y, dy = _operator(x, layout_of(dx, x), act, tangent_grad)
+    return y, dy if tangent_grad else dy.detach()
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def curve(x, ACT: tl.constexpr):
+    """f, f', f''; see reference.curve."""
+    if ACT == "none":
+        value, slope, curvature = x, x * 0.0 + 1.0, x * 0.0
+    elif ACT == "gelu":
+        near = tl.minimum(tl.maximum(x, -40.0), 40.0)
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        pdf = 0.3989422804014327 * tl.exp(-0.5 * near * near)
+        value, slope, curvature = x * cdf, cdf + near * pdf, pdf * (2.0 - near * near)
+    else:
+        if ACT == "silu":
+            near, q, q1, q2 = x, x, x * 0.0 + 1.0, x * 0.0
+        else:
+            near = tl.minimum(tl.maximum(x, -25.0), 25.0)
+            q = 1.5957691216057308 * near * (1.0 + 0.044715 * near * near)
+            q1 = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+            q2 = 0.4281287964759553 * near
+        s = 1.0 / (1.0 + tl.exp(-q))
+        ss = s * (1.0 - s)
+        value, slope = x * s, s + near * ss * q1
+        curvature = ss * (2.0 * q1 + near * ((1.0 - 2.0 * s) * q1 * q1 + q2))
+    return value, slope, curvature
+
+
+@jit
+def activation_kernel(x_ptr, dx_ptr, y_ptr, dy_ptr, size, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    value, slope, _ = curve(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), ACT)
+    dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(wide)
+    tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(dy_ptr + at, (slope * dx).to(dy_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def activation_backward_kernel(
+    g_ptr, h_ptr, x_ptr, dx_ptr, g_x_ptr, g_dx_ptr, size, HAS_G: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    _, slope, curvature = curve(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), ACT)
+    h = tl.load(h_ptr + at, mask=inside, other=0.0).to(wide)
+    g_x = curvature * tl.load(dx_ptr + at, mask=inside, other=0.0).to(wide) * h
+    if HAS_G:
+        g_x += slope * tl.load(g_ptr + at, mask=inside, other=0.0).to(wide)
+    tl.store(g_x_ptr + at, g_x.to(g_x_ptr.dtype.element_ty), mask=inside)
+    tl.store(g_dx_ptr + at, (slope * h).to(g_dx_ptr.dtype.element_ty), mask=inside)
+
+
+BLOCK = 1024
+
+
+def _forward_triton(x: Tensor, dx: Tensor, act: str, tangent_grad: bool) -> tuple[Tensor, Tensor]:
+    y, dy = torch.empty_like(x), torch.empty_like(x)
+    if x.numel():
+        activation_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, dx, y, dy, x.numel(), ACT=act, BLOCK=BLOCK)
+    return y, dy
+
+
+def _backward_triton(g: Tensor | None, h: Tensor, x: Tensor, dx: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    g_x, g_dx = torch.empty_like(x), torch.empty_like(x)
+    if x.numel():
+        activation_backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            g, h, x, dx, g_x, g_dx, x.numel(), HAS_G=g is not None, ACT=act, BLOCK=BLOCK
+        )
+    return g_x, g_dx
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
+
+_operator = define(
+    "activation(Tensor x, Tensor dx, str act, bool tangent_grad) -> (Tensor, Tensor)",
+    reference.activation,
+    lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    _forward_triton,
+)
+_backward_operator = define(
+    "activation_backward(Tensor? g, Tensor h, Tensor x, Tensor dx, str act) -> (Tensor, Tensor)",
+    reference.activation_backward,
+    lambda g, h, x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    _backward_triton,
+)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, dx, ctx.act, ctx.tangent_grad = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(x, dx) if ctx.tangent_grad else (x,))
+
+
+def _backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple:
+    x = ctx.saved_tensors[0]
+    if not ctx.tangent_grad or h is None:
+        return None if g is None else _slope(g, x, ctx.act), None, None, None
+    g = None if g is None else layout_of(g, x)
+    return *_backward_operator(g, layout_of(h, x), x, ctx.saved_tensors[1], ctx.act), None, None
+
+
+torch.library.register_autograd(_operator, _backward, setup_context=_setup)
+
+
+def _slope(v: Tensor, x: Tensor, act: str) -> Tensor:
+    """f'(x) v by PyTorch's kernels."""
+    if act == "silu":
+        return aten.silu_backward(v, x)
+    return aten.gelu_backward(v, x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+# -- the tangents alone, composed of PyTorch's kernels: what torch.compile traces --------------------------------------
 
 
 def silu_tangent(dx: Tensor, x: Tensor) -> Tensor:

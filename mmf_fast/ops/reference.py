@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-
 
 # -- modulated layer norm --------------------------------------------------------------------------------------------
 
@@ -125,3 +125,188 @@ def _wide(x: Any) -> Any:
 def _rows(p: Tensor | None, x: Tensor) -> Tensor | None:
     """(G, D) repeated for the rows of x (R, D)."""
     return None if p is None else _wide(p).repeat_interleave(x.shape[0] // len(p), 0)
+
+
+# -- group norm and SiLU -----------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor,
+    dx: Tensor | None,
+    gain: Tensor | None,
+    dgain: Tensor | None,
+    bias: Tensor | None,
+    dbias: Tensor | None,
+    groups: int,
+    eps: float,
+    act: str,
+    tangent_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """y = f(u) and y' = f'(u) u' with u = x^ a + b, u' = x^' a + x^ a' + b'; x^ and x^' as in modulated_layer_norm,
+    over the channels of a group and all pixels.
+
+    x, dx (B, C, ...), contiguous or channels-last; gain a, bias b and their tangents (1 or B, C). act: "silu" or
+    "none". y' is empty (0,) when no tangent is given.
+    """
+    x_hat, d_hat, _, _ = _grouped_standardised(x, dx, groups, eps)
+    u, du = _affine(x_hat, d_hat, *_channels(x, gain, dgain, bias, dbias), x_hat.dtype)
+    y, slope, _ = curve(u, act)
+    some = dx is not None or dgain is not None or dbias is not None
+    return _like(y, x), _like(slope * du, x) if some else x.new_empty(0)
+
+
+def group_norm_silu_backward(
+    g: Tensor | None,
+    h: Tensor | None,
+    x: Tensor,
+    dx: Tensor | None,
+    gain: Tensor | None,
+    dgain: Tensor | None,
+    bias: Tensor | None,
+    dbias: Tensor | None,
+    groups: int,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the arguments receive: u gets f' g + f'' u' h and u' gets f' h; from there as in modulated_layer_norm."""
+    x_hat, d_hat, r, m2 = _grouped_standardised(x, dx, groups, eps)
+    a, da, b, db = _channels(x, gain, dgain, bias, dbias)
+    u, du = _affine(x_hat, d_hat, a, da, b, db, x_hat.dtype)
+    _, slope, curvature = curve(u, act)
+    of_u = _times(_wide(g), slope, _wide(h), curvature * du if h is not None and du.shape == u.shape else None)
+    of_du = _times(_wide(h), slope)
+
+    def grouped(v: Tensor | None) -> Any:
+        return None if v is None else v.reshape(len(x), groups, x.shape[1] // groups * math.prod(x.shape[2:]))
+
+    G, H = _times(of_u, a, of_du, da), _times(of_du, a)
+    g_x, g_dx = _standardised_backward(grouped(G), grouped(H), grouped(x_hat), grouped(d_hat), r, m2, False)
+
+    def to_channels(of: Tensor | None, like: Tensor | None) -> Tensor:
+        if like is None or of is None:
+            return x.new_empty(0)
+        sums = of.flatten(2).sum(2)
+        return (sums if len(like) == len(x) else sums.sum(0, keepdim=True)).to(x.dtype)
+
+    return (
+        x.new_zeros(x.shape) if g_x is None else _like(g_x.view(x.shape), x),
+        x.new_empty(0) if dx is None or g_dx is None else _like(g_dx.view(x.shape), x),
+        to_channels(_times(of_u, x_hat, of_du, d_hat), gain),
+        to_channels(_times(of_du, x_hat), dgain),
+        to_channels(of_u if of_u is not None else torch.zeros_like(x_hat), bias),
+        to_channels(of_du, dbias),
+    )
+
+
+def _grouped_standardised(x: Tensor, dx: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Any, Tensor, Any]:
+    shape = (x.shape[0], groups, x.shape[1] // groups * math.prod(x.shape[2:]))
+    x_hat, d_hat, r, m2 = _standardised(x.reshape(shape), None if dx is None else dx.reshape(shape), False, eps)
+    return x_hat.view(x.shape), None if d_hat is None else d_hat.view(x.shape), r, m2
+
+
+def _channels(x: Tensor, *parameters: Tensor | None) -> Any:
+    """(1 or B, C) as (1 or B, C, 1, ...), to multiply x."""
+    return (None if p is None else _wide(p).view(*p.shape, *[1] * (x.ndim - 2)) for p in parameters)
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype and the memory layout of x."""
+    return torch.empty_like(x).copy_(y)
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+def activation(x: Tensor, dx: Tensor, act: str, tangent_grad: bool = True) -> tuple[Tensor, Tensor]:
+    """y = f(x) and y' = f'(x) x', elementwise. act: "silu", "gelu" or "gelu_tanh"."""
+    y, slope, _ = curve(_wide(x), act)
+    return y.to(x.dtype), (slope * _wide(dx)).to(x.dtype)
+
+
+def activation_backward(g: Tensor | None, h: Tensor, x: Tensor, dx: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """g_x = f' g + f'' x' h,   g_x' = f' h."""
+    _, slope, curvature = curve(_wide(x), act)
+    g_x = curvature * _wide(dx) * _wide(h)
+    return (g_x if g is None else g_x + slope * _wide(g)).to(x.dtype), (slope * _wide(h)).to(x.dtype)
+
+
+def curve(x: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """f, f', f'' of SiLU, GELU and its tanh approximation.
+
+    f = x s(q), s the sigmoid:   f' = s + x s (1 - s) q',   f'' = s (1 - s) (2 q' + x ((1 - 2 s) q'^2 + q''))
+    silu: q = x.   gelu_tanh: q = 2 sqrt(2 / pi) (x + 0.044715 x^3), since (1 + tanh z) / 2 = s(2 z).
+    gelu: f = x Phi(x),   f' = Phi + x phi,   f'' = phi (2 - x^2).
+    """
+    if act == "none":
+        return x, torch.ones_like(x), torch.zeros_like(x)
+    near = x.clamp(-40, 40) if act != "silu" else x  # beyond, f' is constant and the powers of x must not overflow
+    if act == "gelu":
+        cdf = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        pdf = torch.exp(-0.5 * near * near) / math.sqrt(2 * math.pi)
+        return x * cdf, cdf + near * pdf, pdf * (2 - near * near)
+    if act == "silu":
+        q, q1, q2 = x, torch.ones_like(x), torch.zeros_like(x)
+    elif act == "gelu_tanh":
+        k, a = 2 * math.sqrt(2 / math.pi), 0.044715
+        q, q1, q2 = k * (near + a * near**3), k * (1 + 3 * a * near * near), 6 * a * k * near
+    else:
+        raise ValueError(f"unknown activation {act!r}: choose silu, gelu, gelu_tanh or none")
+    s = torch.sigmoid(q)
+    ss = s * (1 - s)
+    return x * s, s + near * ss * q1, ss * (2 * q1 + near * ((1 - 2 * s) * q1 * q1 + q2))
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+def sg_loss(
+    u: Tensor,
+    du: Tensor | None,
+    x: Tensor | None,
+    noise: Tensor,
+    interval: Tensor,
+    lam: Tensor,
+    p: float,
+    c: float,
+    tangent_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """e = u + (t - r) SG_lam[du] - (noise - x),   s_b = ||e_b||^2,   loss = mean_b s_b / stopgrad(s_b + c)^p.
+
+    u, du (B, K); x, noise (B, K), interval t - r (B,) in at least float32; without x, `noise` is the target itself.
+    Returns the loss (0-d), its terms (B,), s (B,) and e (B, K). lam acts in the backward pass only.
+    """
+    e = _wide(u) - noise
+    e = e if x is None else e + x
+    e = e if du is None else e + interval[:, None] * _wide(du)
+    square = e.square().sum(1)
+    per_sample = square * (square + c) ** -p
+    return per_sample.mean(), per_sample, square, e
+
+
+def sg_loss_backward(
+    g: Tensor,
+    error: Tensor,
+    square: Tensor,
+    interval: Tensor,
+    lam: Tensor,
+    p: float,
+    c: float,
+    tangent_grad: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """g_u = 2 g e_b / (B (s_b + c)^p),   g_du = lam (t - r) g_u."""
+    scale = 2 * g / max(len(square), 1) * (square + c) ** -p
+    g_u = scale[:, None] * error
+    g_du = ((lam * interval * scale)[:, None] * error).to(dtype) if tangent_grad else error.new_empty(0, dtype=dtype)
+    return g_u.to(dtype), g_du
+
+
+# -- the path ----------------------------------------------------------------------------------------------------------
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """z_t = (1 - t) x + t noise = x + t v and v = noise - x, for x (B, K) in [-1, 1], or uint8 from 0 to 255, which is
+    scaled: x / 127.5 - 1. noise (B, K) gives the dtype; t (B,)."""
+    x = x.to(noise.dtype) / 127.5 - 1 if x.dtype == torch.uint8 else x.to(noise.dtype)
+    v = noise - x
+    return x + t.to(noise.dtype)[:, None] * v, v
