@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
 from mmf_fast.foreign import finite_difference_jvp, func_jvp
 
@@ -79,6 +80,10 @@ class Dual(NamedTuple):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None:
+            # Dynamo did not see the Dual (inside a tuple, or a function that it thinks of as not overridable) and put
+            # the call into its graph as a whole; it would take the result apart row by row.
+            raise missing_rule(func, "torch.compile does not see this Dual; pass lists, not tuples, of tensors")
         if getattr(func, "__name__", "") in _OPERATORS:
             func, swapped = _OPERATORS[func.__name__]
             args = args[::-1] if swapped else args
@@ -257,15 +262,8 @@ def _has_tangent(args: Any, kwargs: dict) -> bool:
             if x.tangent is not None:
                 return True
         elif isinstance(x, (list, tuple)) and _has_tangent(x, {}):
-            _refuse_in_graph(x)
             return True
     return False
-
-
-def _refuse_in_graph(x: Any) -> None:
-    # Dynamo looks for Duals in lists, not in tuples: it would put this call into its graph and take the result apart.
-    if not torch.compiler.is_dynamo_compiling() and torch._guards.TracingContext.try_get() is not None:
-        raise MissingRuleError(f"torch.compile does not see the Dual inside a {type(x).__name__}: pass a list instead")
 
 
 def _strip(x: Any) -> Any:

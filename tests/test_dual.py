@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -302,12 +303,18 @@ def test_matrix_products_compile_as_a_function_and_are_refused_as_an_operator(op
     assert torch.equal((a @ b).tangent, out.tangent)
 
 
-def test_a_dual_inside_a_tuple_is_refused_by_compilation() -> None:
+@pytest.mark.parametrize(
+    "function", [lambda x: torch.cat((x, x)), F.hardswish, F.sigmoid], ids=["cat", "swish", "sigmoid"]
+)
+def test_where_dynamo_does_not_see_the_dual_compilation_refuses(function: Callable[[Any], Any]) -> None:
+    """Dynamo would put such a call into its graph and split the result by rows."""
     torch._dynamo.reset()
-    x = Dual(tensor(2), tensor(2))
-    assert torch.cat((x, x)).shape == (4,)
-    with pytest.raises(Exception, match="pass a list"):
-        torch.compile(lambda x: torch.cat((x, x)), fullgraph=True, backend="eager")(x)
+    x = Dual(tensor(2, 2), tensor(2, 2) + 1)
+    with pytest.raises(Exception, match="does not see this Dual"):
+        torch.compile(function, fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+    out = torch.compile(function, backend="eager")(x)  # runs this call outside the graph
+    assert type(out) is Dual and torch.equal(out.tangent, function(x).tangent)
 
 
 # -- jvp ---------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.dual import tangent_scope
-from mmf_fast.ops.pointwise import gelu_tangent, silu_tangent
-from mmf_fast.rules.common import in_place, pointwise, rule
+from mmf_fast.ops.pointwise import activation, gelu_tangent, silu_tangent
+from mmf_fast.rules.common import fusable, in_place, keeps_tangent, pointwise, rule
 
 aten = torch.ops.aten
 
@@ -44,14 +44,27 @@ def hardtanh(dx: Tensor, x: Tensor, y: Tensor, min_val: float = -1.0, max_val: f
     return aten.hardtanh_backward(dx, x, min_val, max_val)
 
 
-@pointwise("gelu")
-def gelu(dx: Tensor, x: Tensor, y: Tensor, approximate: str = "none") -> Tensor:
-    return gelu_tangent(dx, x, approximate)
+@rule("gelu")
+def gelu(input: Any, *, approximate: str = "none") -> tuple[Any, Any]:
+    x, dx = input
+    act = "gelu" if approximate == "none" else "gelu_tanh"
+    if fusable("activation", input):
+        return activation(x, dx, act, tangent_grad=keeps_tangent(input))
+    y = F.gelu(x, approximate=approximate)
+    with tangent_scope(input):
+        return y, gelu_tangent(dx.to(y.dtype), x.to(y.dtype), approximate)
 
 
-@pointwise("silu")
-def silu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return silu_tangent(dx, x)
+@rule("silu")
+def silu(input: Any, inplace: bool = False) -> tuple[Any, Any]:
+    if inplace:
+        raise in_place(F.silu)
+    x, dx = input
+    if fusable("activation", input):
+        return activation(x, dx, "silu", tangent_grad=keeps_tangent(input))
+    y = F.silu(x)
+    with tangent_scope(input):
+        return y, silu_tangent(dx.to(y.dtype), x.to(y.dtype))
 
 
 @pointwise("mish")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.dual import Rule, missing_rule, primal, register_rule, tangent, tangent_scope
+from mmf_fast.dual import DetachedDual, Rule, missing_rule, primal, register_rule, tangent, tangent_scope
+from mmf_fast.ops.dispatch import fused
 
 # Where PyTorch keeps the same operation under the same name and argument order.
 _NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg)
@@ -95,6 +96,23 @@ def _pointwise(function: Any, derivative: Callable[..., Tensor]) -> None:
         y = function(input.primal, *args, **kwargs)
         with tangent_scope(input):
             return y, derivative(input.tangent.to(y.dtype), input.primal.to(y.dtype), y, *args, **kwargs)
+
+
+def fusable(name: str, *args: Any) -> bool:
+    """Whether the operator mmf_fast::name should serve these tensors and Duals: one dtype, see ops/dispatch.py."""
+    tensors = [x for arg in args for x in (primal(arg), tangent(arg)) if x is not None]
+    return len({x.dtype for x in tensors}) == 1 and fused(name, *tensors)
+
+
+def keeps_tangent(*args: Any) -> bool:
+    """Whether a rule computes a tangent in the autograd graph (SG_1): the tangent_grad of the fused operators."""
+    return not any(isinstance(x, DetachedDual) for x in args)
+
+
+def as_autocast(x: Any) -> Any:
+    """x, a Dual, a tensor or None, in float32 where autocast is on, as for PyTorch's own norms."""
+    device = None if x is None else primal(x).device.type
+    return x.float() if device is not None and torch.is_autocast_enabled(device) else x
 
 
 def in_place(function: Any) -> Exception:

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmf_fast.dual import primal, register_rule, tangent, tangent_scope
-from mmf_fast.ops.layer_norm import layer_norm_tangent
-from mmf_fast.rules.common import add_tangents
+from mmf_fast.dual import DetachedDual, Dual, primal, register_rule, tangent, tangent_scope
+from mmf_fast.ops.group_norm import group_norm_silu
+from mmf_fast.ops.layer_norm import layer_norm_tangent, modulated_layer_norm, per_row
+from mmf_fast.rules.common import add_tangents, as_autocast, fusable, keeps_tangent
 
 aten = torch.ops.aten
 
@@ -58,7 +59,10 @@ def _has_parameter_tangent(weight: Any, bias: Any) -> bool:
 def layer_norm(
     input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Any, Any]:
-    x, shape = primal(input), tuple(normalized_shape)
+    shape = tuple(normalized_shape)
+    if len(shape) == 1 and (pair := _fused_layer_norm(input, weight, bias, eps)) is not None:
+        return pair
+    x = primal(input)
     dx: Any = tangent(input)
     dims = tuple(range(-len(shape), 0))
     y = F.layer_norm(x, shape, primal(weight), primal(bias), eps)
@@ -70,6 +74,30 @@ def layer_norm(
         return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
 
 
+def _fused_layer_norm(input: Any, weight: Any, bias: Any, eps: float, rms: bool = False) -> tuple[Any, Any] | None:
+    """y and its tangent from one operator, where there is one for these arguments."""
+    args = [as_autocast(a) for a in (input, weight, bias)]
+    if not fusable("modulated_layer_norm", *args):
+        return None
+    (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
+    if not (per_row(gain, x) and per_row(shift, x)):
+        return None
+    return modulated_layer_norm(x, dx, gain, dgain, shift, dshift, rms=rms, eps=eps, tangent_grad=keeps_tangent(*args))
+
+
+def fused_modulated_norm(norm: Any, x: Any, shift: Any, scale: Any) -> Any:
+    """norm(x) (1 + scale) + shift in one operator, for a layer norm without parameters over the last dimension.
+
+    None where it does not apply: another norm, no Dual, torch.compile (which fuses by itself).
+    """
+    plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and len(norm.normalized_shape) == 1
+    if not plain or not any(isinstance(a, Dual) for a in (x, shift, scale)):
+        return None
+    pair = _fused_layer_norm(x, 1 + scale, shift, norm.eps)
+    kind = Dual if keeps_tangent(x, shift, scale) else DetachedDual
+    return None if pair is None else kind(*pair)
+
+
 @register_rule(F.rms_norm, torch.rms_norm)
 def rms_norm(
     input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
@@ -77,12 +105,14 @@ def rms_norm(
     """x^ = x / sqrt(mean(x^2) + eps), d x^ = (dx - x^ mean(x^ dx)) / sqrt(mean(x^2) + eps)."""
     shape = tuple(normalized_shape)
     dims = tuple(range(-len(shape), 0))
+    epsilon = torch.finfo(input.dtype).eps if eps is None else eps
+    if len(shape) == 1 and (pair := _fused_layer_norm(input, weight, None, epsilon, rms=True)) is not None:
+        return pair
     y = F.rms_norm(primal(input), shape, primal(weight), eps)
     with tangent_scope(input, weight):
         x = primal(input)
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
         x = x.to(_statistics_dtype(x))
-        r_rms = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+        r_rms = torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
         x_hat, d_hat = x * r_rms, None
         if (dx := tangent(input)) is not None:
             dx = dx.to(x.dtype)
@@ -94,8 +124,13 @@ def rms_norm(
 def group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Any, Any]:
-    x = primal(input)
-    dx: Any = tangent(input)
+    args = [as_autocast(a) for a in (input, weight, bias)]
+    if fusable("group_norm_silu", *args):
+        (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
+        return group_norm_silu(
+            x, dx, num_groups, gain, dgain, shift, dshift, eps=eps, silu=False, tangent_grad=keeps_tangent(*args)
+        )
+    x, dx = primal(input), tangent(input)
     batch, channels, *spatial = x.shape
     shape = (1, channels, *[1] * len(spatial))
     y = F.group_norm(x, num_groups, primal(weight), primal(bias), eps)

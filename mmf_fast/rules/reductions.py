@@ -32,7 +32,7 @@ def var(input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = Fals
     y = torch.var(x, dims, correction=correction, keepdim=keepdim)
     with tangent_scope(input):
         centred = x - x.mean(dims, keepdim=True)
-        count = math.prod(x.shape[d] for d in dims)
+        count = x.numel() // max(y.numel(), 1)
         return y, 2 / (count - correction) * (centred * input.tangent).sum(dims, keepdim=keepdim)
 
 
