@@ -19,7 +19,7 @@ from mmf_fast.models.layers import (
     check_positive,
     check_sample,
     linear_flops,
-    modulate,
+    modulated_norm,
     total_flops,
     zero_init,
 )
@@ -62,9 +62,9 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD).unsqueeze(1).chunk(6, dim=-1)
-        h_BND = self.attention(modulate(self.norm1(x_BND), shift1, scale1))
+        h_BND = self.attention(modulated_norm(self.norm1, x_BND, shift1, scale1))
         x_BND = x_BND + gate1 * self.dropout(h_BND)
-        h_BND = self.fc_out(F.gelu(self.fc_in(modulate(self.norm2(x_BND), shift2, scale2)), approximate="tanh"))
+        h_BND = self.fc_out(F.gelu(self.fc_in(modulated_norm(self.norm2, x_BND, shift2, scale2)), approximate="tanh"))
         return x_BND + gate2 * self.dropout(h_BND)
 
     def flops(self, tokens: int) -> int:
@@ -148,7 +148,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             x_BND = block(x_BND, c_BD)
         shift, scale = self.modulation(c_BD).unsqueeze(1).chunk(2, dim=-1)
-        patches_BNP = self.output(modulate(self.norm(x_BND), shift, scale))
+        patches_BNP = self.output(modulated_norm(self.norm, x_BND, shift, scale))
         patches_BPYX = patches_BNP.transpose(1, 2).reshape(z.shape[0], -1, self.grid, self.grid)
         return F.pixel_shuffle(patches_BPYX, self.patch_size).to(z.dtype)
 

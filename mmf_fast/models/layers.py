@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmf_fast.rules.norms import fused_modulated_norm
+
 __all__ = [
     "Attention",
     "Conditioning",
@@ -24,6 +26,7 @@ __all__ = [
     "conv_flops",
     "linear_flops",
     "modulate",
+    "modulated_norm",
     "sinusoids",
     "total_flops",
     "zero_init",
@@ -38,6 +41,12 @@ MAX_FREQUENCY = 16.0
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) x + shift, the scale-shift conditioning of FiLM, ADM and adaLN. shift and scale broadcast to x."""
     return x * (1 + scale) + shift
+
+
+def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """modulate(norm(x), shift, scale), which is one operator on Duals where there is a fused one."""
+    y = fused_modulated_norm(norm, x, shift, scale)
+    return modulate(norm(x), shift, scale) if y is None else y
 
 
 def sinusoids(t: Tensor, count: int) -> Tensor:

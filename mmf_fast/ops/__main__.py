@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-import mmf_fast as mmf_fast  # defines the operators
 from mmf_fast.ops import gpu, native
 from mmf_fast.ops.dispatch import OPERATORS, choose
 

@@ -132,11 +132,11 @@ def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple:
-    x = ctx.saved_tensors[0]
+    x, *tangents = ctx.saved_tensors
     if not ctx.tangent_grad or h is None:
         return None if g is None else _slope(g, x, ctx.act), None, None, None
     g = None if g is None else layout_of(g, x)
-    return *_backward_operator(g, layout_of(h, x), x, ctx.saved_tensors[1], ctx.act), None, None
+    return *_backward_operator(g, layout_of(h, x), x, *tangents, ctx.act), None, None
 
 
 torch.library.register_autograd(_operator, _backward, setup_context=_setup)

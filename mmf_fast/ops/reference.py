@@ -149,7 +149,8 @@ def group_norm_silu(
     "none". y' is empty (0,) when no tangent is given.
     """
     x_hat, d_hat, _, _ = _grouped_standardised(x, dx, groups, eps)
-    u, du = _affine(x_hat, d_hat, *_channels(x, gain, dgain, bias, dbias), x_hat.dtype)
+    a, da, b, db = _channels(x, gain, dgain, bias, dbias)
+    u, du = _affine(x_hat, d_hat, a, da, b, db, x_hat.dtype)
     y, slope, _ = curve(u, act)
     some = dx is not None or dgain is not None or dbias is not None
     return _like(y, x), _like(slope * du, x) if some else x.new_empty(0)
@@ -204,7 +205,7 @@ def _grouped_standardised(x: Tensor, dx: Tensor | None, groups: int, eps: float)
     return x_hat.view(x.shape), None if d_hat is None else d_hat.view(x.shape), r, m2
 
 
-def _channels(x: Tensor, *parameters: Tensor | None) -> Any:
+def _channels(x: Tensor, *parameters: Any) -> Any:
     """(1 or B, C) as (1 or B, C, 1, ...), to multiply x."""
     return (None if p is None else _wide(p).view(*p.shape, *[1] * (x.ndim - 2)) for p in parameters)
 
@@ -254,6 +255,119 @@ def curve(x: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     s = torch.sigmoid(q)
     ss = s * (1 - s)
     return x * s, s + near * ss * q1, ss * (2 * q1 + near * ((1 - 2 * s) * q1 * q1 + q2))
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    dq: Tensor | None,
+    k: Tensor,
+    dk: Tensor | None,
+    v: Tensor,
+    dv: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    tangent_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """O = P v and O' = (P (S' - mu)) v + P v', with P = softmax(S), S = s q k^T + mask, S' = s (q' k^T + q k'^T) and
+    mu = rowsum(P S').
+
+    q, q' (B, H, N, D); k, k' (B, H, M, D); v, v' (B, H, M, E); mask (B, H, N, M), boolean (True: attend) or additive.
+    A row that attends to nothing is 0. Returns O and O', the logarithm LSE of the sum of exp(S) (inf for a row that
+    attends to nothing) and mu, both (B, H, N) in at least float32; O' and mu are empty (0,) when no tangent asks for
+    them.
+    """
+    logits, d_logits = _logits(q, dq, k, dk, mask, causal, scale)
+    lse = torch.logsumexp(logits, -1)
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    p = torch.exp(logits - lse[..., None])
+    o = p @ _wide(v)
+    d_o, mu = None, lse.new_empty(0)
+    if d_logits is not None:
+        mu = (p * d_logits).sum(-1)
+        d_o = (p * (d_logits - mu[..., None])) @ _wide(v)
+    if dv is not None:
+        d_o = p @ _wide(dv) if d_o is None else d_o + p @ _wide(dv)
+    return _heads(o, q), q.new_empty(0) if d_o is None else _heads(d_o, q), lse, mu
+
+
+def attention_backward(
+    g: Tensor | None,
+    h: Tensor | None,
+    q: Tensor,
+    dq: Tensor | None,
+    k: Tensor,
+    dk: Tensor | None,
+    v: Tensor,
+    dv: Tensor | None,
+    mask: Tensor | None,
+    o: Tensor,
+    d_o: Tensor | None,
+    lse: Tensor,
+    mu: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What q, q', k, k', v, v' receive from the cotangents g of O and h of O' (empty (0,) for absent ones), with
+    G = g v^T + h v'^T,  G' = h v^T,  H = P (S' - mu),  gam = rowsum(h O),  del = rowsum(g O + h O'):
+
+        dS' = P (G' - gam),   dS = P (G + (G' - gam) (S' - mu) - del)
+        g_q = s (dS k + dS' k'),     g_k = s (dS^T q + dS'^T q'),     g_v = P^T g + H^T h
+        g_q' = s dS' k,              g_k' = s dS'^T q,                g_v' = P^T h
+    """
+    if h is None:
+        dq = dk = dv = None
+    logits, d_logits = _logits(q, dq, k, dk, mask, causal, scale)
+    p = torch.exp(logits - lse[..., None])
+    narrow = o
+    g, h, q, dq, k, dk, v, dv, o, d_o = map(_wide, (g, h, q, dq, k, dk, v, dv, o, d_o))
+
+    def product(a: Tensor | None, b: Tensor | None) -> Any:
+        return 0 if a is None or b is None else a @ b
+
+    def transposed(x: Tensor | None) -> Any:
+        return None if x is None else x.mT
+
+    of_p = product(g, v.mT) + product(h, transposed(dv))
+    delta = (0 if g is None else g * o) + (0 if h is None else h * d_o)
+    d_s = of_p - delta.sum(-1, keepdim=True)
+    d_ds = p_h = None
+    if d_logits is not None and h is not None:
+        centred = d_logits - mu[..., None]
+        d_ds = h @ v.mT - (h * o).sum(-1, keepdim=True)
+        d_s = d_s + d_ds * centred
+        p_h, d_ds = p * centred, p * d_ds
+    d_s = p * d_s
+    grads = (
+        scale * (d_s @ k + product(d_ds, dk)),
+        None if dq is None else scale * (d_ds @ k),
+        scale * (d_s.mT @ q + product(transposed(d_ds), dq)),
+        None if dk is None else scale * (d_ds.mT @ q),
+        torch.zeros_like(v) + product(p.mT, g) + product(transposed(p_h), h),
+        None if dv is None else p.mT @ h,
+    )
+    return tuple(narrow.new_empty(0) if x is None else _heads(x, narrow) for x in grads)
+
+
+def _logits(
+    q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    q, dq, k, dk = map(_wide, (q, dq, k, dk))
+    logits = (scale * q) @ k.mT
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    if causal:
+        logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -math.inf)
+    terms = [a @ b.mT for a, b in ((dq, k), (q, dk)) if a is not None and b is not None]
+    return logits, scale * sum(terms[1:], start=terms[0]) if terms else None
+
+
+def _heads(x: Tensor, like: Tensor) -> Tensor:
+    """x (B, H, N, D) in the dtype of `like`, laid out as (B, N, H, D): what follows merges the heads."""
+    return x.to(like.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

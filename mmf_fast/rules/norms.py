@@ -124,13 +124,10 @@ def rms_norm(
 def group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Any, Any]:
-    args = [as_autocast(a) for a in (input, weight, bias)]
-    if fusable("group_norm_silu", *args):
-        (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
-        return group_norm_silu(
-            x, dx, num_groups, gain, dgain, shift, dshift, eps=eps, silu=False, tangent_grad=keeps_tangent(*args)
-        )
-    x, dx = primal(input), tangent(input)
+    if (pair := _fused_group_norm(input, num_groups, weight, bias, eps)) is not None:
+        return pair
+    x = primal(input)
+    dx: Any = tangent(input)
     batch, channels, *spatial = x.shape
     shape = (1, channels, *[1] * len(spatial))
     y = F.group_norm(x, num_groups, primal(weight), primal(bias), eps)
@@ -148,6 +145,16 @@ def group_norm(
                 dx, x, mean, r_std, None, batch, channels, pixels, num_groups, [True, False, False]
             )[0]
         return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
+
+
+def _fused_group_norm(input: Any, groups: int, weight: Any, bias: Any, eps: float) -> tuple[Any, Any] | None:
+    args = [as_autocast(a) for a in (input, weight, bias)]
+    if not fusable("group_norm_silu", *args):
+        return None
+    (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
+    return group_norm_silu(
+        x, dx, groups, gain, dgain, shift, dshift, eps=eps, silu=False, tangent_grad=keeps_tangent(*args)
+    )
 
 
 @register_rule(F.batch_norm)

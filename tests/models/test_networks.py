@@ -227,7 +227,7 @@ def test_the_primal_of_a_dual_call_is_the_plain_call(name):
     z, r, t, y = inputs(net, dtype=torch.float64)
     w = torch.randn_like(z)
     u, du = net(Dual(z, w), r, Dual(t, torch.ones_like(t)), y)
-    assert u.equal(net(z, r, t, y))
+    torch.testing.assert_close(u, net(z, r, t, y), rtol=1e-12, atol=1e-12)  # another kernel may round otherwise
     h = 1e-5
     difference = (net(z + h * w, r, t + h, y) - net(z - h * w, r, t - h, y)) / (2 * h)
     assert (du - difference).norm() < 1e-7 * difference.norm()
