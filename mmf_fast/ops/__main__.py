@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from mmf_fast.ops import gpu, native
+from mmf_fast.ops import attention, gpu, group_norm, interpolate, layer_norm, native, pointwise, sg_loss
 from mmf_fast.ops.dispatch import OPERATORS, choose
+
+DEFINED_IN = (
+    attention,
+    group_norm,
+    interpolate,
+    layer_norm,
+    pointwise,
+    sg_loss,
+)  # importing them defines the operators
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ An operator `mmf_fast::name` has up to three implementations with the same argum
     native     C++ (csrc/), on the CPU
     triton     on CUDA; on the CPU too under TRITON_INTERPRET=1, which tests use
 
-MMF_FAST_OPS=reference|native|triton in the environment forces one.
+MMF_FAST_OPS=reference|native|triton in the environment forces one, for the operators that have it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def choose(name: str, args: Any) -> str:
     if forced:
         if forced not in KINDS:
             raise ValueError(f"MMF_FAST_OPS is {forced!r}: choose one of {', '.join(KINDS)}")
-        return forced
+        return forced if _exists(name, forced) else "reference"
     x = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
     if x.is_cuda:
         return "triton" if gpu.available() and "triton" in OPERATORS[name] else "reference"
@@ -98,6 +98,11 @@ def fused(name: str, *args: Any) -> bool:
     tensors = [a for a in args if isinstance(a, Tensor)]
     plain = all(type(a) in (Tensor, torch.nn.Parameter) and a.layout == torch.strided for a in tensors)
     return plain and choose(name, tensors) != "reference"
+
+
+def _exists(name: str, kind: str) -> bool:
+    """Whether an operator has a kernel of this kind, or may have one in a library that is not here."""
+    return kind in OPERATORS[name] or (kind == "native" and not (native.available() and native.op(name) is None))
 
 
 def _why_not(name: str, kind: str) -> str:

@@ -5,6 +5,7 @@ z_t = (1 - t) x + t noise = x + t v,   v = noise - x,   x = uint8 / 127.5 - 1 fo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.shape != noise.shape or t.shape != x.shape[:1]:
         raise ValueError(f"x {tuple(x.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}: need x = noise, t (B,)")
-    rows = (a.detach().reshape(len(a), -1).contiguous() for a in (x, noise))
+    rows = (a.detach().reshape(len(a), math.prod(x.shape[1:])).contiguous() for a in (x, noise))
     z, v = _operator(*rows, t.detach().contiguous())
     return z.view(noise.shape), v.view(noise.shape)
 

@@ -55,7 +55,7 @@ def curve(x, ACT: tl.constexpr):
             near = tl.minimum(tl.maximum(x, -25.0), 25.0)
             q = 1.5957691216057308 * near * (1.0 + 0.044715 * near * near)
             q1 = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
-            q2 = 0.4281287964759553 * near
+            q2 = 1.5957691216057308 * 0.26829 * near
         s = 1.0 / (1.0 + tl.exp(-q))
         ss = s * (1.0 - s)
         value, slope = x * s, s + near * ss * q1

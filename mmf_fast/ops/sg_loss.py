@@ -11,6 +11,7 @@ Shape legend:  B batch   K elements of a sample
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def sg_loss(
     dtype = torch.promote_types(u.dtype, torch.float32)
 
     def rows(a: Tensor | None, to: torch.dtype) -> Any:
-        return None if a is None else a.reshape(len(a), -1).to(to).contiguous()
+        return None if a is None else a.reshape(len(a), math.prod(a.shape[1:])).to(to).contiguous()
 
     lam = torch.as_tensor(lam, dtype=dtype, device=u.device)
     fixed = (rows(x, dtype), rows(noise if target is None else target, dtype), interval.to(dtype).contiguous())

@@ -1,0 +1,92 @@
+"""Schema, fake kernels, autograd registration and the choice of an implementation."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmf_fast.ops import dispatch, gpu, group_norm, interpolate, layer_norm, native, pointwise, sg_loss
+
+
+def draw(*shapes, grad=True):
+    return [torch.randn(s, requires_grad=grad) for s in shapes]
+
+
+def samples():
+    rows = draw((6, 5), (6, 5), (2, 5), (2, 5), (2, 5), (2, 5))
+    image = draw((2, 4, 3, 3), (2, 4, 3, 3), (1, 4), (1, 4), (1, 4), (1, 4))
+    flat = draw((3, 7), (3, 7))
+    fixed = draw((3, 7), (3, 7), (3,), (), grad=False)
+    return {
+        "layer norm": (layer_norm._operator, (*rows, False, 1e-5, True)),
+        "layer norm without tangents": (
+            layer_norm._operator,
+            (rows[0], None, rows[2], None, None, None, True, 1e-5, False),
+        ),
+        "group norm": (group_norm._operator, (*image, 2, 1e-5, "silu", True)),
+        "activation": (pointwise._operator, (*flat, "gelu_tanh", True)),
+        "loss": (sg_loss._operator, (*flat, *fixed, 1.0, 1e-3, True)),
+        "loss without tangent": (
+            sg_loss._operator,
+            (flat[0], None, None, fixed[1], fixed[2], fixed[3], 1.0, 1e-3, False),
+        ),
+        "path": (interpolate._operator, (fixed[0], fixed[1], fixed[2].abs())),
+    }
+
+
+@pytest.mark.parametrize("name", samples())
+def test_registration_is_what_torch_expects(name):
+    """Schema, autograd, fake kernels and tracing with dynamic shapes."""
+    operator, args = samples()[name]
+    torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize("kind", ["native", "triton"])
+def test_every_operator_agrees_with_the_reference_on_what_opcheck_ran(kind):
+    if kind == "native" and not native.available():
+        pytest.skip(native.reason())
+    if kind == "triton" and (not gpu.available() or torch.cuda.is_available()):
+        pytest.skip("no interpreter")
+    for name, (operator, args) in samples().items():
+        op = operator._schema.name.split("::")[1]
+        try:
+            ours = dispatch.implementation(op, kind)
+        except ValueError:
+            assert (op, kind) == ("interpolate", "native")
+            continue
+        with torch.no_grad():
+            for a, b in zip(ours(*args), dispatch.implementation(op, "reference")(*args), strict=True):
+                torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_an_implementation_can_be_forced(monkeypatch):
+    x = torch.zeros(2)
+    monkeypatch.setenv("MMF_FAST_OPS", "reference")
+    assert dispatch.choose("activation", [x]) == "reference" and not dispatch.fused("activation", x)
+    monkeypatch.setenv("MMF_FAST_OPS", "fortran")
+    with pytest.raises(ValueError, match="MMF_FAST_OPS is 'fortran': choose one of reference, native, triton"):
+        dispatch.choose("activation", [x])
+    monkeypatch.delenv("MMF_FAST_OPS")
+    assert dispatch.choose("activation", [x.half()]) == "reference"
+    with pytest.raises(ValueError, match=r"interpolate has no native implementation here"):
+        dispatch.implementation("interpolate", "native")
+
+
+def test_no_fused_operator_inside_transforms_or_traces():
+    seen = []
+    x = torch.randn(3)
+
+    def look(x):
+        seen.append(dispatch.fused("activation", x))
+        return x * 1.0
+
+    torch.func.jvp(look, (x,), (x,))
+    torch.compile(look, backend="eager")(x)
+    assert seen[:1] == [False]
+
+
+def test_the_command_prints_every_operator():
+    out = subprocess.run([sys.executable, "-m", "mmf_fast.ops"], capture_output=True, text=True, check=True).stdout
+    assert all(f"  {name} " in out for name in dispatch.OPERATORS)
+    assert "native:" in out and "triton:" in out
