@@ -1,15 +1,214 @@
-"""The tangent of softmax attention.
+"""Softmax attention and its tangent, as one operator with three backward passes.
 
-S = s q k^T,  P = softmax(S + mask),  S' = s (q' k^T + q k'^T),  mu = rowsum(P * S')
-O = P v,      O' = (P * (S' - mu)) v + P v' = (P * S') v - mu O + P v'
+    S = s q k^T + mask,   P = softmax(S),   S' = s (q' k^T + q k'^T),   mu = rowsum(P * S'),   H = P * (S' - mu)
+    O = P v,              O' = H v + P v'
+
+For cotangents g of O and h of O', with G = g v^T + h v'^T, G' = h v^T, gam = rowsum(h * O) and
+del = rowsum(g * O + h * O'):
+
+    dS' = P * (G' - gam)            dS = P * (G + (G' - gam) * (S' - mu) - del)
+    g_q = s (dS k + dS' k')         g_k = s (dS^T q + dS'^T q')         g_v = P^T g + H^T h
+    g_q' = s dS' k                  g_k' = s dS'^T q                    g_v' = P^T h
+
+Forward, 6 matrix products in one pass over the keys, with sums O, O' and mu that are rescaled as the maximum of a row
+grows; O' is summed as (P * (S' - c)) v + P v' - (mu - c) O with a c near mu, so that nothing cancels. Saved: O, O', mu
+and LSE = log sum exp S, so memory is linear in the sequence. Backward, 15 products with P = exp(S - LSE); when no
+gradient flows through O' only the ordinary 5, and only q, k, v, O and LSE are saved, as in a plain attention.
+
+Shape legend:  B batch   H heads   N queries   M keys   D head size   E head size of v
 """
 
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmf_fast.ops import attention_triton, reference
+from mmf_fast.ops.dispatch import choose, define
+
+__all__ = ["attention", "attention_tangent", "serves"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    tangent_grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(O, O') of the formulas above, differentiable in q, k, v and their tangents.
+
+    q, dq: (..., N, D). k, dk: (..., M, D). v, dv: (..., M, E). Of one dtype (float32, float64, bfloat16, float16), any
+    strides, leading dimensions broadcast; a tangent of None is zero. mask: boolean (True: attend) or additive (after
+    scaling), broadcast to (..., N, M); a row that attends to nothing is 0. is_causal: query i attends to keys <= i.
+    scale: s, by default 1/sqrt(D). tangent_grad=False detaches O', and then nothing is saved for it.
+    Returns (..., N, E) twice; O' is None when no tangent is given. Raises ValueError for arguments that do not fit and
+    for a mask that requires a gradient.
+    """
+    if mask is not None and mask.requires_grad:
+        raise ValueError("the mask of attention gets no gradient: detach it, or compose softmax(s q k^T + mask) v")
+    if not all(x is None or x.dtype == q.dtype for x in (k, v, dq, dk, dv)):
+        raise ValueError(f"q, k, v and their tangents must have one dtype, {q.dtype} here: cast them")
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"attention takes q (..., N, D), k (..., M, D), v (..., M, E), not {shapes}")
+    for x, dx in ((q, dq), (k, dk), (v, dv)):
+        if dx is not None and dx.shape != x.shape:
+            raise ValueError(f"a tangent has the shape of its primal, {tuple(x.shape)}, not {tuple(dx.shape)}")
+    if dq is None and dk is None and dv is None:
+        tangent_grad = False
+
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    q, dq, k, dk, v, dv = (_four_dimensions(x, lead) for x in (q, dq, k, dk, v, dv))
+    if mask is not None:
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        mask = _four_dimensions(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2]), lead)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    o, d_o, _, _ = _operator(q, dq, k, dk, v, dv, mask, is_causal, scale, tangent_grad)
+    shape = (*lead, *o.shape[-2:])
+    if dq is None and dk is None and dv is None:
+        return o.reshape(shape), None
+    return o.reshape(shape), (d_o if tangent_grad else d_o.detach()).reshape(shape)
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether a rule should call the operator on these arguments rather than compose it.
+
+    Not inside functorch transforms, where an operator would lose its tangent, not for a mask that wants a gradient, and
+    not where only the reference would serve. Under torch.compile it does: the compiler cannot fuse the matrix products.
+    """
+    present = [x for x in tensors if x is not None]
+    if torch._C._functorch.peek_interpreter_stack() is not None or any(x.layout != torch.strided for x in present):
+        return False
+    floats = [x for x in present if x.is_floating_point()]
+    return not any(x.dtype != floats[0].dtype for x in floats) and choose("attention", floats) != "reference"
+
+
+def _four_dimensions(x: Tensor | None, lead: torch.Size) -> Any:
+    """(..., N, D) as (B, H, N, D), its leading dimensions expanded to `lead`."""
+    if x is None:
+        return None
+    x = x.expand(*lead, *x.shape[-2:])
+    if x.ndim < 4:
+        return x[(None,) * (4 - x.ndim)]
+    return x if x.ndim == 4 else x.flatten(0, -4)
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
+
+
+def _fake(
+    q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any, causal: bool, scale: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = dq is not None or dk is not None
+    o, lse = _empty(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide)
+    d_o = torch.empty_like(o) if logits or dv is not None else q.new_empty(0)
+    return o, d_o, lse, torch.empty_like(lse) if logits else lse.new_empty(0)
+
+
+def _fake_backward(
+    g: Any, h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    pairs = ((q, q), (q, dq), (k, k), (k, dk), (v, v), (v, dv))
+    return tuple(
+        q.new_empty(0) if dx is None or (h is None and dx is not x) else _empty(x, x.shape[-1]) for x, dx in pairs
+    )
+
+
+def _empty(like: Tensor, width: int) -> Tensor:
+    """(B, H, N, width) laid out as (B, N, H, width): what follows merges the heads."""
+    batch, heads, rows, _ = like.shape
+    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
+_OPERANDS = "Tensor q, Tensor? dq, Tensor k, Tensor? dk, Tensor v, Tensor? dv, Tensor? mask"
+_operator = define(
+    f"attention({_OPERANDS}, bool causal, float scale, bool tangent_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.attention,
+    _fake,
+    attention_triton.forward,
+)
+_backward_operator = define(
+    f"attention_backward(Tensor? g, Tensor? h, {_OPERANDS}, Tensor o, Tensor? d_o, Tensor lse, Tensor? mu, bool causal,"
+    " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.attention_backward,
+    _fake_backward,
+    attention_triton.backward,
+)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    q, dq, k, dk, v, dv, mask, ctx.causal, ctx.scale, ctx.tangent_grad = inputs
+    o, d_o, lse, mu = output
+    ctx.set_materialize_grads(False)
+    if ctx.tangent_grad:
+        ctx.save_for_backward(q, k, v, mask, o, lse, dq, dk, dv, d_o, mu)
+    else:
+        ctx.save_for_backward(q, k, v, mask, o, lse)
+
+
+def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Any) -> tuple:
+    q, k, v, mask, o, lse, *rest = ctx.saved_tensors
+    dq = dk = dv = d_o = mu = None
+    if not ctx.tangent_grad or h is None:
+        h = None
+        if g is None:
+            return (None,) * 10
+        if _flash_serves(q, k, v, mask, ctx.causal):
+            g_q, g_k, g_v = _flash_backward(g, q, k, v, o, lse, ctx.causal, ctx.scale)
+            return g_q, None, g_k, None, g_v, None, None, None, None, None
+    else:
+        dq, dk, dv, d_o, mu = rest
+        mu = mu if mu.numel() or not lse.numel() else None
+    grads = _backward_operator(g, h, q, dq, k, dk, v, dv, mask, o, d_o, lse, mu, ctx.causal, ctx.scale)
+    present = (q, dq, k, dk, v, dv)
+    return (*(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None, None, None, None)
+
+
+torch.library.register_autograd(_operator, _backward, setup_context=_setup)
+
+
+def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether PyTorch's flash attention has a backward pass for these arguments: then O and LSE suffice for it."""
+    return (
+        q.is_cuda
+        and mask is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] % 8 == 0
+        and not (causal and q.shape[-2] != k.shape[-2])
+        and q.numel() > 0
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and not os.environ.get("MMF_FAST_OPS")
+    )
+
+
+def _flash_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashAttention's backward: version 2 as PyTorch ships it, or the one that
+    torch.nn.attention.activate_flash_attention_impl has put in its place."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is off
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        g.contiguous() if g.stride(-1) != 1 else g,
+        q, k, v, o, lse, None, None, q.shape[-2], k.shape[-2], 0.0, causal, unused, unused, scale=scale,
+    )  # fmt: skip
+
+
+# -- the tangent alone, composed of PyTorch's kernels: where the operator does not serve -------------------------------
 
 
 def attention_tangent(

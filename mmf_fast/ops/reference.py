@@ -310,7 +310,7 @@ def attention_backward(
     mu: Tensor | None,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """What q, q', k, k', v, v' receive from the cotangents g of O and h of O' (empty (0,) for absent ones), with
     G = g v^T + h v'^T,  G' = h v^T,  H = P (S' - mu),  gam = rowsum(h O),  del = rowsum(g O + h O'):
 
@@ -321,35 +321,33 @@ def attention_backward(
     if h is None:
         dq = dk = dv = None
     logits, d_logits = _logits(q, dq, k, dk, mask, causal, scale)
-    p = torch.exp(logits - lse[..., None])
-    narrow = o
+    p, like = torch.exp(logits - lse[..., None]), o
     g, h, q, dq, k, dk, v, dv, o, d_o = map(_wide, (g, h, q, dq, k, dk, v, dv, o, d_o))
 
-    def product(a: Tensor | None, b: Tensor | None) -> Any:
+    def mm(a: Tensor | None, b: Tensor | None) -> Any:
         return 0 if a is None or b is None else a @ b
 
-    def transposed(x: Tensor | None) -> Any:
+    def t(x: Tensor | None) -> Any:
         return None if x is None else x.mT
 
-    of_p = product(g, v.mT) + product(h, transposed(dv))
-    delta = (0 if g is None else g * o) + (0 if h is None else h * d_o)
-    d_s = of_p - delta.sum(-1, keepdim=True)
+    d_p = mm(g, v.mT) + mm(h, t(dv))
+    for cotangent, output in ((g, o), (h, d_o)):
+        d_p = d_p if cotangent is None else d_p - (cotangent * output).sum(-1, keepdim=True)
     d_ds = p_h = None
-    if d_logits is not None and h is not None:
+    if d_logits is not None and h is not None and mu is not None:
         centred = d_logits - mu[..., None]
         d_ds = h @ v.mT - (h * o).sum(-1, keepdim=True)
-        d_s = d_s + d_ds * centred
-        p_h, d_ds = p * centred, p * d_ds
-    d_s = p * d_s
+        d_p, d_ds, p_h = d_p + d_ds * centred, p * d_ds, p * centred
+    d_s = p * d_p
     grads = (
-        scale * (d_s @ k + product(d_ds, dk)),
-        None if dq is None else scale * (d_ds @ k),
-        scale * (d_s.mT @ q + product(transposed(d_ds), dq)),
-        None if dk is None else scale * (d_ds.mT @ q),
-        torch.zeros_like(v) + product(p.mT, g) + product(transposed(p_h), h),
-        None if dv is None else p.mT @ h,
+        scale * (d_s @ k + mm(d_ds, dk)),
+        None if dq is None else scale * mm(d_ds, k),
+        scale * (d_s.mT @ q + mm(t(d_ds), dq)),
+        None if dk is None else scale * mm(t(d_ds), q),
+        mm(p.mT, g) + mm(t(p_h), h) + torch.zeros_like(v),
+        None if dv is None else mm(p.mT, h),
     )
-    return tuple(narrow.new_empty(0) if x is None else _heads(x, narrow) for x in grads)
+    return tuple(like.new_empty(0) if x is None else _heads(x, like) for x in grads)
 
 
 def _logits(
