@@ -1,0 +1,157 @@
+"""Compiles every Triton kernel of the package for GPUs that are not here. Run by test_compile_gate.py in a process of
+its own, since the interpreter (TRITON_INTERPRET) and the compiler cannot share one. Prints one JSON line per kernel,
+configuration and chip.
+
+The operators are called on CPU tensors, with launches recorded instead of run: what is compiled is what their
+launchers would launch, arguments, constants, warps and stages included.
+"""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+import mmf_fast.ops
+
+CHIPS = {80: ("sm_80", 166_912), 90: ("sm_90a", 232_448), 100: ("sm_100a", 232_448)}  # shared memory of a block, bytes
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+TENSOR_CORES = re.compile(r"mma\.sync|wgmma|tcgen05\.mma")
+
+launches: dict[str, tuple] = {}
+seen: set[str] = set()
+
+
+def record(
+    kernel: JITFunction, *args: object, grid: object, warmup: bool, default: bool = True, **options: object
+) -> None:
+    """One launch as (kernel, signature, constants, attributes, options); launches that compile alike are kept once."""
+    names = kernel.arg_names
+    arguments = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}
+    constant = {p.name for p in kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value = arguments[name]
+        if name in constant or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int) and value == 1:
+            signature[name], constants[name] = "constexpr", 1  # Triton specialises on 1
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    name = f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
+    seen.add(name)
+    types = [signature[n] for n in names if signature[n].startswith("*")]
+    key = f"{name} {types} {sorted(constants.items(), key=str)} {options}"
+    launches[key] = (name, kernel, signature, constants, attributes, options, default)
+
+
+def record_every_configuration(tuner: Autotuner, *args: object, **options: object) -> None:
+    for i, config in enumerate(tuner.configs):
+        tuner.fn.run(*args, **options, **config.all_kwargs(), default=i == 0)
+
+
+def compile_for(chip: int, launch: tuple) -> dict:
+    name, kernel, signature, constants, attributes, options, default = launch
+    arch, limit = CHIPS[chip]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas = tools / ("ptxas-blackwell" if chip >= 100 and (tools / "ptxas-blackwell").exists() else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(compiled.asm["ptx"])
+        ptx.flush()
+        command = [ptxas, "-v", f"--gpu-name={arch}", ptx.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "kernel": name,
+        "chip": arch,
+        "default": default,
+        "constants": {k: v for k, v in constants.items() if v is not None},
+        "options": options,
+        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "shared": compiled.metadata.shared,
+        "shared_limit": limit,
+        "matmul": "tt.dot" in compiled.asm["ttir"],
+        "tensor_cores": bool(TENSOR_CORES.search(compiled.asm["ptx"])),
+    }
+
+
+def kernels() -> set[str]:
+    """All kernels of the package: jitted functions that take pointers and are launched, so named."""
+    found = set()
+    for module in pkgutil.iter_modules(mmf_fast.ops.__path__):
+        if module.name != "__main__":
+            for name, value in vars(importlib.import_module(f"mmf_fast.ops.{module.name}")).items():
+                value = value.fn if isinstance(value, Autotuner) else value
+                if isinstance(value, JITFunction) and name.endswith("kernel"):
+                    found.add(f"{value.fn.__module__.rsplit('.', 1)[-1]}.{name}")
+    return found
+
+
+def backward(*outputs: torch.Tensor) -> None:
+    torch.autograd.backward(
+        [y for y in outputs if y is not None], [torch.ones_like(y) for y in outputs if y is not None]
+    )
+
+
+def call_operators() -> None:
+    """Every operator forward and backward, at sizes of real networks."""
+    from mmf_fast.ops import attention, group_norm, interpolate, layer_norm, pointwise, sg_loss
+
+    def draw(*shapes: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.zeros(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dx, *p = draw((2, 4, 1152), (2, 4, 1152), *[(2, 1, 1152)] * 4, dtype=dtype)
+        backward(*layer_norm.modulated_layer_norm(x, dx, *p))
+        backward(layer_norm.modulated_layer_norm(x, None, p[0], None, p[2], None, rms=True)[0])
+        x, dx, a, b = draw((1, 512, 32, 32), (1, 512, 32, 32), (512,), (512,), dtype=dtype)
+        backward(*group_norm.group_norm_silu(x, dx, 32, a, None, b, None))
+        x, dx = (v.to(memory_format=torch.channels_last) for v in (x, dx))
+        backward(*group_norm.group_norm_silu(x, dx, 32, a, None, b, None, silu=False))
+        u, du, image, noise = draw(*[(2, 3, 64, 64)] * 4, dtype=dtype)
+        for act in ("silu", "gelu", "gelu_tanh"):
+            backward(*pointwise.activation(u, du, act))
+        tau = torch.zeros(2)
+        backward(sg_loss.sg_loss(u, du, tau, 0.5, x=image, noise=noise).loss)
+        backward(sg_loss.sg_loss(u, None, tau, 0.5, target=image).loss)
+        interpolate.interpolate(image, noise, tau)
+        interpolate.interpolate(torch.zeros(image.shape, dtype=torch.uint8), noise, tau)
+        if hasattr(attention, "attention"):
+            for width in (64, 72):
+                backward(*attention.attention(*draw(*[(1, 2, 256, width)] * 6, dtype=dtype)))
+            q, k, v, *d = draw(*[(1, 2, 256, 64)] * 6, dtype=dtype)
+            backward(attention.attention(q, k, v, *d, tangent_grad=False)[0])
+
+
+def main() -> None:
+    JITFunction.run = record
+    Autotuner.run = record_every_configuration
+    call_operators()
+    print(json.dumps({"missing": sorted(kernels() - seen)}))
+    for launch in launches.values():
+        for chip in CHIPS:
+            print(json.dumps(compile_for(chip, launch)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

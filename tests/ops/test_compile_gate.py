@@ -1,0 +1,37 @@
+"""Every Triton kernel, in the configurations its launcher would use, compiles for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmf_fast.ops import gpu
+
+pytestmark = pytest.mark.skipif(not gpu.available(), reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"MMF_FAST_OPS": "triton"}
+    script = Path(__file__).with_name("compile_gate.py")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.xdist_group("compile_gate")
+def test_every_kernel_compiles_for_every_chip_and_fits(compiled):
+    """No spills in a default configuration, shared memory within the chip's limit, matrix products on tensor cores."""
+    first, *results = compiled
+    assert first == {"missing": []}, "kernels that compile_gate.call_operators does not reach"
+    assert {r["chip"] for r in results} == {"sm_80", "sm_90a", "sm_100a"}
+    assert len({r["kernel"] for r in results}) >= 9
+    spilled = [r for r in results if r["default"] and r["spills"]]
+    too_large = [r for r in results if r["shared"] > r["shared_limit"]]
+    slow_products = [r for r in results if r["matmul"] and not r["tensor_cores"]]
+    assert not spilled and not too_large and not slow_products, json.dumps(
+        [spilled, too_large, slow_products], indent=1
+    )
