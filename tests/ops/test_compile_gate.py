@@ -22,7 +22,6 @@ def compiled():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.xdist_group("compile_gate")
 def test_every_kernel_compiles_for_every_chip_and_fits(compiled):
     """No spills in a default configuration, shared memory within the chip's limit, matrix products on tensor cores."""
     first, *results = compiled
