@@ -29,6 +29,7 @@ TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
+TENSOR_CORE_PRODUCT = re.compile(r"tt\.dot .*(tf32|f16|bf16|f8)")  # IEEE float32 has no tensor cores
 TENSOR_CORES = re.compile(r"mma\.sync|wgmma|tcgen05\.mma")
 
 launches: dict[str, tuple] = {}
@@ -42,23 +43,26 @@ def record(
     names = kernel.arg_names
     arguments = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}
     constant = {p.name for p in kernel.params if p.is_constexpr}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(names):
-        value = arguments[name]
-        if name in constant or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int) and value == 1:
-            signature[name], constants[name] = "constexpr", 1  # Triton specialises on 1
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    constants, attributes = {}, {}
+
+    def kind(value: object, path: tuple[int, ...], is_constant: bool = False) -> object:
+        """Triton's name of an argument's type; tuples of arguments have a tuple of names."""
+        if isinstance(value, tuple) and not is_constant:
+            return tuple(kind(v, (*path, i)) for i, v in enumerate(value))
+        if is_constant or value is None or (type(value) is int and value == 1):  # Triton specialises on 1
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return f"*{TYPES[value.dtype]}"
+        if type(value) is int and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "fp32" if isinstance(value, float) else "i32"
+
+    signature = {name: kind(arguments[name], (i,), name in constant) for i, name in enumerate(names)}
     name = f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
     seen.add(name)
-    types = [signature[n] for n in names if signature[n].startswith("*")]
+    types = [t for t in signature.values() if str(t).startswith("*")]
     key = f"{name} {types} {sorted(constants.items(), key=str)} {options}"
     launches[key] = (name, kernel, signature, constants, attributes, options, default)
 
@@ -84,13 +88,13 @@ def compile_for(chip: int, launch: tuple) -> dict:
         "kernel": name,
         "chip": arch,
         "default": default,
-        "constants": {k: v for k, v in constants.items() if v is not None},
+        "constants": {kernel.arg_names[k[0]]: v for k, v in constants.items() if v is not None},
         "options": options,
         "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
         "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         "shared": compiled.metadata.shared,
         "shared_limit": limit,
-        "matmul": "tt.dot" in compiled.asm["ttir"],
+        "matmul": bool(TENSOR_CORE_PRODUCT.search(compiled.asm["ttir"])),
         "tensor_cores": bool(TENSOR_CORES.search(compiled.asm["ptx"])),
     }
 
