@@ -48,6 +48,8 @@ def header(run: dict[str, Any]) -> str:
 
 
 def section() -> str:
+    if not RESULTS.exists():
+        return f"{BEGIN}\nNo run is committed yet. `make bench` measures every row on your machine.\n{END}"
     run = json.loads(RESULTS.read_text())
     return f"{BEGIN}\n{header(run)}\n\n{table(run)}\n{END}"
 
