@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from mmf_fast.data.dataset import ArrayDataset, Batch, Split
 
@@ -17,6 +15,9 @@ def digits(seed: int = 0) -> ArrayDataset:
     seed: order of the training batches. The split is stratified and does not depend on it.
     Raises ValueError for a negative seed.
     """
+    from sklearn.datasets import load_digits  # here, for its import takes a second or more
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images).to(torch.float32).reshape(-1, 1, 8, 8) / 8 - 1  # grey levels 0 .. 16
     y = torch.from_numpy(labels).to(torch.int64)

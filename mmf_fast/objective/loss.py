@@ -27,6 +27,8 @@ from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.points import Draw, Points, column, draw
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
+from mmf_fast.ops.dispatch import fused
+from mmf_fast.ops.sg_loss import SGLoss, sg_loss
 
 __all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
 
@@ -137,7 +139,8 @@ class MeanFlowLoss(nn.Module):
         times: tuple[Tensor, Tensor] | None = None,
         **cond: Any,
     ) -> LossOutput:
-        """The loss of data x (B, ...), float, at training step `step`.
+        """The loss of data x (B, ...) at training step `step`: floating-point, or stored images (uint8, 0 to 255, which
+        stand for [-1, 1]).
 
         noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. cond: passed to the
         network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
@@ -175,28 +178,44 @@ class MeanFlowLoss(nn.Module):
             target = self._target(points, v, u_now, w)
             if self.tangent == "conditional" or w is None:
                 w = target[d.instants :]
-        u_later = self._average(later, w, exact, lam)  # r < t: u + (t - r) SG_lam[du/dt]
 
-        error = torch.cat([u_now, u_later]).to(target.dtype) - target
-        square = error.square().flatten(1)
-        loss, per_sample = _adaptive(square.sum(1), self.p, self.c)
-        return loss, per_sample, _errors(square.detach().mean(1), d.instants)
+        terms = [self._error(u_now, target[: d.instants])] if d.instants else []
+        for start, stop, share in ((0, exact, lam), (exact, len(w), None)):  # None: SG_0, the tangent is detached
+            if start < stop:
+                rows, at = later.rows(start, stop), slice(d.instants + start, d.instants + stop)
+                u, du = self._average(rows, w[start:stop], tangent_grad=share is not None)
+                terms.append(self._error(u, target[at], du, rows.t - rows.r, share))
+        loss = torch.stack([term.loss * (len(term.square) / len(v)) for term in terms]).sum()
+        square = torch.cat([term.square for term in terms]) / v[0].numel()
+        return loss, torch.cat([term.per_sample for term in terms]), _errors(square, d.instants)
 
     def _velocity(self, points: Points) -> Tensor:
         """u(z, t, t), the marginal velocity; nothing is evaluated for no rows."""
         return self.net(points.z, points.t, points.t, **points.cond) if len(points.t) else points.z
 
-    def _average(self, points: Points, w: Tensor, exact: int, lam: Tensor) -> Tensor:
-        """u + (t - r) SG_lam[du/dt], du/dt along (w, 0, 1): SG_lam on the first `exact` rows, SG_0 on the others."""
-        values = [points.z[:0]]
-        for start, stop, tangent_grad in ((0, exact, True), (exact, len(w), False)):
-            if start < stop:
-                z, r, t, cond = points.rows(start, stop)
-                u_of_z_t = functools.partial(_with_r, self.net, r, cond)
-                tangents = (w[start:stop].to(z.dtype), torch.ones_like(t))
-                u, du = jvp(u_of_z_t, (z, t), tangents, tangent_grad, self.jvp)
-                values.append(u + column(t - r, u) * (sg_lambda(du, lam) if tangent_grad else du))
-        return torch.cat(values)
+    def _average(self, points: Points, w: Tensor, tangent_grad: bool) -> tuple[Any, Any]:
+        """u(z, r, t) and du/dt along (w, 0, 1)."""
+        u_of_z_t = functools.partial(_with_r, self.net, points.r, points.cond)
+        tangents = (w.to(points.z.dtype), torch.ones_like(points.t))
+        return jvp(u_of_z_t, (points.z, points.t), tangents, tangent_grad, self.jvp)
+
+    def _error(
+        self, u: Tensor, target: Tensor, du: Any = None, interval: Any = None, lam: Tensor | None = None
+    ) -> SGLoss:
+        """e = u + (t - r) SG_lam[du/dt] - v_target and its adaptively weighted square (MeanFlow, eq. 22).
+
+        Written out for autograd and the compiler; a kernel, where there is one, does the same in one pass.
+        """
+        if fused("sg_loss", u):
+            interval = target.new_zeros(len(u)) if interval is None else interval
+            value, grad = (0.0, False) if lam is None else (lam, True)
+            return sg_loss(u, du, interval, value, target=target, p=self.p, c=self.c, tangent_grad=grad)
+        e = u.to(target.dtype) - target
+        if du is not None:
+            e = e + column(interval, u) * (du if lam is None else sg_lambda(du, lam)).to(target.dtype)
+        square = e.square().flatten(1).sum(1)
+        per_sample = square * (square.detach() + self.c) ** -self.p
+        return SGLoss(per_sample.mean(), per_sample.detach(), square.detach())
 
     def _target(self, points: Points, v: Tensor, u_now: Tensor, u_later: Tensor | None) -> Tensor:
         """v, or the guided velocity built from it."""
@@ -229,12 +248,6 @@ class MeanFlowLoss(nn.Module):
 
 def _with_r(net: Callable[..., Any], r: Tensor, cond: dict[str, Any], z: Tensor, t: Tensor) -> Any:
     return net(z, r, t, **cond)
-
-
-def _adaptive(square: Tensor, p: float, c: float) -> tuple[Tensor, Tensor]:
-    """mean_b stopgrad(1 / (||e_b||^2 + c)^p) ||e_b||^2 and its terms (MeanFlow, eq. 22), from ||e_b||^2 (B,)."""
-    per_sample = square * (square.detach() + c) ** -p
-    return per_sample.mean(), per_sample.detach()
 
 
 def _errors(square: Tensor, instants: int) -> dict[str, Tensor]:

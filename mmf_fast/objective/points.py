@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mmf_fast.objective.times import TimeSampler
+from mmf_fast.ops.dispatch import fused
+from mmf_fast.ops.interpolate import interpolate
 
 __all__ = ["Draw", "Points", "draw"]
 
@@ -45,8 +47,13 @@ class Draw(NamedTuple):
 
     def on_path(self) -> tuple[Points, Tensor]:
         """z_t = (1 - t) x + t eps = x + t v and its conditional velocity v = eps - x."""
-        v = self.noise - self.x
-        return Points(self.x + column(self.t, v) * v, self.r, self.t, self.cond), v
+        if fused("interpolate", self.noise):
+            z, v = interpolate(self.x, self.noise, self.t)
+        else:
+            x = self.x / 127.5 - 1 if self.x.dtype == torch.uint8 else self.x
+            v = self.noise - x
+            z = x + column(self.t, v) * v
+        return Points(z, self.r, self.t, self.cond), v
 
 
 def draw(
@@ -60,7 +67,7 @@ def draw(
 ) -> Draw:
     """Draw what is not given and sort the rows. shuffled: the rows with r < t come in random order.
 
-    Raises ValueError for shapes that do not fit, r > t, times outside [0, 1], data that are not floating-point.
+    Raises ValueError for shapes that do not fit, r > t, times outside [0, 1], data neither floating-point nor uint8.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     order = None
@@ -72,7 +79,8 @@ def draw(
         r, t = (time.to(x.device, dtype) for time in times)
         instants = int((r == t).sum())
         order = torch.argsort((r < t).int(), stable=True)
-    noise = torch.randn_like(x) if noise is None else noise
+    noise = torch.randn_like(x, dtype=dtype) if noise is None else noise.to(dtype)
+    x = x if x.dtype == torch.uint8 else x.to(dtype)
     intervals = len(x) - instants
     pair = torch.arange(intervals, device=x.device)
     if shuffled:
@@ -106,8 +114,8 @@ def _rows(cond: dict[str, Any], rows: Any, batch: int) -> dict[str, Any]:
 
 
 def _check(x: Tensor, noise: Tensor | None, times: tuple[Tensor, Tensor] | None, cond: dict[str, Any]) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}: scale it to floating-point data first")
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise ValueError(f"x is {x.dtype}: give floating-point data, or images as uint8")
     if x.ndim < 2 or len(x) == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: it needs a batch of at least one sample, (B, ...)")
     if noise is not None and noise.shape != x.shape:

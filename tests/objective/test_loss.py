@@ -12,6 +12,7 @@ from small_networks import KINDS, batch, network, sample_shape
 from torch import Tensor, nn
 
 from mmf_fast import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler, preset, sg_lambda
+from mmf_fast.ops import native
 
 pytestmark = pytest.mark.filterwarnings("ignore:conditional tangents")
 
@@ -271,6 +272,30 @@ def test_only_the_rows_with_r_below_t_run_as_duals() -> None:
         torch.randn(8, 3, dtype=torch.float64), step=1
     )
     assert sum(rows for rows, plain in calls if not plain) == 4
+
+
+@pytest.mark.parametrize(("p", "lam"), [(0.0, 0.0), (1.0, 0.3), (0.75, 1.0)])
+def test_the_kernels_compute_the_formula_that_is_written_out(p: float, lam: float, monkeypatch: Any) -> None:
+    if not native.available():
+        pytest.skip(f"C++ kernels: {native.reason()}")
+    net = network("mlp")
+    x, noise, times = batch("mlp", size=9, instants=4)
+    found = {}
+    for kind in ("native", "reference"):
+        monkeypatch.setenv("MMF_FAST_OPS", kind)
+        loss_fn = MeanFlowLoss(net, lam=lam, p=p)
+        output = loss_fn(x, noise=noise, times=times)
+        found[kind] = [output.loss.detach(), output.per_sample, *gradients(loss_fn, x, noise=noise, times=times)]
+    assert close(found["native"], found["reference"], 1e-13)
+
+
+def test_stored_images_stand_for_minus_one_to_one() -> None:
+    _, noise, times = batch("dit")
+    stored = torch.randint(256, noise.shape, dtype=torch.uint8)
+    loss_fn = MeanFlowLoss(network("dit"), lam=0.5)
+    scaled = stored.to(noise.dtype) / 127.5 - 1
+    values = [loss_fn(x, noise=noise.float(), times=times).loss for x in (stored, scaled.float())]
+    torch.testing.assert_close(*values)
 
 
 def test_sg_lambda() -> None:
