@@ -63,7 +63,8 @@ class Optimizer:
 class Train:
     """How long, on what, and what is recorded. Intervals are in steps."""
 
-    batch: int = 128
+    batch: int = 128  # samples per step, over all processes and accumulation steps
+    accumulate: int = field(default=1, metadata=FREE)  # backward passes per step, each on its part of the batch
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: autocast, weights stay float32
     steps: int = field(default=2000, metadata=FREE)
     device: str = field(default="auto", metadata=FREE)  # auto: cuda where there is one, else cpu
@@ -75,8 +76,11 @@ class Train:
     max_bad_steps: int = field(default=20, metadata=FREE)  # non-finite steps in a row before the run stops
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "log_every", "checkpoint_every", "keep", "max_bad_steps"):
+        for name in ("batch", "accumulate", "steps", "log_every", "checkpoint_every", "keep", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        _require(
+            self.batch % self.accumulate == 0, f"accumulate must divide the batch of {self.batch}", self.accumulate
+        )
         _require(self.sample_every >= 0, "sample_every must be at least 0 (0: only at the end)", self.sample_every)
 
 

@@ -2,7 +2,8 @@
 
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.loss import LossOutput, MeanFlowLoss, preset, sg_lambda
+from mmf_fast.objective.points import Part
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 
-__all__ = ["Guidance", "LambdaSchedule", "LossOutput", "MeanFlowLoss", "TimeSampler", "preset", "sg_lambda"]
+__all__ = ["Guidance", "LambdaSchedule", "LossOutput", "MeanFlowLoss", "Part", "TimeSampler", "preset", "sg_lambda"]

@@ -50,10 +50,9 @@ class Guidance:
         """Whether the target differs from v at all."""
         return (self.omega, self.kappa) != (1.0, 0.0)
 
-    def drop(self, labels: Tensor, null_label: int) -> Tensor:
-        """Replace each of the (B,) labels by the null label with chance `dropout`."""
-        dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
-        return torch.where(dropped, null_label, labels)
+    def drop(self, labels: Tensor, null_label: int, uniform: Tensor) -> Tensor:
+        """Replace each of the (B,) labels by the null label with chance `dropout`; uniform (B,) are draws in [0, 1)."""
+        return torch.where(uniform < self.dropout, null_label, labels)
 
     def target(self, v: Tensor, u_class: Tensor | None, u_null: Tensor, t: Tensor, is_null: Tensor) -> Tensor:
         """v_target (B, ...) from v, u(z, t, t | c) (None: kappa = 0), u(z, t, t | null), and t, is_null (B,)."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmf_fast.dual import JVP_MODES, jvp
 from mmf_fast.objective.guidance import Guidance
-from mmf_fast.objective.points import Draw, Points, column, draw
+from mmf_fast.objective.points import Draw, Part, Points, column, draw
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 from mmf_fast.ops.dispatch import fused
@@ -137,17 +137,21 @@ class MeanFlowLoss(nn.Module):
         step: int = 0,
         noise: Tensor | None = None,
         times: tuple[Tensor, Tensor] | None = None,
+        part: Part | None = None,
         **cond: Any,
     ) -> LossOutput:
         """The loss of data x (B, ...) at training step `step`: floating-point, or stored images (uint8, 0 to 255, which
         stand for [-1, 1]).
 
-        noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. cond: passed to the
-        network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
+        noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. part: which rows of a
+        global batch x is, drawn for from (seed, step) alone; None draws from the global generator. cond: passed to
+        the network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
         """
-        d = draw(x, noise, times, cond, self.times, self.paired, shuffled=self.stochastic)
+        generator = part.generator(step, x.device) if part else None
+        d = draw(x, noise, times, cond, self.times, self.paired, self.stochastic, part, generator)
         if self.guidance is not None:
-            d = d._replace(cond=self._drop_labels(d.cond, self.guidance))
+            uniform = torch.rand(len(x) * (part.count if part else 1), device=x.device, generator=generator)
+            d = d._replace(cond=self._drop_labels(d.cond, self.guidance, part.of(uniform) if part else uniform))
         intervals = len(x) - d.instants
         lam, exact = self.lam(step), intervals  # exact: how many rows keep their tangent in the graph
         if self.stochastic:
@@ -230,10 +234,10 @@ class MeanFlowLoss(nn.Module):
     def _guided_by_class(self) -> bool:
         return self.guidance is not None and self.guidance.kappa > 0
 
-    def _drop_labels(self, cond: dict[str, Any], guidance: Guidance) -> dict[str, Any]:
+    def _drop_labels(self, cond: dict[str, Any], guidance: Guidance, uniform: Tensor) -> dict[str, Any]:
         if not isinstance(cond.get("y"), Tensor):
             raise ValueError("guidance needs labels: call loss_fn(x, y=labels)")
-        return {**cond, "y": guidance.drop(cond["y"], self.null_label)}
+        return {**cond, "y": guidance.drop(cond["y"], self.null_label, uniform)}
 
     def _stochastic_count(self, lam: float, intervals: int, step: int) -> int:
         """How many of the r < t rows carry gradient: lam * intervals on average over the steps.

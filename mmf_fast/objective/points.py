@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,28 @@ from mmf_fast.objective.times import TimeSampler
 from mmf_fast.ops.dispatch import fused
 from mmf_fast.ops.interpolate import interpolate
 
-__all__ = ["Draw", "Points", "draw"]
+__all__ = ["Draw", "Part", "Points", "draw"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows index, index + count, index + 2 count, ... of a global batch: what one of `count` calls sees of it.
+
+    Noise, times and dropped labels are drawn for the global batch from (seed, step) alone and this part is kept, so a
+    step is the same however many processes and accumulation steps share it.
+    """
+
+    index: int
+    count: int
+    seed: int
+
+    def generator(self, step: int, device: torch.device) -> torch.Generator:
+        """At the start of what this step draws. The hash makes seeds that differ in one bit unrelated."""
+        digest = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+    def of(self, drawn: Tensor) -> Tensor:
+        return drawn if self.count == 1 else drawn[self.index :: self.count].clone()
 
 
 class Points(NamedTuple):
@@ -64,22 +87,36 @@ def draw(
     sampler: TimeSampler,
     paired: bool = False,
     shuffled: bool = False,
+    part: Part | None = None,
+    generator: torch.Generator | None = None,
 ) -> Draw:
-    """Draw what is not given and sort the rows. shuffled: the rows with r < t come in random order.
+    """Draw what is not given and sort the rows. shuffled: the rows with r < t come in random order. generator: None is
+    the global one; with a `part` it stands at the start of what the global batch draws.
 
     Raises ValueError for shapes that do not fit, r > t, times outside [0, 1], data neither floating-point nor uint8.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     order = None
     _check(x, noise, times, cond)
+    whole = len(x) * (part.count if part else 1)
     if times is None:
-        instants = len(x) - sampler.intervals(len(x))
-        r, t = sampler.draw(len(x), x.device, dtype)
+        intervals = sampler.intervals(whole)
+        if part and intervals % part.count:
+            raise ValueError(
+                f"times.share {sampler.share} of a batch of {whole} is {intervals} rows with r < t, which "
+                f"{part.count} parts cannot share equally: choose another batch or share"
+            )
+        instants = len(x) - intervals * len(x) // whole
+        r, t = sampler.draw(whole, x.device, dtype, generator)
+        r, t = (part.of(r), part.of(t)) if part else (r, t)
     else:
         r, t = (time.to(x.device, dtype) for time in times)
         instants = int((r == t).sum())
         order = torch.argsort((r < t).int(), stable=True)
-    noise = torch.randn_like(x, dtype=dtype) if noise is None else noise.to(dtype)
+    if noise is None:
+        noise = torch.randn(whole, *x.shape[1:], dtype=dtype, device=x.device, generator=generator)
+        noise = part.of(noise) if part else noise
+    noise = noise.to(dtype)
     x = x if x.dtype == torch.uint8 else x.to(dtype)
     intervals = len(x) - instants
     pair = torch.arange(intervals, device=x.device)

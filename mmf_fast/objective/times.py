@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,23 +50,28 @@ class TimeSampler:
         return round(self.share * batch)
 
     def draw(
-        self, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        batch: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(r, t), each (batch,) of `dtype`: first the rows with r = t, then those with r < t."""
-        t = self._law(self.t, self.t_mean, self.t_std, batch, device, dtype)
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
+        t = self._law(self.t, self.t_mean, self.t_std, batch, options)
         if self.r == "uniform":
-            r = t * torch.rand(batch, device=device, dtype=dtype)
+            r = t * torch.rand(batch, **options)
         elif self.r == "zero":
             r = torch.zeros_like(t)
         else:
             law = (self.t, self.t_mean, self.t_std) if self.r == "sorted" else (self.r, self.r_mean, self.r_std)
-            other = self._law(*law, batch, device, dtype)
+            other = self._law(*law, batch, options)
             r, t = torch.minimum(other, t), torch.maximum(other, t)
         instants = batch - self.intervals(batch)
         return torch.cat([t[:instants], r[instants:]]), t
 
     @staticmethod
-    def _law(name: str, mean: float, std: float, batch: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    def _law(name: str, mean: float, std: float, batch: int, options: dict[str, Any]) -> Tensor:
         if name == "uniform":
-            return torch.rand(batch, device=device, dtype=dtype)
-        return torch.sigmoid(mean + std * torch.randn(batch, device=device, dtype=dtype))
+            return torch.rand(batch, **options)
+        return torch.sigmoid(mean + std * torch.randn(batch, **options))

@@ -96,7 +96,7 @@ class Trainer:
                 saves = self.step % train.checkpoint_every == 0 or last
                 if logs:
                     values = {key: float(value) for key, value in metrics.items()}
-                    images = (self.step - since) * train.batch * self.engine.world_size
+                    images = (self.step - since) * train.batch
                     values["images_per_second"] = images / (time.perf_counter() - clock)
                     self._record(log, bar, values)
                 if logs or self.step % train.max_bad_steps == 0:
@@ -155,6 +155,8 @@ class Trainer:
 
     def _one_step(self) -> tuple[dict[str, Tensor], Tensor]:
         x, y = self.dataset.batch(self.step, self.config.train.batch)
+        rows = slice(self.engine.rank, None, self.engine.world_size)
+        x, y = x[rows], None if y is None else y[rows]
         result = self.engine.step(x, self.step, **({} if y is None else {"y": y}))
         self.step += 1
         self.skipped += result.skipped
@@ -266,7 +268,7 @@ def build_engine(config: Config, dataset: data.Dataset) -> Engine:
             )
     net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
     loss = {key: value for key, value in config.loss.items() if key != "objective"}
-    return LocalEngine(MeanFlowLoss(net, **loss), config.optimizer, config.train)
+    return LocalEngine(MeanFlowLoss(net, **loss), config.optimizer, config.train, config.seed)
 
 
 def _due(step: int, every: int) -> bool:

@@ -12,6 +12,7 @@ from small_networks import KINDS, batch, network, sample_shape
 from torch import Tensor, nn
 
 from mmf_fast import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler, preset, sg_lambda
+from mmf_fast.objective import Part
 from mmf_fast.ops import native
 
 pytestmark = pytest.mark.filterwarnings("ignore:conditional tangents")
@@ -253,7 +254,7 @@ def test_class_dropout_replaces_labels_by_the_null_label() -> None:
     dropped = MeanFlowLoss(net, guidance=Guidance(omega=2.0, dropout=1.0))(x, noise=noise, times=times, y=y)
     null = MeanFlowLoss(net)(x, noise=noise, times=times, y=torch.full_like(y, 3))
     torch.testing.assert_close(dropped.loss, null.loss, rtol=1e-14, atol=0)
-    labels = Guidance(dropout=0.1).drop(torch.zeros(10_000, dtype=torch.int64), 3)
+    labels = Guidance(dropout=0.1).drop(torch.zeros(10_000, dtype=torch.int64), 3, torch.rand(10_000))
     assert (labels == 3).double().mean() == pytest.approx(0.1, abs=0.012)
 
 
@@ -335,6 +336,27 @@ def test_a_seed_gives_the_same_loss() -> None:
         torch.manual_seed(seed)
         losses.append(float(loss_fn(x).loss.detach()))
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_of_a_batch_add_up_to_it(paired: bool, count: int) -> None:
+    net = network("dit", num_classes=3)
+    x, y = torch.randn(16, *sample_shape("dit")), torch.arange(16) % 3
+    guidance = Guidance(omega=1.5, dropout=0.5)
+    loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.25), lam=0.5, paired=paired, guidance=guidance)
+
+    def gradient_of(index: int, count: int) -> list[Tensor]:
+        rows = slice(index, None, count)
+        return gradients(loss_fn, x[rows].double(), step=7, part=Part(index, count, seed=3), y=y[rows])
+
+    whole, again = gradient_of(0, 1), gradient_of(0, 1)
+    assert close(whole, again, 0.0)
+    parts = [gradient_of(index, count) for index in range(count)]
+    mean = [torch.stack(grads).mean(0) for grads in zip(*parts, strict=True)]
+    assert close(mean, whole, 1e-12)
+    other = gradients(loss_fn, x.double(), step=8, part=Part(0, 1, seed=3), y=y)
+    assert not close(other, whole, 1e-2)
 
 
 def test_a_deep_copy_has_its_own_network() -> None:

@@ -28,7 +28,8 @@ class Engine(Protocol):
     device: torch.device
 
     def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
-        """One update on this rank's samples x (B, *shape); `step` counts from 0 and sets learning rate and lambda."""
+        """One update on this rank's samples x (B, *shape), rows rank, rank + world_size, ... of the global batch, with
+        their rows of cond; `step` counts from 0 and sets learning rate, lambda, noise and times."""
         ...
 
     def averaged(self) -> nn.Module:

@@ -1,12 +1,14 @@
 """The engine of one process and one device: AdamW, clipping, moving average, mixed precision, torch.compile."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmf_fast.config import Optimizer, Train
+from mmf_fast.objective import Part
 from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import EMA
 from mmf_fast.training.engines import StepResult
@@ -25,18 +27,25 @@ def learning_rate(step: int, config: Optimizer, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def parts(accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[Part, slice]]:
+    """The parts of a global batch that rank `rank` takes in turn, and where they lie in its rows rank::world_size."""
+    for i in range(accumulate):
+        yield Part(rank + world_size * i, world_size * accumulate, seed), slice(i, None, accumulate)
+
+
 class LocalEngine:
     """Implements `mmf_fast.training.engines.Engine` for one process.
 
-    loss_fn: the loss module around `.net`; called as loss_fn(x, step=step, **cond) -> object with .loss and .metrics.
+    loss_fn: the loss module around `.net`; called as loss_fn(x, step=step, part=part, **cond) -> object with .loss and
+    .metrics.  seed: of what the loss draws.
     """
 
     rank = 0
     world_size = 1
 
-    def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train) -> None:
+    def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, seed: int = 0) -> None:
         self.config = optimizer
-        self.steps = train.steps
+        self.steps, self.accumulate, self.seed = train.steps, train.accumulate, seed
         self.device = choose_device(train.device)
         self.loss_fn = loss_fn.to(self.device).train()
         self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
@@ -58,11 +67,15 @@ class LocalEngine:
     def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
         x = self._move(x)
         cond = {key: self._move(value) for key, value in cond.items()}
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            output = self.loss_fn(x, step=step, **cond)
-        output.loss.backward()
+        found: list[dict[str, Tensor]] = []
+        for part, rows in parts(self.accumulate, 0, 1, self.seed):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+                output = self.loss_fn(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
+            (output.loss / self.accumulate).backward()
+            found.append({**output.metrics, "loss": output.loss.detach()})
+        metrics = {key: torch.stack([each[key].detach() for each in found]).mean() for key in found[0]}
         norm = nn.utils.clip_grad_norm_(self.loss_fn.parameters(), self.config.clip or math.inf)
-        loss = output.loss.detach()
+        loss = metrics["loss"]
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
 
         # The decision to skip stays on the device: fused AdamW leaves weights and moments alone where found_inf is 1
@@ -75,8 +88,7 @@ class LocalEngine:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.net, step, skip=bad)
 
-        metrics = {key: value.detach() for key, value in output.metrics.items()}
-        metrics |= {"loss": loss, "grad_norm": norm.detach(), "lr": torch.tensor(lr, dtype=torch.float64)}
+        metrics |= {"grad_norm": norm.detach(), "lr": torch.tensor(lr, dtype=torch.float64)}
         return StepResult(metrics, bad)
 
     def _move(self, x: Tensor) -> Tensor:

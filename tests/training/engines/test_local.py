@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mmf_fast.config import Optimizer, Train
+from mmf_fast.models import MLP
+from mmf_fast.objective import MeanFlowLoss, Part
 from mmf_fast.training.engines.local import LocalEngine, learning_rate
 
 
@@ -22,7 +24,7 @@ class Regression(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor, step: int = 0, y: Tensor | None = None) -> Output:
+    def forward(self, x: Tensor, step: int = 0, part: Part | None = None, y: Tensor | None = None) -> Output:
         error = self.net(x) - y
         mse = error.square().mean()
         return Output(mse, {"mse": mse.detach()})
@@ -162,3 +164,15 @@ def test_a_device_that_is_not_there_is_one_line() -> None:
     with pytest.raises(ValueError, match="nonsense") as caught:
         LocalEngine(Regression(make_net()), OPTIMIZER, Train(device="nonsense"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_steps_are_those_of_the_whole_batch(accumulate: int, float64: None) -> None:
+    def losses(accumulate: int) -> list[Tensor]:
+        torch.manual_seed(1)
+        loss_fn = MeanFlowLoss(MLP(2, width=8, depth=1), lam=0.5, p=0.5)  # a quarter of the 16 rows has r < t
+        engine = LocalEngine(loss_fn, OPTIMIZER, Train(batch=16, accumulate=accumulate, device="cpu"), seed=5)
+        x = torch.linspace(-1, 1, 32).reshape(16, 2)
+        return [engine.step(x, step).metrics["loss"] for step in range(4)]
+
+    torch.testing.assert_close(losses(accumulate), losses(1), rtol=1e-10, atol=0)
