@@ -12,6 +12,7 @@ The other two, `optimizer` and `train`, are the dataclasses below.
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import sysconfig
 import types
@@ -40,6 +41,7 @@ FREE = {"free": True}
 class Optimizer:
     """AdamW, its learning rate, gradient clipping and the moving average of the weights."""
 
+    kind: Literal["adamw", "apex"] = "adamw"  # torch's fused one, or NVIDIA Apex's
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -67,6 +69,7 @@ class Train:
     accumulate: int = field(default=1, metadata=FREE)  # backward passes per step, each on its part of the batch
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: autocast, weights stay float32
     steps: int = field(default=2000, metadata=FREE)
+    zero: str = field(default="", metadata=FREE)  # a DeepSpeed configuration such as zero1.json; empty: no DeepSpeed
     device: str = field(default="auto", metadata=FREE)  # auto: cuda where there is one, else cpu
     compile: bool = field(default=False, metadata=FREE)
     log_every: int = field(default=10, metadata=FREE)
@@ -111,10 +114,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     A file that does not exist is looked for among the configurations installed with the package.
     Raises ConfigError.
     """
-    path = Path(path)
-    installed = Path(sysconfig.get_path("data"), "share", "mmf_fast", "configs", path.name)
-    if not path.exists() and installed.exists():
-        path = installed
+    path = find(path)
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"override {override!r}: write it as key=value, for instance train.steps=100")
@@ -129,6 +129,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: " + " ".join(str(error).split())) from error
     return from_tree(merged)
+
+
+def find(path: str | Path) -> Path:
+    """The file at `path`, or else the one of that name beside this checkout's or installation's configurations."""
+    path = Path(path)
+    checkout = Path(__file__).parent.parent / "configs" / path.name
+    installed = Path(sysconfig.get_path("data"), "share", "mmf_fast", "configs", path.name)
+    return next((each for each in (path, checkout, installed) if each.exists()), path)
+
+
+def read_zero(path: str | Path) -> dict[str, Any]:
+    """The DeepSpeed configuration (JSON) that train.zero names. Raises ConfigError."""
+    path = find(path)
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"train.zero={path}: {error.strerror or error}; zero1.json to zero3.json are there"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"train.zero={path}: is not JSON ({error})") from error
+    return _mapping(tree, "train.zero")
 
 
 def from_tree(tree: Any) -> Config:

@@ -2,10 +2,12 @@
 
     checkpoints/step_0000500.pt           everything needed to go on, loadable with torch.load(weights_only=True)
     checkpoints/step_0000500.pt.sha256    its checksum (`sha256sum -c` reads it)
+    checkpoints/step_0000500.rank1.pt     what only rank 1 holds, where several processes train
     checkpoints/latest                    the name of the newest one, for people and other programs
 
 A file is written under a temporary name, flushed to disk and renamed; its checksum is in place before it is, and
-`latest` moves last. So whatever bears the final name is whole, and what is damaged later is known by its checksum.
+`latest` moves last. The shares of other ranks come before the main file, which holds their checksums. So whatever bears
+the final name is whole, and what is damaged later is known by its checksum.
 """
 
 import hashlib
@@ -14,6 +16,8 @@ import pickle
 import random
 import re
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +36,41 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(self, state: dict[str, Any], step: int) -> Path:
-        """Writes `state` as the checkpoint of `step` and moves `latest` to it. Raises OSError (a full disk)."""
+    def save(self, state: dict[str, Any], step: int, shares: Mapping[str, str] | None = None) -> Path:
+        """Writes `state` as the checkpoint of `step` and moves `latest` to it. shares: what `save_share` returned on
+        the other ranks. Raises OSError (a full disk)."""
         path = self.folder / f"step_{step:07d}.pt"
-        draft = path.with_suffix(".pt.tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(draft, "wb") as file:
-                torch.save(state, file)
-                _flush(file)
+        with self._writing(path) as draft:
+            _write(draft, {**state, "shares": dict(shares or {})})
             path.unlink(missing_ok=True)  # a damaged one of an earlier attempt: the checksum below is not its own
             write_atomically(_sidecar(path), f"{_digest(draft)}  {path.name}\n")
             os.replace(draft, path)
             _flush_folder(self.folder)
             write_atomically(self.folder / "latest", path.name + "\n")
             self._prune(step)
+        return path
+
+    def save_share(self, share: dict[str, Any], step: int, rank: int) -> tuple[str, str]:
+        """Writes what `rank` alone holds; returns the file's name and checksum. Raises OSError."""
+        path = self.folder / f"step_{step:07d}.rank{rank}.pt"
+        with self._writing(path) as draft:
+            _write(draft, share)
+            digest = _digest(draft)
+            os.replace(draft, path)
+        return path.name, digest
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[Path]:
+        draft = path.with_name(path.name + ".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield draft
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
             draft.unlink(missing_ok=True)
             reason = str(error).splitlines()[0]
             raise OSError(
                 f"{path}: cannot be written ({reason}); earlier checkpoints are whole; make room, go on with --resume"
             ) from error
-        return path
 
     def load(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, on the CPU; None where there is none at all.
@@ -88,22 +105,43 @@ class Checkpoints:
         for path in set(found) - set(kept):
             path.unlink(missing_ok=True)
             _sidecar(path).unlink(missing_ok=True)
+        steps = {path.stem for path in kept}
+        for share in self.folder.glob("step_*.rank*.pt"):
+            if share.name.partition(".")[0] not in steps:
+                share.unlink(missing_ok=True)
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Checks the checksum and loads one checkpoint to the CPU. Raises CheckpointError if it is not what was written."""
+    """Checks the checksums and loads one checkpoint to the CPU, with "shares" as a list: those of ranks 1, 2, ...
+
+    Raises CheckpointError if it is not what was written.
+    """
     try:
         expected = _sidecar(path).read_text().split()[0]
     except (OSError, IndexError) as error:
         raise CheckpointError(f"{path}: its checksum {_sidecar(path).name} is missing") from error
+    state = _read(path, expected, _sidecar(path).name)
+    state["shares"] = [_read(path.parent / name, digest, path.name) for name, digest in state["shares"].items()]
+    return state
+
+
+def _read(path: Path, expected: str, holder: str) -> dict[str, Any]:
     try:
         if _digest(path) != expected:
-            raise CheckpointError(f"{path}: damaged (its sha256 is not the one in {_sidecar(path).name})")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            raise CheckpointError(f"{path}: damaged (its sha256 is not the one in {holder})")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing, though {holder} names it") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        _flush(file)
 
 
 def rng_state() -> dict[str, Any]:

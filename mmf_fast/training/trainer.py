@@ -9,6 +9,7 @@ Run folder:
 """
 
 import inspect
+import os
 import random
 import signal
 import sys
@@ -28,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmf_fast import data, models
-from mmf_fast.config import Config, ConfigError, differences
+from mmf_fast.config import Config, ConfigError, differences, read_zero
 from mmf_fast.objective import MeanFlowLoss
 from mmf_fast.sampling import sample, save_grid
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state, write_atomically
@@ -64,7 +65,7 @@ class Trainer:
         self.stopped_by: signal.Signals | None = None
 
         _check_run_folder(self.run, resume)
-        seed_everything(config.seed)
+        seed_everything(config.seed)  # of the weights, and of dropout: what the loss draws has a generator of its own
         self.dataset = data.load(**config.data)
         self.dataset.batch(0, config.train.batch)  # refuses a size that does not fit, before anything is written
         self.engine = build_engine(config, self.dataset)
@@ -72,6 +73,8 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row.to(self.engine.device)
         if resume:
             self._restore()
+        if not self.is_main:
+            seed_everything(hash((config.seed, self.engine.rank, self.step)) % 2**32)  # other dropout on other ranks
         if self.is_main:
             _prepare_run_folder(self.run, config)
 
@@ -88,7 +91,7 @@ class Trainer:
         saved = self.step
         with self._signals(), self._log() as log, self._progress_bar() as bar:
             clock, since = time.perf_counter(), self.step
-            while self.step < train.steps and not self.stopped_by:
+            while self.step < train.steps and not self._must_stop():
                 metrics, x = self._one_step()
                 bar.update()
                 last = self.step == train.steps
@@ -118,18 +121,20 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Writes a checkpoint, then exports the averaged weights."""
+        """Writes a checkpoint, of which every rank holds a share, then exports the averaged weights."""
+        share, rank = self.engine.state_dict(), self.engine.rank
+        shares = self.engine.gather(None if rank == 0 else self.checkpoints.save_share(share, self.step, rank))
         state = {
             "step": self.step,
             "skipped": int(self.skipped),
             "skipped_in_a_row": int(self.skipped_in_a_row),
             "rng": rng_state(),
             "fingerprint": self.config.fingerprint(),
-            "engine": self.engine.state_dict(),
+            "engine": share,
         }
         net = self.engine.averaged()
         if self.is_main:
-            self.checkpoints.save(state, self.step)
+            self.checkpoints.save(state, self.step, dict(shares[1:]))
             extra = {"data": self.config.tree()["data"], "step": self.step}
             models.save_pretrained(self.run, net, extra)  # type: ignore[arg-type]  # any nn.Module with a config
 
@@ -193,6 +198,14 @@ class Trainer:
             mininterval=0.2 if sys.stderr.isatty() else 20,
         )
 
+    def _must_stop(self) -> bool:
+        """Whether a signal came; several processes ask each other, so rarely, and stop at the same step."""
+        if self.engine.world_size > 1:
+            if self.step % self.config.train.log_every:
+                return False
+            self.stopped_by = next((found for found in self.engine.gather(self.stopped_by) if found), None)
+        return self.stopped_by is not None
+
     # ---- start, stop and go on --------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
@@ -211,13 +224,13 @@ class Trainer:
                 f"{path} is of another configuration: {', '.join(changed)}; set these back, or pass another --run"
             )
         try:
-            self.engine.load_state_dict(state["engine"])
+            self.engine.load_state_dict([state["engine"], *state["shares"]])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another version of the code ({error}); start another run") from error
         self.step = state["step"]
         self.skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"])  # rank 0's, see the end of __init__
         tqdm.write(f"{self.run}: going on from {path.name}", file=sys.stderr)
 
     @contextmanager
@@ -268,7 +281,16 @@ def build_engine(config: Config, dataset: data.Dataset) -> Engine:
             )
     net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
     loss = {key: value for key, value in config.loss.items() if key != "objective"}
-    return LocalEngine(MeanFlowLoss(net, **loss), config.optimizer, config.train, config.seed)
+    loss_fn = MeanFlowLoss(net, **loss)
+    if config.train.zero:
+        try:
+            from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
+        except ImportError as error:
+            raise ConfigError("train.zero needs DeepSpeed: pip install --no-build-isolation deepspeed") from error
+        return DeepSpeedEngine(loss_fn, config.optimizer, config.train, read_zero(config.train.zero), config.seed)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("several processes were started: set train.zero, for instance train.zero=zero1.json")
+    return LocalEngine(loss_fn, config.optimizer, config.train, config.seed)
 
 
 def _due(step: int, every: int) -> bool:

@@ -36,8 +36,15 @@ class Engine(Protocol):
         """The network with its averaged weights, in eval mode, whole on rank 0."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, average and optimizer, as tensors and plain containers only: it must load with weights_only=True."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on each; nobody goes on before all have come."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's share of weights, average and optimizer, as tensors and plain containers only: it must load with
+        weights_only=True."""
+        ...
+
+    def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
+        """Takes what all ranks returned from state_dict, in their order."""
+        ...

@@ -99,6 +99,9 @@ class LocalEngine:
     def averaged(self) -> nn.Module:
         return self.ema.net
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "net": self.net.state_dict(),
@@ -106,7 +109,8 @@ class LocalEngine:
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
+        (state,) = shares
         self.net.load_state_dict(state["net"])
         self.ema.net.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

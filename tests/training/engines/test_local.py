@@ -132,7 +132,7 @@ def test_the_state_is_complete() -> None:
         one.step(step=step, **batch(step))
     torch.manual_seed(99)
     other = LocalEngine(Regression(nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2))), OPTIMIZER, TRAIN)
-    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    other.load_state_dict([copy.deepcopy(one.state_dict())])
     for step in range(5, 9):
         losses = [engine.step(step=step, **batch(step)).metrics["loss"] for engine in (one, other)]
         assert losses[0] == losses[1]

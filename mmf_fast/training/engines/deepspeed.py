@@ -1,0 +1,297 @@
+"""The engine of many processes: DeepSpeed ZeRO. The only file that imports deepspeed.
+
+    deepspeed mmf_fast/train.py --config configs/imagenet64.yaml      one process per GPU (or CPU rank)
+    torchrun --nproc-per-node 8 mmf_fast/train.py --config ...        the same
+    python mmf_fast/train.py --config ...                             one process
+
+The JVP is an ordinary forward call of the wrapped loss module, so ZeRO's hooks see every parameter it uses. Each rank
+owns a fragment of each parameter, in float32, with its optimizer moments and its moving average: what ZeRO gives it, or
+an even share where ZeRO shards nothing (stage 0). Checkpoints hold such fragments by name and position, so that a run
+goes on with another number of ranks or another stage.
+"""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from mmf_fast.config import ConfigError, Optimizer, Train
+from mmf_fast.sampling import choose_device
+from mmf_fast.training.engines import StepResult
+from mmf_fast.training.engines.local import learning_rate, parts
+from mmf_fast.training.optimizers import build_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Fragment(NamedTuple):
+    """What this rank owns of a parameter: elements start, start + 1, ... of it flattened, as a float32 tensor that is
+    (or stands for) the optimizer's own."""
+
+    start: int
+    value: Tensor
+
+
+class DeepSpeedEngine:
+    """Implements `mmf_fast.training.engines.Engine` on DeepSpeed.
+
+    loss_fn: as for LocalEngine.  zero: a DeepSpeed configuration, of which "zero_optimization" and options of
+    communication are taken; what the YAML file sets (batch, accumulation, clipping, precision) must not be in it.
+    Raises ConfigError for settings that do not fit together.
+    """
+
+    def __init__(
+        self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, zero: Mapping[str, Any], seed: int = 0
+    ) -> None:
+        self.config, self.steps, self.accumulate, self.seed = optimizer, train.steps, train.accumulate, seed
+        self.stage = int(zero.get("zero_optimization", {}).get("stage", 0))
+        self.device = _join(train.device)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        settings = _settings(zero, self.stage, optimizer, train, self.world_size)
+        loss_fn = loss_fn.to(self.device).train()
+        if train.compile:
+            loss_fn.compile()
+        base = build_optimizer(loss_fn.parameters(), optimizer)
+        net: nn.Module = loss_fn.net  # type: ignore[assignment]
+        self.shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
+        self.whole = copy.deepcopy(net).cpu().eval().requires_grad_(False) if self.rank == 0 else None
+        self.engine, *_ = deepspeed.initialize(model=loss_fn, optimizer=base, config=settings)
+        self.net: nn.Module = self.engine.module.net
+        self.ema = {name: fragment.value.clone() for name, fragment in self._fragments()}
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
+        x, cond = x.to(self.device), {key: value.to(self.device) for key, value in cond.items()}
+        found: list[dict[str, Tensor]] = []
+        for part, rows in parts(self.accumulate, self.rank, self.world_size, self.seed):
+            output = self.engine(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
+            self.engine.backward(output.loss)
+            found.append({**output.metrics, "loss": output.loss.detach()})
+            if len(found) == self.accumulate:
+                lr = learning_rate(step, self.config, self.steps)
+                for group in self.engine.optimizer.param_groups:
+                    group["lr"] = lr
+                norm = self._clip() if self.stage == 0 else None
+            self.engine.step()
+        if norm is None:
+            norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+            norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
+        skipped = ~torch.isfinite(norm)
+        self._update_average(step, skipped)
+        metrics = self._mean(found)
+        return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
+
+    def _clip(self) -> Tensor:
+        """Stage 0 leaves clipping to us: as LocalEngine, with a skip that does not wait for the host."""
+        norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.config.clip or torch.inf)
+        self.engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        return norm.detach()
+
+    def _mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Metrics over accumulation steps and ranks, in one reduction."""
+        values = torch.stack(
+            [torch.stack([m.detach().float().to(self.device) for m in each.values()]) for each in found]
+        )
+        mean = values.mean(0) / self.world_size
+        dist.all_reduce(mean)
+        return dict(zip(found[0], mean, strict=True))
+
+    @torch.no_grad()
+    def _update_average(self, step: int, skip: Tensor) -> None:
+        """As EMA.update, on this rank's fragments."""
+        weight = torch.where(skip, 0.0, 1 - min(self.config.ema, (1 + step) / (10 + step)))
+        names, values = zip(*((name, fragment.value) for name, fragment in self._fragments()), strict=True)
+        average = [self.ema[name] for name in names]
+        change = torch._foreach_sub(list(values), average)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(average, change)
+
+    # ---- fragments ---------------------------------------------------------------------------------------------------
+
+    def _fragments(self, key: str | None = None) -> Iterator[tuple[str, Fragment]]:
+        """This rank's fragments of the float32 weights, or of a moment of the optimizer; none where it owns nothing."""
+        parameter: Any  # DeepSpeed's attributes are on it
+        for name, parameter in self.net.named_parameters():
+            if self.stage == 3:
+                get = safe_get_local_fp32_param if key is None else safe_get_local_optimizer_state
+                value = get(parameter) if key is None else get(parameter, key)
+                start = self.rank * value.numel()
+                value = value[: max(0, self.shapes[name].numel() - start)]  # the last partition is padded
+            elif self.stage > 0:
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                start, value = mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
+            else:
+                whole = parameter.data if key is None else self.engine.optimizer.state[parameter][key]
+                size = -(-whole.numel() // self.world_size)
+                start = self.rank * size
+                value = whole.flatten()[start : start + size]
+            if value.numel():
+                yield name, Fragment(start, value)
+
+    def averaged(self) -> nn.Module:
+        """The network with averaged weights on rank 0; on the others, the network as it is, which nobody should use."""
+        starts = {name: fragment.start for name, fragment in self._fragments()}
+        state = {}
+        for name, shape in self.shapes.items():
+            flat = torch.zeros(shape.numel(), device=self.device)
+            if name in self.ema:
+                flat[starts[name] : starts[name] + self.ema[name].numel()] = self.ema[name]
+            dist.reduce(flat, dst=0)
+            state[name] = flat.view(shape)
+        if self.whole is None:
+            return self.net
+        self.whole.load_state_dict(state, strict=False)  # buffers do not train
+        return self.whole.to(self.device)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        moments = {key: dict(self._fragments(key)) for key in MOMENTS} if self._moments() else {}
+        share = {
+            name: {"start": start, "weight": value, "average": self.ema[name]}
+            | {key: moments[key][name].value for key in moments}
+            for name, (start, value) in self._fragments()
+        }
+        steps = [float(state["step"]) for state in self._moments().values()]
+        return {"fragments": share, "steps": max(steps, default=0.0)}
+
+    def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
+        """Takes the shares of all ranks that saved, however many they were."""
+        whole = {name: torch.empty(shape.numel()) for name, shape in self.shapes.items()}
+
+        def assemble(key: str) -> dict[str, Tensor]:
+            covered = dict.fromkeys(whole, 0)
+            for share in shares:
+                for name, fragment in share["fragments"].items():
+                    part = fragment[key]
+                    whole[name][fragment["start"] : fragment["start"] + part.numel()] = part
+                    covered[name] += part.numel()
+            missing = [name for name, count in covered.items() if count != whole[name].numel()]
+            if missing:
+                raise ValueError(f"it holds only a part of {missing[0]}")
+            return whole
+
+        steps = shares[0]["steps"]
+        self._set_weights(assemble("weight"))
+        if steps:
+            self._make_moments(steps)
+            for key in MOMENTS:
+                self._set(assemble(key), key)
+        average = assemble("average")
+        for name, (start, value) in self._fragments():
+            self.ema[name].copy_(average[name][start : start + value.numel()])
+
+    def _set_weights(self, whole: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.net.named_parameters():
+            if self.stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.rank == 0:
+                        parameter.data.copy_(whole[name].view(self.shapes[name]))
+            else:
+                parameter.data.copy_(whole[name].view(self.shapes[name]))
+        self._set(whole, None)
+
+    def _set(self, whole: Mapping[str, Tensor], key: str | None) -> None:
+        """Writes this rank's fragments of the float32 weights, or of a moment."""
+        if self.stage < 3:
+            for name, (start, value) in self._fragments(key):
+                value.copy_(whole[name][start : start + value.numel()])
+            return
+        parameter: Any
+        for name, parameter in self.net.named_parameters():
+            size = parameter.ds_tensor.numel()
+            padded = torch.zeros(size, device=self.device)
+            mine = whole[name][self.rank * size : (self.rank + 1) * size]
+            padded[: mine.numel()] = mine
+            if key is None:
+                safe_set_local_fp32_param(parameter, padded)
+            else:
+                safe_set_local_optimizer_state(parameter, padded, key)
+
+    def _owned(self) -> list[Tensor]:
+        """The float32 tensors that the inner optimizer steps on."""
+        optimizer = self.engine.optimizer
+        if self.stage == 0:
+            return list(self.net.parameters())
+        return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    def _moments(self) -> dict[Tensor, dict[str, Any]]:
+        """The states of the inner optimizer; empty before its first step."""
+        optimizer = self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+        return {tensor: optimizer.state[tensor] for tensor in self._owned() if optimizer.state.get(tensor)}
+
+    def _make_moments(self, steps: float) -> None:
+        optimizer = self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+        counts = isinstance(optimizer, torch.optim.Optimizer) and "fused" in optimizer.defaults  # as a tensor
+        for tensor in self._owned():
+            step = torch.tensor(steps, device=tensor.device) if counts else int(steps)
+            optimizer.state[tensor] = {"step": step, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _join(device: str) -> torch.device:
+    """Joins the processes of the launcher (or starts a group of one) and takes this rank's device."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+    else:
+        # Its all-reduce through shared memory would be compiled for minutes; gloo serves ranks on CPUs.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if not dist.is_initialized() and "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    return chosen
+
+
+def _settings(
+    zero: Mapping[str, Any], stage: int, optimizer: Optimizer, train: Train, world_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: the ZeRO file and what the YAML file says."""
+    if train.batch % (world_size * train.accumulate):
+        raise ConfigError(
+            f"train.batch={train.batch} is not divisible by {world_size} processes x train.accumulate="
+            f"{train.accumulate}: choose another batch"
+        )
+    if train.compile and stage == 3:
+        raise ConfigError(
+            "train.compile: ZeRO stage 3 fetches weights within the step, which cannot be one graph; "
+            "use stage 2, or train.compile=false"
+        )
+    if train.precision == "bf16" and stage == 0:
+        raise ConfigError(
+            "train.precision=bf16 needs the float32 weights of ZeRO stage 1, 2 or 3; take configs/zero1.json"
+        )
+    ours = {
+        "train_batch_size": train.batch,
+        "train_micro_batch_size_per_gpu": train.batch // (world_size * train.accumulate),
+        "gradient_accumulation_steps": train.accumulate,
+        "gradient_clipping": optimizer.clip if stage else 0.0,
+        "bf16": {"enabled": train.precision == "bf16"},
+    }
+    doubled = sorted(ours.keys() & zero.keys())
+    if doubled:
+        raise ConfigError(f"train.zero: {doubled[0]} is set by the YAML file; remove it from the ZeRO file")
+    return {"steps_per_print": 2**62, "zero_allow_untested_optimizer": True, **zero, **ours}
