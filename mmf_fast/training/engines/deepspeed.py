@@ -174,6 +174,7 @@ class DeepSpeedEngine:
         steps = [float(state["step"]) for state in self._moments().values()]
         return {"fragments": share, "steps": max(steps, default=0.0)}
 
+    @torch.no_grad()
     def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
         """Takes the shares of all ranks that saved, however many they were."""
         whole = {name: torch.empty(shape.numel()) for name, shape in self.shapes.items()}

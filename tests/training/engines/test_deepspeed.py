@@ -1,0 +1,129 @@
+"""Two ranks on CPUs against one process on the same global batch: losses, gradient norms and the averaged weights."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import data, loss_function, optimizer, train
+
+from mmf_fast.config import ConfigError
+from mmf_fast.training.engines.local import LocalEngine
+
+pytest.importorskip("deepspeed")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent.parent
+FEW = {  # each stage, each lambda, each kind of tangent, accumulation: what a change is likely to break
+    "zero0": {"stage": 0, "lam": 0.0, "paired": False, "steps": 20},
+    "zero1": {"stage": 1, "lam": "curriculum", "paired": True, "steps": 20},
+    "zero2": {"stage": 2, "lam": 1.0, "paired": False, "steps": 20, "accumulate": 2},
+    "zero3": {"stage": 3, "lam": 1.0, "paired": True, "steps": 20},
+    "bad0": {"stage": 0, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
+    "bad2": {"stage": 2, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
+    "bad3": {"stage": 3, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
+}
+MATRIX = {
+    f"zero{stage}-{lam}-{'paired' if paired else 'predicted'}": {
+        "stage": stage, "lam": lam, "paired": paired, "steps": 20
+    }
+    for stage, lam, paired in itertools.product(range(4), (0.0, "curriculum", 1.0), (False, True))
+}  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    found = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**found, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def two_ranks(*command: str, processes: int = 2) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*launcher, *command], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+
+
+def results(cases: dict, folder: Path) -> dict[str, dict]:
+    done = two_ranks(str(HERE / "zero_ranks.py"), json.dumps(cases), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return results(FEW, tmp_path_factory.mktemp("ranks"))
+
+
+def check(found: dict, case: dict) -> None:
+    x, y = data()
+    engine = LocalEngine(loss_function(case), optimizer(), train({**case, "accumulate": 1}), seed=3)
+    whole = [engine.step(x, step, y=y).metrics for step in range(case["steps"])]
+    for key in ("loss", "grad_norm"):
+        torch.testing.assert_close(found[key], [float(each[key]) for each in whole], rtol=1e-5, atol=0)
+    for name, average in engine.averaged().named_parameters():
+        torch.testing.assert_close(found["average"][name], average.data, rtol=1e-4, atol=1e-6)
+    count = sum(parameter.numel() for parameter in engine.net.parameters())
+    share = 1 if case["stage"] == 0 else 0.5
+    if case["stage"]:  # at stage 0 moments are whole on each rank; a checkpoint has a share of them
+        assert abs(found["owned"] / count - share) < 0.05
+
+
+@pytest.mark.parametrize("name", [name for name in FEW if name.startswith("zero")])
+def test_two_ranks_train_as_one_process(name: str, few: dict[str, dict]) -> None:
+    check(few[name], FEW[name])
+
+
+@pytest.mark.parametrize("name", [name for name in FEW if name.startswith("bad")])
+def test_a_bad_sample_on_one_rank_skips_the_step_on_all(name: str, few: dict[str, dict]) -> None:
+    assert few[name]["skipped"] == [False, False, True, False]
+    assert math.isfinite(few[name]["loss"][3])
+    assert all(torch.isfinite(average).all() for average in few[name]["average"].values())
+
+
+@pytest.mark.slow
+def test_every_stage_lambda_and_tangent(tmp_path: Path) -> None:
+    found = results(MATRIX, tmp_path)
+    for name, case in MATRIX.items():
+        check(found[name], case)
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_stage_and_number_of_ranks(tmp_path: Path) -> None:
+    small = [
+        "train.batch=64",
+        "train.log_every=1",
+        "train.checkpoint_every=100",
+        "train.sample_every=0",
+        "model.width=16",
+    ]
+    common = [str(ROOT / "mmf_fast" / "train.py"), "--config", str(ROOT / "configs" / "two_moons.yaml"), *small]
+    one = subprocess.run([sys.executable, *common, "--run", str(tmp_path / "one"), "train.steps=16"], env=environment())
+    assert one.returncode == 0
+    for processes, stage, steps in ((2, 1, 4), (1, 3, 8), (2, 0, 12), (2, 2, 16)):
+        options = [f"train.steps={steps}", f"train.zero=zero{stage}.json", "--resume"]
+        done = two_ranks(*common, "--run", str(tmp_path / "many"), *options, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    want, found = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert found == pytest.approx(want, rel=1e-5)
+
+
+def test_settings_that_do_not_fit_are_one_line_errors() -> None:
+    from mmf_fast.training.engines.deepspeed import _settings
+
+    for settings, words in (
+        ({"train": train({"steps": 1}), "world_size": 5}, "train.batch=32"),
+        ({"zero": {"gradient_clipping": 1.0}}, "gradient_clipping"),
+    ):
+        options = {"zero": {}, "stage": 1, "optimizer": optimizer(), "train": train({"steps": 1}), "world_size": 2}
+        with pytest.raises(ConfigError, match=words):
+            _settings(**{**options, **settings})
