@@ -35,7 +35,7 @@ __all__ = [
 Layer = TypeVar("Layer", bound=nn.Module)
 
 # Highest angular frequency of the time embedding, see `sinusoids`.
-MAX_FREQUENCY = 16.0
+MAX_FREQUENCY = 2.0
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -53,8 +53,9 @@ def sinusoids(t: Tensor, count: int) -> Tensor:
     """[sin(w_j t), cos(w_j t)] with w_j spaced geometrically from 1 to MAX_FREQUENCY: (...,) -> (..., 2 * count).
 
     MeanFlow regresses on d_t u, which grows with the frequencies of the embedding. Diffusion code multiplies t in
-    [0, 1] by 1000: neighbouring times then look unrelated, d_t u is of order 1000 and training diverges. Here w = 1
-    gives a monotone feature, w = 16 about 2.5 periods over [0, 1], and the root mean square of w is below 7.
+    [0, 1] by 1000: neighbouring times then look unrelated, d_t u is of order 1000 and training diverges. On the digits,
+    a highest frequency of 16 still left the error of the intervals twice as large as 2 does (lambda = 0, conditional
+    tangents), and one-step samples of two moons farther from the data at every step looked at.
     The result has at least float32 precision whatever the dtype of t.
     """
     dtype = torch.promote_types(t.dtype, torch.float32)
