@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -59,13 +59,13 @@ def prepare(
     options = {"split": split, "size": size, "latents": latents, "num_classes": num_classes}
     origin = {"path": str(path.resolve()), "format": opened.format, "identity": opened.identity, **options}
     try:
-        if (folder / MANIFEST).exists():
+        if overwrite:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        elif (folder / MANIFEST).exists():
             found = read_manifest(folder)
-            if found.source == origin:
-                return found
-            if not overwrite:
+            if found.source != origin:
                 raise DataError(f"{folder}: holds another prepared set; pass another OUT, or --overwrite")
-            (folder / MANIFEST).unlink()
+            return found
         with Writer(folder, opened, options) as writer:
             _copy(opened, writer, skip_bad, workers or os.cpu_count() or 1)
             return writer.finish(origin)
@@ -105,7 +105,7 @@ def _check_share(writer: Writer, total: int, share: float) -> None:
         )
 
 
-def _loaded(items: Iterable[Item], workers: int) -> Iterator[tuple[Item, np.ndarray | SampleError]]:
+def _loaded(items: Iterable[Item], workers: int) -> Generator[tuple[Item, np.ndarray | SampleError], None, None]:
     """Items and what they load to, in order; a few are decoded ahead."""
 
     def load(item: Item) -> np.ndarray | SampleError:

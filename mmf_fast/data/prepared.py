@@ -25,7 +25,19 @@ from tqdm import tqdm
 
 from mmf_fast.data.formats.common import DataError
 
-__all__ = ["LABELS", "MANIFEST", "SAMPLES", "Manifest", "PreparedSet", "digest", "open_prepared", "read_manifest", "verify", "write_atomically"]
+__all__ = [
+    "LABELS",
+    "MANIFEST",
+    "SAMPLES",
+    "Manifest",
+    "PreparedSet",
+    "digest",
+    "open_pair",
+    "open_prepared",
+    "read_manifest",
+    "verify",
+    "write_atomically",
+]
 
 SAMPLES, LABELS, MANIFEST = "samples.npy", "labels.npy", "manifest.json"
 _VERSION = 1
@@ -85,6 +97,24 @@ def open_prepared(folder: str | Path, kind: str) -> PreparedSet:
     return PreparedSet(manifest, samples, labels)
 
 
+def open_pair(
+    kind: str, path: str | Path, validation: str | Path | None, check: bool
+) -> tuple[PreparedSet, PreparedSet | None]:
+    """The training and the validation set, which must be alike. check: compares checksums first. Raises DataError."""
+    folders = [path] if validation is None else [path, validation]
+    if check:
+        for folder in folders:
+            verify(folder)
+    train, *rest = [open_prepared(folder, kind) for folder in folders]
+    if not rest:
+        return train, None
+    for key in ("shape", "num_classes", "classes", "facts"):
+        one, other = getattr(train.manifest, key), getattr(rest[0].manifest, key)
+        if one != other:
+            raise DataError(f"{validation}: {key} is {other}, that of {path} is {one}; prepare both alike")
+    return train, rest[0]
+
+
 _AGAIN = "prepare the set again (python -m mmf_fast.data.prepare)"
 
 
@@ -99,6 +129,8 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{**tree, "shape": tuple(tree["shape"])})
         if manifest.dtype != _DTYPES[manifest.kind] or manifest.count < 1 or not manifest.shape:
             raise ValueError(f"{manifest.count} {manifest.kind} of {manifest.dtype} {manifest.shape}")
+        if manifest.kind == "latents" and not {"holds", "scaled_by", "flipped"} <= manifest.facts.keys():
+            raise ValueError(f"facts are {manifest.facts}")
     except DataError:
         raise
     except OSError as error:
@@ -169,4 +201,3 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-

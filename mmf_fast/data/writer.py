@@ -8,6 +8,7 @@ makes the folder a set, is written last.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -54,11 +55,15 @@ class Writer:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise DataError(f"{self.folder}: another process prepares a set there; wait, or pass another OUT") from error
+            raise DataError(
+                f"{self.folder}: another process prepares a set there; wait, or pass another OUT"
+            ) from error
         self._go_on()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for appender in (self._samples, self._labels):
             if appender:
                 appender.close()
@@ -171,7 +176,7 @@ class _Appender:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, count: int | None = None) -> None:
         self.shape, self.dtype = shape, dtype
-        self.file: BinaryIO = open(path, "wb" if count is None else "r+b")
+        self.file: BinaryIO = open(path, "wb" if count is None else "r+b")  # noqa: SIM115  # closed by close()
         if count is None:
             self._header(0)
             return
@@ -208,8 +213,6 @@ def _description(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
 
 
 def _header_size(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    import io
-
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, _description((0, *shape), dtype))
     return buffer.tell()

@@ -42,18 +42,19 @@ def open_images(path: Path, split: str, size: int | None) -> Source:
         for name, label in zip(names, [None] * len(names) if labels is None else labels.tolist(), strict=True):
             yield Item(tree.label(name), label, partial(_load, tree, name, size))
 
-    return Source("images", "images", items, tree.identity(), len(names), classes and len(classes), classes)
+    return Source("images", "images", items, tree.identity(), len(names), len(classes) if classes else None, classes)
 
 
 def split_folder(path: Path, split: str) -> Path:
-    """path/train or path/val where there are such folders, else path itself for training. Raises DataError."""
-    if not path.is_dir():
-        found = None
-    else:
-        found = next((path / name for name in _SPLIT_FOLDERS[split] if (path / name).is_dir()), None)
-    if found is None and split == "validation":
-        raise DataError(f"{path}: has no folder val; pass the validation images themselves, without --split")
-    return found or path
+    """path/train or path/val where path holds such folders and no others, else path for training. Raises DataError."""
+    folders = {entry.name for entry in path.iterdir() if entry.is_dir()} if path.is_dir() else set()
+    if folders <= {name for names in _SPLIT_FOLDERS.values() for name in names}:  # else `train` may be a class
+        for name in _SPLIT_FOLDERS[split]:
+            if name in folders:
+                return path / name
+    if split == "validation":
+        raise DataError(f"{path}: has no folder val; pass the validation set itself, without --split")
+    return path
 
 
 def labels_of(tree: Tree, names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
@@ -104,7 +105,7 @@ def decode_image(data: bytes, name: str, size: int | None = None) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of doubtful metadata, and of sizes that PIL would still decode
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
             if image.mode not in _EIGHT_BITS:
                 raise SampleError(f"{name}: has more than 8 bits per channel (mode {image.mode}); convert it first")
             image = image.convert("RGB")

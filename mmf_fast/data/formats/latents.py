@@ -42,13 +42,13 @@ def open_latents(path: Path, split: str, contents: str | None) -> Source:
     names = [name for name in tree.names if name.endswith((".npy", ".npz"))]
     features = sorted((name for name in names if _FAST_DIT.search(name)), key=lambda name: (len(name), name))
     if features:  # in the order of their numbers
-        names, labels, classes, found = features, None, None, "scaled-sample"
+        names, labels, classes = features, None, None
+        contents = contents or "scaled-sample"
     elif names:
         labels, classes = labels_of(tree, names)
-        found = "mean-std" if all("img-mean-std-" in name for name in names) else None
+        contents = contents or ("mean-std" if all("img-mean-std-" in name for name in names) else None)
     else:
         raise DataError(f"{tree.path}: holds no latents; pass a folder or zip with npy or npz files")
-    contents = contents or found
     if contents is None:
         raise DataError(f"{path}: what the files hold cannot be told; pass --latents {'|'.join(get_args(Contents))}")
     flipped = names[0].endswith(".npz") and _has_flip(tree, names[0])
@@ -58,18 +58,22 @@ def open_latents(path: Path, split: str, contents: str | None) -> Source:
         "flipped": flipped,
     }
 
+    num_classes = len(classes) if classes else None
+
     def items() -> Iterator[Item]:
         for i, name in enumerate(names):
             label = _fast_dit_label(tree, name) if features else None if labels is None else int(labels[i])
-            yield Item(tree.label(name), label, partial(_load, tree, name, contents, flipped))
+            yield Item(tree.label(name), label, partial(_load, tree, name, str(contents), flipped))
 
-    return Source("latents", "latents", items, tree.identity(), len(names), classes and len(classes), classes, facts)
+    return Source("latents", "latents", items, tree.identity(), len(names), num_classes, classes, facts)
 
 
 def _fast_dit_label(tree: Tree, name: str) -> int:
     value = _array(tree, re.sub(r"_features/(\d+\.npy)$", r"_labels/\1", name))
     if value.shape not in ((), (1,)) or value.dtype.kind not in "iu" or value.min() < 0:
-        raise DataError(f"{tree.label(name)}: its label is {value.dtype} {value.shape}, not one number; extract it again")
+        raise DataError(
+            f"{tree.label(name)}: its label is {value.dtype} {value.shape}, not one number; extract it again"
+        )
     return int(value.reshape(()))
 
 

@@ -1,6 +1,6 @@
 """Hugging Face parquet: an image column {bytes, path} and a label column, in one file or several shards.
 
-    train-00000-of-00005.parquet, validation-..., test-...; read with pyarrow, which is not a dependency.
+train-00000-of-00005.parquet, validation-..., test-...; read with pyarrow, which is not a dependency.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def open_parquet(path: Path, split: str, size: int | None) -> Source:
     for reader in readers:
         reader.close()
     items = partial(_items, pq, files, image, label, size)
-    return Source("parquet", "images", items, identity_of_files(files), count, classes and len(classes), classes)
+    return Source(
+        "parquet", "images", items, identity_of_files(files), count, len(classes) if classes else None, classes
+    )
 
 
 def _items(pq: Any, files: Sequence[Path], image: str, label: str | None, size: int | None) -> Iterator[Item]:

@@ -35,7 +35,7 @@ def load_dict(file: BinaryIO, name: str) -> dict[str, Any]:
     return {_text(key): _plain(item) for key, item in value.items()}
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python: a damaged memo index makes that in C allocate any size
     def find_class(self, module: str, name: str) -> Any:
         found = _NAMES.get((module.replace("numpy._core", "numpy.core"), name))
         if found is None:
@@ -54,7 +54,7 @@ class _DType:
             raise DataError(f"holds an array of dtype {self.value}; only numbers are read")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.value = self.value.newbyteorder(_text(state[1]))
+        self.value = self.value.newbyteorder(_text(state[1]))  # type: ignore[arg-type]  # refuses what it does not know
 
 
 class _Array:
@@ -67,9 +67,9 @@ class _Array:
         self.value = _array(raw, dtype, shape, "F" if fortran else "C").value
 
 
-def _array(raw: bytes, dtype: _DType, shape: tuple[int, ...], order: Any = "C") -> _Array:
+def _array(raw: bytes, dtype: _DType, shape: tuple[int, ...], order: str | bytes = "C") -> _Array:
     result = _Array()
-    result.value = np.frombuffer(raw, dtype.value).reshape(shape, order=_text(order))
+    result.value = np.frombuffer(raw, dtype.value).reshape(shape, order="F" if _text(order) == "F" else "C")
     return result
 
 
@@ -88,6 +88,11 @@ def _encode(text: str, encoding: str | bytes = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """Stands in for the type bytes, which is called for an empty one."""
+    return b""
+
+
 _NAMES: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
@@ -95,6 +100,7 @@ _NAMES: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): _array,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
 }
 
 
