@@ -182,7 +182,7 @@ def digest(path: Path) -> str:
     size = path.stat().st_size
     bar = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, delay=1)
     with open(path, "rb") as file, bar:
-        while block := file.read(2**22):
+        while block := file.read(2**20):
             result.update(block)
             bar.update(len(block))
     return result.hexdigest()

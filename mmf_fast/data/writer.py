@@ -116,7 +116,7 @@ class Writer:
             skipped=self.skipped,
         )
         write_atomically(self.folder / MANIFEST, manifest.text())
-        (self.folder / _PROGRESS).unlink()
+        (self.folder / _PROGRESS).unlink(missing_ok=True)
         return manifest
 
     # ---- pieces -----------------------------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ def cifar_batches(each: int = 4) -> tuple[dict[str, bytes], np.ndarray, np.ndarr
     images = pictures(5 * each)
     labels = np.arange(5 * each) % 10
     files = {
-        f"data_batch_{i + 1}": cifar_batch(images[i * each : (i + 1) * each], labels[i * each : (i + 1) * each].tolist())
+        f"data_batch_{i + 1}": cifar_batch(
+            images[i * each : (i + 1) * each], labels[i * each : (i + 1) * each].tolist()
+        )
         for i in range(5)
     }
     files["test_batch"] = cifar_batch(pictures(3, seed=1), [3, 8, 8], b"testing batch 1 of 1")
@@ -110,7 +112,9 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
 # ---- downsampled ImageNet ----
 
 
-def imagenet_batches(each: int = 3, side: int = 64, protocol: int = 3) -> tuple[dict[str, bytes], np.ndarray, np.ndarray]:
+def imagenet_batches(
+    each: int = 3, side: int = 64, protocol: int = 3
+) -> tuple[dict[str, bytes], np.ndarray, np.ndarray]:
     """{file: pickle}, images, and labels as published (1 .. 1000)."""
     images = pictures(10 * each, side)
     labels = np.linspace(1, 1000, 10 * each).astype(int)

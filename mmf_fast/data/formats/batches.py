@@ -34,7 +34,7 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 _CIFAR10 = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 _IMAGENET = {"train": [f"train_data_batch_{i}" for i in range(1, 11)], "validation": ["val_data"]}
-_ROWS = 1024  # rows of an npz read at once
+_ROWS = 256  # rows of an npz read at once
 
 
 # ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
