@@ -17,6 +17,7 @@ __all__ = [
     "Dataset",
     "Epochs",
     "Split",
+    "Stored",
     "check_seed",
     "check_split",
     "coins",
@@ -29,6 +30,7 @@ _WHOLE_BYTES = 8 * 2**30  # largest split that is handed out in one piece
 
 Split: TypeAlias = Literal["train", "validation"]
 Batch: TypeAlias = tuple[Tensor, Tensor | None]
+Stored: TypeAlias = tuple[np.ndarray, Tensor | None]  # samples as they lie in memory or on disk, and labels
 
 
 class Dataset(Protocol):
@@ -132,7 +134,7 @@ def coins(seed: int, step: int, size: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, step, _COIN]).random(size) < 0.5)
 
 
-def whole(dataset: Dataset, name: Split, splits: Mapping[Split, Batch | None]) -> Batch:
+def whole(dataset: Dataset, name: Split, splits: Mapping[Split, Stored | None]) -> Stored:
     """The split as it is stored. Raises ValueError where there is none, or it is too large to be held as float32."""
     check_split(name)
     found = splits[name]

@@ -6,12 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Epochs, Split, check_seed, coins, rank_part, whole
+from mmf_fast.data.dataset import Batch, Epochs, Split, Stored, check_seed, coins, rank_part, whole
 from mmf_fast.data.prepared import open_pair
 
 __all__ = ["ImageDataset", "images", "synthetic"]
-
-Stored = tuple[Tensor, Tensor | None]
 
 
 class ImageDataset:
@@ -40,10 +38,10 @@ class ImageDataset:
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
         samples, labels = self._train
         rows = self._epochs.rows(step, size, rank, world_size)
-        x = samples.index_select(0, rows)
+        x = samples[rows.numpy()]
         if self.flip:
-            mirrored = coins(self.seed, step, size)[rank_part(step, size, rank, world_size)]
-            x[mirrored] = x[mirrored].flip(-1)
+            mirrored = np.flatnonzero(coins(self.seed, step, size)[rank_part(step, size, rank, world_size)])
+            x[mirrored] = x[mirrored][..., ::-1]
         return _centred(x), None if labels is None else labels[rows]
 
     def split(self, name: Split) -> Batch:
@@ -88,9 +86,12 @@ def synthetic(
     return ImageDataset("synthetic", train, held, num_classes, flip, seed)
 
 
-def _centred(images: Tensor) -> Tensor:
-    """uint8 0 .. 255 -> float32 -1 .. 1."""
-    return images.to(torch.float32).div_(127.5).sub_(1)
+def _centred(images: np.ndarray) -> Tensor:
+    """uint8 0 .. 255 -> float32 -1 .. 1, by one thread: those of torch are busy with the network."""
+    x = images.astype(np.float32)
+    x /= np.float32(127.5)
+    x -= np.float32(1)
+    return torch.from_numpy(x)
 
 
 def _made(shape: tuple[int, int, int], num_classes: int, count: int, seed: int, part: int) -> Stored:
@@ -108,4 +109,4 @@ def _made(shape: tuple[int, int, int], num_classes: int, count: int, seed: int, 
         wave = np.cos(2 * np.pi * (frequency[label, 0] * y + frequency[label, 1] * x + shift[i]))
         noise = samples.integers(-37, 38, shape, np.int8)
         result[i] = 127 + 90 * colour[label, :, None, None] * wave + noise
-    return torch.from_numpy(result), torch.from_numpy(labels) if num_classes else None
+    return result, torch.from_numpy(labels) if num_classes else None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Epochs, Split, coins, rank_part, whole
+from mmf_fast.data.dataset import Batch, Epochs, Split, Stored, coins, rank_part, whole
 from mmf_fast.data.formats.latents import SD_SCALE
 from mmf_fast.data.prepared import PreparedSet, open_pair
 
@@ -37,7 +37,7 @@ class LatentDataset:
         self.shape: tuple[int, ...] = (channels // self._views // (2 if self._moments else 1), *rest)
         self.flip, self.seed, self.scale = flip, seed, scale / facts["scaled_by"]
         self._train = train
-        self._splits: dict[Split, Batch | None] = {
+        self._splits: dict[Split, Stored | None] = {
             "train": (train.samples, train.labels),
             "validation": None if validation is None else (validation.samples, validation.labels),
         }
@@ -47,7 +47,7 @@ class LatentDataset:
         part = rank_part(step, size, rank, world_size)
         rows = self._epochs.rows(step, size, rank, world_size)
         mirrored = coins(self.seed, step, size)[part] if self.flip else None
-        x = self._drawn(self._train.samples.index_select(0, rows), (self.seed, step), part.start, mirrored)
+        x = self._drawn(self._train.samples[rows.numpy()], (self.seed, step), part.start, mirrored)
         return x, None if self._train.labels is None else self._train.labels[rows]
 
     def split(self, name: Split) -> Batch:
@@ -55,16 +55,20 @@ class LatentDataset:
         samples, labels = whole(self, name, self._splits)
         return self._drawn(samples, (0, _SPLIT_KEY), 0, None), labels
 
-    def _drawn(self, stored: Tensor, key: tuple[int, int], first: int, mirrored: Tensor | None) -> Tensor:
+    def _drawn(self, stored: np.ndarray, key: tuple[int, int], first: int, mirrored: Tensor | None) -> Tensor:
         """stored (n, channels, h, w) float16; first: row of the first of them in the global batch."""
-        views = stored.chunk(self._views, dim=1)
-        chosen = views[0] if mirrored is None else torch.where(mirrored[:, None, None, None], views[1], views[0])
-        chosen = chosen.to(torch.float32)
+        views = np.split(stored, self._views, axis=1)
+        chosen = views[0]
+        if mirrored is not None:
+            chosen = np.where(mirrored.numpy()[:, None, None, None], views[1], views[0])
         if not self._moments:
-            return chosen.mul_(self.scale)
-        mean, std = chosen.chunk(2, dim=1)
-        noise = torch.stack([_noise(key, row, self.shape) for row in range(first, first + len(stored))])
-        return noise.mul_(std).add_(mean).mul_(self.scale)
+            return torch.from_numpy(chosen.astype(np.float32) * np.float32(self.scale))
+        mean, std = np.split(chosen, 2, axis=1)
+        x = _noise(key, first, mean.shape)
+        x *= std
+        x += mean
+        x *= np.float32(self.scale)
+        return torch.from_numpy(x)
 
 
 def latents(
@@ -88,7 +92,12 @@ def latents(
     return LatentDataset(*open_pair("latents", path, validation, verify), scale, flip, seed)
 
 
-def _noise(key: tuple[int, int], row: int, shape: tuple[int, ...]) -> Tensor:
-    """Philox is a block cipher of (key, counter): the row in the counter's last word gives each its own stream."""
-    generator = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, row]))
-    return torch.from_numpy(generator.standard_normal(shape, np.float32))
+def _noise(key: tuple[int, int], first: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32, row by row: Philox is a cipher of (key, counter), and the counter's last word is the row
+    of the global batch, so that each row has its own stream.
+    """
+    noise = np.empty(shape, np.float32)
+    for i in range(len(noise)):
+        stream = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, first + i])
+        np.random.Generator(stream).standard_normal(out=noise[i], dtype=np.float32)
+    return noise

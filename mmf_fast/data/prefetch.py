@@ -4,7 +4,7 @@
         for step, (x, y) in batches:
             ...
 
-Gathering and converting are torch operators, which let go of Python's global lock, so that training goes on meanwhile.
+Gathering and converting let go of Python's global lock, so that training goes on meanwhile.
 """
 
 from __future__ import annotations

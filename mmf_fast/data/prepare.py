@@ -32,6 +32,9 @@ from mmf_fast.data.writer import Writer
 
 __all__ = ["main", "prepare"]
 
+_GROUP = 16  # samples handed to a thread at once: one by one, the handing over costs more than copying a small image
+_MAX_WORKERS = 32  # beyond it Python's global lock leaves nothing to gain
+
 
 def prepare(
     source: str | Path,
@@ -67,7 +70,7 @@ def prepare(
                 raise DataError(f"{folder}: holds another prepared set; pass another OUT, or --overwrite")
             return found
         with Writer(folder, opened, options) as writer:
-            _copy(opened, writer, skip_bad, workers or os.cpu_count() or 1)
+            _copy(opened, writer, skip_bad, workers or min(os.cpu_count() or 1, _MAX_WORKERS))
             return writer.finish(origin)
     except OSError as error:
         raise DataError(
@@ -108,22 +111,29 @@ def _check_share(writer: Writer, total: int, share: float) -> None:
 def _loaded(items: Iterable[Item], workers: int) -> Generator[tuple[Item, np.ndarray | SampleError], None, None]:
     """Items and what they load to, in order; a few are decoded ahead."""
 
-    def load(item: Item) -> np.ndarray | SampleError:
-        try:
-            return item.load()
-        except SampleError as error:
-            return error
+    def load(some: list[Item]) -> list[tuple[Item, np.ndarray | SampleError]]:
+        result: list[tuple[Item, np.ndarray | SampleError]] = []
+        for item in some:
+            try:
+                result.append((item, item.load()))
+            except SampleError as error:
+                result.append((item, error))
+        return result
 
+    iterator = iter(items)
+    groups = iter(lambda: list(islice(iterator, _GROUP)), [])
+    if workers == 1:
+        for group in groups:
+            yield from load(group)
+        return
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[Item, Future[np.ndarray | SampleError]]] = deque()
-        for item in items:
-            waiting.append((item, pool.submit(load, item)))
-            if len(waiting) > 4 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
+        waiting: deque[Future[list[tuple[Item, np.ndarray | SampleError]]]] = deque()
+        for group in groups:
+            waiting.append(pool.submit(load, group))
+            if len(waiting) > workers + 2:
+                yield from waiting.popleft().result()
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield from waiting.popleft().result()
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

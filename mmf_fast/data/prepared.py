@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """samples (N, C, H, W), mapped and not to be written to; labels (N,) int64 or None."""
+    """samples (N, C, H, W) uint8 or float16, mapped and read-only; labels (N,) int64 or None."""
 
     manifest: Manifest
-    samples: Tensor
+    samples: np.ndarray
     labels: Tensor | None
 
 
@@ -90,7 +89,7 @@ def open_prepared(folder: str | Path, kind: str) -> PreparedSet:
     samples = _mapped(folder / SAMPLES, manifest, (manifest.count, *manifest.shape), np.dtype(manifest.dtype))
     if LABELS not in manifest.files:
         return PreparedSet(manifest, samples, None)
-    labels = _mapped(folder / LABELS, manifest, (manifest.count,), np.dtype(np.int64)).clone()
+    labels = torch.from_numpy(_mapped(folder / LABELS, manifest, (manifest.count,), np.dtype(np.int64)).copy())
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= manifest.num_classes:
         raise DataError(f"{folder / LABELS}: labels {low} .. {high} of {manifest.num_classes} classes; {_AGAIN}")
@@ -143,7 +142,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _mapped(path: Path, manifest: Manifest, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+def _mapped(path: Path, manifest: Manifest, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     try:
         size, expected = path.stat().st_size, manifest.files[path.name]["bytes"]
         if size != expected:
@@ -153,10 +152,7 @@ def _mapped(path: Path, manifest: Manifest, shape: tuple[int, ...], dtype: np.dt
             raise ValueError(f"{array.dtype} {array.shape}, not {dtype} {shape}")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"{path}: is not what its manifest says ({error}); {_AGAIN}") from error
-    with warnings.catch_warnings():
-        # Read-only on purpose: a private writable mapping is charged against memory in full, and nobody writes here.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+    return np.asarray(array)  # a plain view of the mapping
 
 
 # ---- checksums -------------------------------------------------------------------------------------------------------

@@ -53,11 +53,13 @@ class Writer:
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._lock)
             raise DataError(
                 f"{self.folder}: another process prepares a set there; wait, or pass another OUT"
             ) from error
+        except OSError:
+            pass  # a file system without locks
         self._go_on()
         return self
 
@@ -78,7 +80,7 @@ class Writer:
             raise DataError(f"{item.name}: is {_by(sample.shape)}, those before are {_by(self.shape)}; {remedy}")
         if (item.label is not None) != self.labelled:
             raise DataError(f"{item.name}: some samples have labels and some have none; mend the labels")
-        self._samples.append(sample.astype(self.dtype))  # type: ignore[union-attr]  # _begin has opened it
+        self._samples.append(sample.astype(self.dtype, copy=False))  # type: ignore[union-attr]  # _begin has opened it
         if self._labels and item.label is not None:
             classes = self.source.num_classes
             if classes is not None and not 0 <= item.label < classes:
