@@ -1,8 +1,11 @@
-"""Datasets by name. All are small, none is downloaded, and every batch is a pure function of (seed, step).
+"""Datasets by name. None is downloaded, and every batch is a pure function of (seed, step, size).
 
     dataset = load("digits", seed=0)
     x, y = dataset.batch(step=17, size=128)         x (128, 1, 8, 8) float32 in [-1, 1], y (128,) int64
     x, y = dataset.split("validation")              the whole split
+
+    dataset = load("images", path="data/cifar10")   a folder that python -m mmf_fast.data.prepare SRC OUT wrote
+    x, y = dataset.batch(17, 1024, rank=3, world_size=8)    rows 3, 11, 19, ... of the same global batch
 
 To add a dataset: a function whose typed keyword arguments are its options and that returns a `Dataset`, entered below.
 """
@@ -16,9 +19,13 @@ from typing import Any
 
 from mmf_fast.data.dataset import ArrayDataset, Dataset
 from mmf_fast.data.digits import digits
+from mmf_fast.data.formats import DataError
+from mmf_fast.data.images import images, synthetic
+from mmf_fast.data.latents import latents
+from mmf_fast.data.prefetch import Prefetcher
 from mmf_fast.data.toy2d import checkerboard, circles, eight_gaussians, two_moons
 
-__all__ = ["DATASETS", "ArrayDataset", "Dataset", "load"]
+__all__ = ["DATASETS", "ArrayDataset", "DataError", "Dataset", "Prefetcher", "load"]
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "two_moons": two_moons,
@@ -26,13 +33,16 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "checkerboard": checkerboard,
     "eight_gaussians": eight_gaussians,
     "digits": digits,
+    "images": images,
+    "latents": latents,
+    "synthetic": synthetic,
 }
 
 
 def load(name: str, **options: Any) -> Dataset:
     """The dataset called `name`, with the options of its function in `DATASETS`.
 
-    Raises ValueError for an unknown name, an unknown option, or a value the dataset refuses.
+    Raises ValueError for an unknown name, an unknown or a missing option, or a value the dataset refuses.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}; {_nearest(name, DATASETS)}")
@@ -40,6 +50,9 @@ def load(name: str, **options: Any) -> Dataset:
     for option in options:
         if option not in valid:
             raise ValueError(f"dataset {name!r} has no option {option!r}; {_nearest(option, valid)}")
+    for option, parameter in valid.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"dataset {name!r} needs the option {option!r}: data.{option}=...")
     return DATASETS[name](**options)
 
 

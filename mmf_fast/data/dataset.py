@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal, Protocol, TypeAlias
@@ -10,10 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ArrayDataset", "Batch", "Dataset", "Split", "check_batch", "check_seed", "check_split"]
+__all__ = [
+    "ArrayDataset",
+    "Batch",
+    "Dataset",
+    "Epochs",
+    "Split",
+    "Stored",
+    "check_seed",
+    "check_split",
+    "coins",
+    "rank_part",
+    "whole",
+]
+
+_COIN = 1  # last word of the random key of the coins; permutations have two words
+_WHOLE_BYTES = 8 * 2**30  # largest split that is handed out in one piece
 
 Split: TypeAlias = Literal["train", "validation"]
 Batch: TypeAlias = tuple[Tensor, Tensor | None]
+Stored: TypeAlias = tuple[np.ndarray, Tensor | None]  # samples as they lie in memory or on disk, and labels
 
 
 class Dataset(Protocol):
@@ -27,11 +44,12 @@ class Dataset(Protocol):
     shape: tuple[int, ...]
     num_classes: int
 
-    def batch(self, step: int, size: int) -> Batch:
-        """x (size, *shape) float32 and y (size,) int64 or None: a pure function of (seed, step, size).
+    def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """x (size / world_size, *shape) float32 and y int64 or None: a pure function of (seed, step, size) and rank.
 
-        Whoever resumes at a step sees the batches an uninterrupted run would have seen; data-parallel ranks each take
-        their rows of the same batch. Raises ValueError for a negative step or a size that does not fit.
+        size: of the global batch, of which a rank gets rows rank, rank + world_size, ... Whoever resumes at a step, on
+        whatever number of ranks, sees the samples that an uninterrupted run would have seen.
+        Raises ValueError for a negative step, or a size that does not fit the data or the ranks.
         """
         ...
 
@@ -49,44 +67,91 @@ class ArrayDataset:
     """
 
     def __init__(self, name: str, splits: Mapping[Split, Batch], num_classes: int = 0, seed: int = 0) -> None:
-        check_seed(seed)
         x, _ = splits["train"]
         self.name, self.shape, self.num_classes, self.seed = name, tuple(x.shape[1:]), num_classes, seed
         self._splits = dict(splits)
-        self._permutation = lru_cache(maxsize=2)(self._permute)  # a batch meets at most two epochs
+        self._epochs = Epochs(name, len(x), seed)
 
-    def batch(self, step: int, size: int) -> Batch:
+    def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
         x, y = self._splits["train"]
-        check_batch(step, size)
-        if size > len(x):
-            raise ValueError(
-                f"batch size {size} exceeds the {len(x)} training samples of {self.name}; use at most {len(x)}"
-            )
-        first, last = step * size, (step + 1) * size - 1
-        epochs = range(first // len(x), last // len(x) + 1)
-        order = np.concatenate([self._permutation(epoch) for epoch in epochs])
-        start = first - epochs[0] * len(x)
-        rows = torch.from_numpy(order[start : start + size])
+        rows = self._epochs.rows(step, size, rank, world_size)
         return x[rows], None if y is None else y[rows]
 
     def split(self, name: Split) -> Batch:
         check_split(name)
         return self._splits[name]
 
+
+class Epochs:
+    """The training stream of `count` samples: epoch after epoch, each in the order of its own seeded permutation.
+
+    A permutation costs 8 bytes a sample and is made once an epoch (20 ms for ImageNet); two are kept.
+    Raises ValueError for a negative seed.
+    """
+
+    def __init__(self, name: str, count: int, seed: int) -> None:
+        check_seed(seed)
+        self.name, self.count, self.seed = name, count, seed
+        self._permutation = lru_cache(maxsize=2)(self._permute)  # a batch meets at most two epochs
+
+    def rows(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Tensor:
+        """Indices (size / world_size,) int64 of a rank's samples. Raises ValueError as `Dataset.batch` does."""
+        part = rank_part(step, size, rank, world_size)
+        if size > self.count:
+            raise ValueError(
+                f"batch size {size} exceeds the {self.count} training samples of {self.name}; use at most {self.count}"
+            )
+        first, last = step * size, (step + 1) * size
+        pieces = []
+        while first < last:
+            epoch, start = divmod(first, self.count)
+            stop = min(self.count, start + last - first)
+            pieces.append(self._permutation(epoch)[start:stop])
+            first += stop - start
+        return torch.from_numpy(np.concatenate(pieces)[part])
+
     def _permute(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self._splits["train"][0]))
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+
+def rank_part(step: int, size: int, rank: int, world_size: int) -> slice:
+    """The rows of the global batch that belong to a rank. Raises ValueError where they cannot be told."""
+    if step < 0:
+        raise ValueError(f"step is {step}: it must not be negative")
+    if size < 1:
+        raise ValueError(f"batch size is {size}: it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}: it must lie in 0 .. {world_size - 1}")
+    if size % world_size:
+        fitting = max(world_size, size - size % world_size)
+        raise ValueError(f"batch size {size} does not divide among {world_size} ranks; use {fitting}")
+    return slice(rank, size, world_size)
+
+
+def coins(seed: int, step: int, size: int) -> Tensor:
+    """Fair coins (size,) bool, one for each row of the global batch, whichever rank it belongs to."""
+    return torch.from_numpy(np.random.default_rng([seed, step, _COIN]).random(size) < 0.5)
+
+
+def whole(dataset: Dataset, name: Split, splits: Mapping[Split, Stored | None]) -> Stored:
+    """The split as it is stored. Raises ValueError where there is none, or it is too large to be held as float32."""
+    check_split(name)
+    found = splits[name]
+    if found is None:
+        raise ValueError(
+            f"{dataset.name} has no validation split; prepare one and name its folder with data.validation=FOLDER"
+        )
+    size = 4 * len(found[0]) * math.prod(dataset.shape)
+    if size > _WHOLE_BYTES:
+        raise ValueError(
+            f"split {name} of {dataset.name} takes {size / 2**30:.0f} GiB of memory as float32; read it by batch()"
+        )
+    return found
 
 
 def check_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"data seed is {seed}: it must not be negative")
-
-
-def check_batch(step: int, size: int) -> None:
-    if step < 0:
-        raise ValueError(f"step is {step}: it must not be negative")
-    if size < 1:
-        raise ValueError(f"batch size is {size}: it must be at least 1")
 
 
 def check_split(name: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Split, check_batch, check_seed, check_split
+from mmf_fast.data.dataset import Batch, Split, check_seed, check_split, rank_part
 
 __all__ = ["Toy2D", "checkerboard", "circles", "eight_gaussians", "two_moons"]
 
@@ -44,9 +44,9 @@ class Toy2D:
         self.name, self.seed = name, seed
         self._points, self._mean, self._std = points, np.array(mean), np.sqrt(variance)
 
-    def batch(self, step: int, size: int) -> Batch:
-        check_batch(step, size)
-        return self._draw((_BATCH, self.seed, step), size), None
+    def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
+        part = rank_part(step, size, rank, world_size)
+        return self._draw((_BATCH, self.seed, step), size)[part], None
 
     def split(self, name: Split) -> Batch:
         check_split(name)

@@ -159,9 +159,7 @@ class Trainer:
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def _one_step(self) -> tuple[dict[str, Tensor], Tensor]:
-        x, y = self.dataset.batch(self.step, self.config.train.batch)
-        rows = slice(self.engine.rank, None, self.engine.world_size)
-        x, y = x[rows], None if y is None else y[rows]
+        x, y = self.dataset.batch(self.step, self.config.train.batch, self.engine.rank, self.engine.world_size)
         result = self.engine.step(x, self.step, **({} if y is None else {"y": y}))
         self.step += 1
         self.skipped += result.skipped

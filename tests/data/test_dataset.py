@@ -1,7 +1,26 @@
+import numpy as np
 import pytest
 import torch
+from data.archives import edm, edm2, pictures, write_zip
 
 from mmf_fast.data import DATASETS, ArrayDataset, load
+from mmf_fast.data.dataset import Epochs
+from mmf_fast.data.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """{dataset: options it needs}: prepared sets of 24 images and of 24 latents."""
+    folder = tmp_path_factory.mktemp("sets")
+    labels = [i % 5 for i in range(24)]
+    latents = np.random.default_rng(0).uniform(0.5, 1, (24, 8, 4, 4)).astype(np.float32)
+    prepare(write_zip(folder / "images.zip", edm(pictures(24, 8), labels)), folder / "images")
+    prepare(write_zip(folder / "latents.zip", edm2(latents, labels)), folder / "latents")
+    return {
+        "images": {"path": str(folder / "images"), "validation": str(folder / "images"), "flip": True},
+        "latents": {"path": str(folder / "latents"), "validation": str(folder / "latents")},
+        "synthetic": {"shape": (3, 8, 8), "num_classes": 4, "count": 30, "flip": True},
+    }
 
 
 def counting(n, seed=0):
@@ -42,8 +61,60 @@ def test_refused_batches(step, size, message):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_protocol(name):
-    data = load(name, seed=1)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 12])
+def test_ranks_share_one_global_batch(name, world_size, options):
+    """At any step, so also across the end of an epoch: the parts of the ranks are the batch of one process."""
+    data, other = (load(name, seed=3, **options.get(name, {})) for _ in range(2))
+    for step in (0, 1, 2, 7):
+        x, y = data.batch(step, 12)
+        parts = [other.batch(step, 12, rank, world_size) for rank in range(world_size)]
+        assert all(len(part[0]) == 12 // world_size for part in parts)
+        assert torch.equal(torch.stack([part[0] for part in parts], dim=1).flatten(0, 1), x)
+        assert y is None or torch.equal(torch.stack([part[1] for part in parts], dim=1).flatten(), y)
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "world_size", "message"),
+    [
+        (12, 4, 4, r"rank is 4: it must lie in 0 \.\. 3"),
+        (12, -1, 4, "rank is -1"),
+        (12, 0, 0, "rank is 0"),
+        (10, 0, 4, "batch size 10 does not divide among 4 ranks; use 8"),
+        (2, 0, 4, "batch size 2 does not divide among 4 ranks; use 4"),
+        (100, 0, 100, "batch size 100 exceeds the 24 training samples of images; use at most 24"),
+    ],
+)
+def test_ranks_that_do_not_fit(size, rank, world_size, message, options):
+    with pytest.raises(ValueError, match=message):
+        load("images", **options["images"]).batch(0, size, rank, world_size)
+
+
+def test_epochs_of_imagenet():
+    """1.28 million: an epoch is a permutation, and batches across its end hold the last and then the first samples."""
+    count = 1_281_167
+    epochs = Epochs("imagenet", count, seed=0)
+    one, two = epochs.rows(0, count), epochs.rows(1, count)
+    for epoch in (one, two):
+        assert torch.equal(epoch.sort().values, torch.arange(count))
+    assert (one == two).float().mean() < 1e-3
+    stream = torch.cat([one, two])
+    for step in (0, 1250, 1251, 1252, 2501):
+        assert torch.equal(epochs.rows(step, 1024), stream[step * 1024 : (step + 1) * 1024])
+        assert torch.equal(epochs.rows(step, 1024, 3, 4), stream[step * 1024 + 3 : (step + 1) * 1024 : 4])
+
+
+def test_an_epoch_is_permuted_once(monkeypatch):
+    epochs, made = Epochs("some", 1000, seed=0), []
+    real = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: made.append(key) or real(key))
+    for step in range(100):
+        epochs.rows(step, 30, rank=step % 3, world_size=3)
+    assert made == [[0, 0], [0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_protocol(name, options):
+    data = load(name, seed=1, **options.get(name, {}))
     assert data.name == name
     for x, y in (data.batch(0, 4), data.split("train"), data.split("validation")):
         assert x.dtype == torch.float32 and tuple(x.shape[1:]) == data.shape
@@ -60,7 +131,7 @@ def test_protocol(name):
     ("name", "options", "message"),
     [
         ("two_moon", {}, "unknown dataset 'two_moon'; did you mean 'two_moons'?"),
-        ("zzz", {}, "unknown dataset 'zzz'; valid are two_moons, circles, checkerboard, eight_gaussians, digits"),
+        ("zzz", {}, "unknown dataset 'zzz'; valid are " + ", ".join(DATASETS)),
         ("circles", {"facter": 0.3}, "dataset 'circles' has no option 'facter'; did you mean 'factor'?"),
         ("digits", {"seed": -2}, "data seed is -2: it must not be negative"),
     ],

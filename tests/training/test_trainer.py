@@ -55,8 +55,8 @@ class Poisoned:
         self.dataset, self.steps = dataset, steps
         self.shape, self.num_classes, self.name = dataset.shape, dataset.num_classes, dataset.name
 
-    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor | None]:
-        x, y = self.dataset.batch(step, size)
+    def batch(self, step: int, size: int, *ranks: int) -> tuple[Tensor, Tensor | None]:
+        x, y = self.dataset.batch(step, size, *ranks)
         return (x * math.nan if step in self.steps else x), y
 
 
@@ -213,11 +213,11 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals)
     trainer = Trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
     real = trainer.dataset.batch
 
-    def batch(step: int, size: int) -> Any:
+    def batch(step: int, *size: int) -> Any:
         if step == 6:
             signal.raise_signal(number)
             assert signal.getsignal(number) is before  # a second one is not caught
-        return real(step, size)
+        return real(step, *size)
 
     trainer.dataset.batch = batch  # type: ignore[method-assign]
     assert not trainer.fit()

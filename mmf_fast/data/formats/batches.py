@@ -1,0 +1,206 @@
+"""CIFAR-10 and downsampled ImageNet (Chrabaszcz, 2017): a few files, each a table with one planar RGB image per row.
+
+    CIFAR-10       cifar-10-python.tar.gz or cifar-10-batches-py/: data_batch_{1..5}, test_batch
+                   pickle: data uint8 [n, 3072], labels list of 0 .. 9
+    ImageNet-64    train_data_batch_{1..10}, val_data, each a pickle or an .npz
+                   data uint8 [n, 12288], labels 1 .. 1000 in the authors' own class order; `mean` is not needed
+
+ImageNet's labels become 0 .. 999; their order is not that of the sorted WordNet ids. A pickle is read whole, one at a
+time (1.6 GB of ImageNet-64); an npz is streamed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mmf_fast.data.formats.common import DataError, Item, Source, check_member, identity_of_files
+from mmf_fast.data.formats.pickles import load_dict
+
+__all__ = ["CIFAR10_CLASSES", "open_cifar10", "open_imagenet"]
+
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+_CIFAR10 = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
+_IMAGENET = {"train": [f"train_data_batch_{i}" for i in range(1, 11)], "validation": ["val_data"]}
+_ROWS = 256  # rows of an npz read at once
+
+
+# ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
+
+
+def open_cifar10(path: Path, split: str) -> Source:
+    """The tar.gz, or the folder it unpacks to (or the folder that holds that one). Raises DataError."""
+    if path.is_dir():
+        folder = path / "cifar-10-batches-py" if (path / "cifar-10-batches-py").is_dir() else path
+        files = _all_present(folder, _CIFAR10[split])
+        items, identity = partial(_cifar10_folder, files), identity_of_files(files)
+    else:
+        items, identity = partial(_cifar10_tar, path, _CIFAR10[split]), identity_of_files([path])
+    return Source("cifar10", "images", items, identity, num_classes=10, classes=CIFAR10_CLASSES)
+
+
+def _cifar10_folder(files: Sequence[Path]) -> Iterator[Item]:
+    for path in files:
+        with open(path, "rb") as file:
+            yield from _pickled(file, str(path), 0, 10, side=32)
+
+
+def _cifar10_tar(path: Path, names: Sequence[str]) -> Iterator[Item]:
+    """In the order of the names, whatever that of the archive; the rest is read too, for the checksum of gzip."""
+    try:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream) as archive:
+            members = {}
+            for member in archive:
+                check_member(path, member.name)
+                members[member.name.rpartition("/")[2]] = member
+            missing = [name for name in names if name not in members or not members[name].isfile()]
+            if missing:
+                raise DataError(f"{path}: has no {', '.join(missing)}; fetch cifar-10-python.tar.gz again")
+            for name in names:
+                file = archive.extractfile(members[name])
+                yield from _pickled(file, f"{path}:{name}", 0, 10, side=32)  # type: ignore[arg-type]  # is a file
+            while stream.read(2**20):
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged or truncated ({error}); fetch it again") from error
+
+
+# ---- downsampled ImageNet --------------------------------------------------------------------------------------------
+
+
+def open_imagenet(path: Path, split: str) -> Source:
+    """The folder with all batches of the split, which may lie in folders below it. Raises DataError."""
+    files = _all_present(path, _IMAGENET[split])
+    count = sum(_npz_rows(file) for file in files) if all(file.suffix == ".npz" for file in files) else None
+    facts = {"class_order": "that of downsampled ImageNet (Chrabaszcz), minus 1"}
+    items = partial(_imagenet, files)
+    return Source("imagenet", "images", items, identity_of_files(files), count, num_classes=1000, facts=facts)
+
+
+def _imagenet(files: Sequence[Path]) -> Iterator[Item]:
+    for path in files:
+        if path.suffix == ".npz":
+            yield from _npz(path)
+        else:
+            with open(path, "rb") as file:
+                yield from _pickled(file, str(path), 1, 1000)
+
+
+def _npz(path: Path) -> Iterator[Item]:
+    with _open_npz(path) as archive:
+        with archive.open("labels.npy") as file:
+            labels = np.lib.format.read_array(file, allow_pickle=False)
+        with archive.open("data.npy") as file:
+            (count, *row), dtype = _npy_header(file, str(path))
+            side = _side(str(path), dtype, (count, *row))
+            label = _labels(str(path), labels, count, 1, 1000)
+            for first in range(0, count, _ROWS):
+                rows = min(_ROWS, count - first)
+                data = np.frombuffer(_exactly(file, rows * row[0], str(path)), np.uint8)
+                images = data.reshape(rows, 3, side, side)
+                for i in range(rows):
+                    yield _item(f"{path}[{first + i}]", label(first + i), images[i])
+            file.read(1)  # zipfile compares its checksum at the end
+
+
+def _npz_rows(path: Path) -> int:
+    with _open_npz(path) as archive, archive.open("data.npy") as file:
+        return _npy_header(file, str(path))[0][0]
+
+
+@contextmanager
+def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip file whose damages become DataError, wherever in the block they show."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            missing = {"data.npy", "labels.npy"} - set(archive.namelist())
+            if missing:
+                raise DataError(f"{path}: has no {', '.join(sorted(missing))}; pass npz files with data and labels")
+            yield archive
+    except DataError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+        raise DataError(f"{path}: damaged or truncated ({error}); fetch it again") from error
+
+
+def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran or len(shape) != 2:
+        raise DataError(f"{name}: data is {shape}{' in Fortran order' if fortran else ''}, not one image per row")
+    return shape, dtype
+
+
+def _exactly(file: Any, size: int, name: str) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise DataError(f"{name}: data ends early; fetch it again")
+    return data
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _all_present(folder: Path, names: Sequence[str]) -> list[Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if re.sub(r"\.npz$", "", path.name) in names and path.is_file():
+            found.setdefault(re.sub(r"\.npz$", "", path.name), path)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise DataError(f"{folder}: has no {', '.join(missing)}; the set is incomplete, fetch what is missing")
+    return [found[name] for name in names]
+
+
+def _pickled(file: BinaryIO, name: str, first_label: int, classes: int, side: int | None = None) -> Iterator[Item]:
+    table = load_dict(file, name)
+    missing = {"data", "labels"} - table.keys()
+    if missing:
+        raise DataError(f"{name}: has no {' and no '.join(sorted(missing))}; pass the files as they were published")
+    data = table["data"]
+    if not isinstance(data, np.ndarray):
+        raise DataError(f"{name}: data is a {type(data).__name__}, not an array; pass the files as they were published")
+    found = _side(name, data.dtype, data.shape)
+    if side not in (None, found):
+        raise DataError(f"{name}: images are {found}x{found}, not {side}x{side}; pass --format imagenet for ImageNet")
+    label = _labels(name, table["labels"], len(data), first_label, classes)
+    for i, row in enumerate(data):
+        yield _item(f"{name}[{i}]", label(i), row.reshape(3, found, found))
+
+
+def _item(name: str, label: int, image: np.ndarray) -> Item:
+    copy = image.copy()  # a view would keep the whole table in memory while it waits
+    return Item(name, label, lambda: copy)
+
+
+def _side(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Side of the images in a table of planar RGB rows."""
+    side = math.isqrt(shape[1] // 3) if len(shape) == 2 else 0
+    if dtype != np.uint8 or side == 0 or shape[1:] != (3 * side * side,):
+        raise DataError(f"{name}: data is {dtype} {shape}, not uint8 (n, 3 * side * side); pass it as it was published")
+    return side
+
+
+def _labels(name: str, labels: Any, count: int, first: int, classes: int) -> Callable[[int], int]:
+    """i -> label of image i, starting at 0."""
+    values = np.asarray(labels)
+    if values.shape != (count,) or (count and values.dtype.kind not in "iu"):
+        raise DataError(f"{name}: {count} images, but labels are {values.dtype} {values.shape}; fetch it again")
+    wrong = np.flatnonzero((values < first) | (values >= first + classes))
+    if len(wrong):
+        i, last = wrong[0], first + classes - 1
+        raise DataError(f"{name}: label {values[i]} of image {i} is outside {first} .. {last}; fetch it again")
+    return lambda i: int(values[i]) - first

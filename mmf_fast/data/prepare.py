@@ -1,0 +1,193 @@
+"""Turns any known format into a prepared set: python -m mmf_fast.data.prepare SRC OUT.
+
+    python -m mmf_fast.data.prepare cifar-10-python.tar.gz data/cifar10
+    python -m mmf_fast.data.prepare ILSVRC2012/train data/imagenet64 --size 64
+    python -m mmf_fast.data.prepare data/cifar10 --check
+
+Memory stays bounded whatever the size of the set, except for the names of its files. A run that was stopped goes on
+where it was, when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from tqdm import tqdm
+
+from mmf_fast.data.formats import FORMATS, DataError, Item, SampleError, Source, open_source
+from mmf_fast.data.formats.latents import Contents
+from mmf_fast.data.prepared import MANIFEST, Manifest, read_manifest, verify
+from mmf_fast.data.writer import Writer
+
+__all__ = ["main", "prepare"]
+
+_GROUP = 16  # samples handed to a thread at once: one by one, the handing over costs more than copying a small image
+_MAX_WORKERS = 32  # beyond it Python's global lock leaves nothing to gain
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    format: str | None = None,
+    split: str = "train",
+    size: int | None = None,
+    latents: str | None = None,
+    num_classes: int | None = None,
+    skip_bad: float = 0.0,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Reads the set at `source` and writes it to the folder `out`; returns at once where that has been done.
+
+    num_classes: where the source does not tell it (default: the largest label + 1).
+    skip_bad: share of the samples that may fail to decode and are left out, named in the manifest.
+    workers: threads that decode.  overwrite: replaces another set in `out`.  The rest: see `open_source`.
+    Raises DataError.
+    """
+    path, folder = Path(source), Path(out)
+    opened = open_source(path, format, split, size, latents)
+    if num_classes is not None:
+        opened = replace(opened, num_classes=num_classes)
+    options = {"split": split, "size": size, "latents": latents, "num_classes": num_classes}
+    origin = {"path": str(path.resolve()), "format": opened.format, "identity": opened.identity, **options}
+    try:
+        if overwrite:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        elif (folder / MANIFEST).exists():
+            found = read_manifest(folder)
+            if found.source != origin:
+                raise DataError(f"{folder}: holds another prepared set; pass another OUT, or --overwrite")
+            return found
+        with Writer(folder, opened, options) as writer:
+            _copy(opened, writer, skip_bad, workers or min(os.cpu_count() or 1, _MAX_WORKERS))
+            return writer.finish(origin)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: {error.strerror or error}; mend that and start again: it goes on"
+        ) from error
+
+
+def _copy(source: Source, writer: Writer, skip_bad: float, workers: int) -> None:
+    if writer.seen:
+        tqdm.write(f"{writer.folder}: going on after {writer.seen} samples", file=sys.stderr)
+    items = islice(source.items(), writer.seen, None)
+    bar = tqdm(total=source.count, initial=writer.seen, desc=f"preparing {source.format}", unit="sample")
+    with bar, closing(_loaded(items, workers)) as loaded:
+        for item, result in loaded:
+            bar.update()
+            if isinstance(result, np.ndarray):
+                writer.add(item, result)
+                continue
+            if skip_bad == 0:
+                raise DataError(f"{result}; mend or remove it, or pass --skip-bad SHARE to leave such samples out")
+            tqdm.write(f"left out: {result}", file=sys.stderr)
+            writer.skip(item)
+            if source.count is not None:
+                _check_share(writer, source.count, skip_bad)
+    _check_share(writer, writer.seen, skip_bad)
+    if source.count is not None and writer.seen != source.count:
+        raise DataError(f"{writer.seen} samples were found, {source.count} announced; fetch the source again")
+
+
+def _check_share(writer: Writer, total: int, share: float) -> None:
+    if len(writer.skipped) > share * total:
+        raise DataError(
+            f"{len(writer.skipped)} of {total} samples cannot be read, more than --skip-bad {share}; the last one is "
+            f"{writer.skipped[-1]}; fetch the source again"
+        )
+
+
+def _loaded(items: Iterable[Item], workers: int) -> Generator[tuple[Item, np.ndarray | SampleError], None, None]:
+    """Items and what they load to, in order; a few are decoded ahead."""
+
+    def load(some: list[Item]) -> list[tuple[Item, np.ndarray | SampleError]]:
+        result: list[tuple[Item, np.ndarray | SampleError]] = []
+        for item in some:
+            try:
+                result.append((item, item.load()))
+            except SampleError as error:
+                result.append((item, error))
+        return result
+
+    iterator = iter(items)
+    groups = iter(lambda: list(islice(iterator, _GROUP)), [])
+    if workers == 1:
+        for group in groups:
+            yield from load(group)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[list[tuple[Item, np.ndarray | SampleError]]]] = deque()
+        for group in groups:
+            waiting.append(pool.submit(load, group))
+            if len(waiting) > workers + 2:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m mmf_fast.data.prepare",
+        description="Turn a dataset into one memory-mapped array with labels and a manifest.",
+    )
+    result.add_argument("source", metavar="SRC", type=Path, help="archive or folder, as it was downloaded")
+    result.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder of the prepared set")
+    result.add_argument("--check", action="store_true", help="SRC is a prepared set: compare its checksums")
+    result.add_argument("--format", choices=FORMATS, help="default: detected")
+    result.add_argument("--split", choices=("train", "validation"), default="train", help="where SRC holds both")
+    result.add_argument("--size", type=_positive, help="centre-crop and resize images to this side (as ADM does)")
+    result.add_argument("--latents", choices=get_args(Contents), help="what latents hold, where names do not tell")
+    result.add_argument("--num-classes", type=_positive, help="where SRC does not tell; default: largest label + 1")
+    result.add_argument("--skip-bad", type=float, default=0.0, metavar="SHARE", help="leave out this share at most")
+    result.add_argument("--workers", type=_positive, help="threads that decode; default: one per core")
+    result.add_argument("--overwrite", action="store_true", help="replace another set in OUT")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 2 wrong or damaged input, 130 interrupted."""
+    options = vars(parser().parse_args(arguments))
+    check = options.pop("check")
+    try:
+        if check:
+            folder, manifest = options["source"], verify(options["source"])
+        elif options["out"] is None:
+            raise DataError("OUT is missing: the folder to write to")
+        else:
+            folder, manifest = options["out"], prepare(**options)
+    except DataError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    shape = "x".join(map(str, manifest.shape))
+    classes = f", {manifest.num_classes} classes" if manifest.num_classes else ", no labels"
+    skipped = f", {len(manifest.skipped)} left out" if manifest.skipped else ""
+    print(f"{folder}: {manifest.count} {manifest.kind} {shape}{classes}{skipped}{', whole' if check else ''}")
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

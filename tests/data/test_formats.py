@@ -1,0 +1,452 @@
+"""Every format yields the arrays its archive was made from."""
+
+import io
+import json
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from data.archives import (
+    as_npz,
+    cifar_batches,
+    edm,
+    edm2,
+    encoded,
+    imagenet_batches,
+    npy,
+    pictures,
+    png,
+    write_folder,
+    write_tar,
+    write_zip,
+)
+from PIL import Image
+
+from mmf_fast.data.formats import DataError, SampleError, detect, open_source
+
+
+def read(path, expected_format, **options):
+    """(samples, labels or None) of the whole source, with the format detected."""
+    assert detect(path) == expected_format
+    source = open_source(path, **options)
+    items = list(source.items())
+    assert source.count in (None, len(items))
+    assert len({item.name for item in items}) == len(items)
+    labels = [item.label for item in items]
+    return np.stack([item.load() for item in items]), None if labels[0] is None else labels, source
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder", "folder above"])
+def test_cifar10(kind, tmp_path):
+    files, images, labels = cifar_batches()
+    if kind == "tar":
+        path = write_tar(tmp_path / "cifar-10-python.tar.gz", files)
+    else:
+        path = write_folder(tmp_path / "cifar-10-batches-py", files)
+        path = tmp_path if kind == "folder above" else path
+    found, found_labels, source = read(path, "cifar10")
+    assert np.array_equal(found, images) and found.dtype == np.uint8
+    assert found_labels == labels.tolist()
+    assert source.num_classes == 10 and source.classes[3] == "cat"
+    test, test_labels, _ = read(path, "cifar10", split="validation")
+    assert np.array_equal(test, pictures(3, seed=1)) and test_labels == [3, 8, 8]
+
+
+@pytest.mark.parametrize("kind", [2, 3, 4, "npz"])
+def test_downsampled_imagenet(kind, tmp_path):
+    files, images, labels = imagenet_batches(protocol=3 if kind == "npz" else kind)
+    path = write_folder(tmp_path / "part", as_npz(files) if kind == "npz" else files)
+    found, found_labels, source = read(path, "imagenet")
+    assert np.array_equal(found, images)  # batch 10 behind batch 9, not behind batch 1
+    assert found_labels == (labels - 1).tolist() and min(found_labels) == 0 and max(found_labels) == 999
+    assert source.num_classes == 1000 and source.count == (30 if kind == "npz" else None)
+
+
+def test_downsampled_imagenet_in_two_folders_and_its_validation_set(tmp_path):
+    files, images, _ = imagenet_batches(each=1, side=32)
+    files = as_npz(files)
+    for i, (name, content) in enumerate(files.items()):
+        write_folder(tmp_path / f"part{i % 2}", {name: content})
+    write_folder(tmp_path, {"val_data": next(iter(imagenet_batches(each=2, side=32)[0].values()))})
+    assert np.array_equal(read(tmp_path, "imagenet")[0], images)
+    assert len(read(tmp_path, "imagenet", split="validation")[0]) == 2
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [[4, 0, 2, 2], None])
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_edm(kind, labels, tmp_path):
+    images = pictures(4, 64)
+    write = write_zip if kind == "zip" else write_folder
+    path = write(tmp_path / ("imagenet-64x64" + ".zip" * (kind == "zip")), edm(images, labels))
+    found, found_labels, _ = read(path, "images")
+    assert np.array_equal(found, images) and found_labels == labels
+
+
+def test_edm_without_dataset_json_has_no_labels(tmp_path):
+    files = edm(pictures(3), None)
+    del files["dataset.json"]
+    assert read(write_zip(tmp_path / "a.zip", files), "images")[1] is None
+
+
+def test_class_folders_are_numbered_in_sorted_order(tmp_path):
+    images = pictures(4)
+    names = ["n01440764/b.png", "n01440764/a.png", "n09/x/deep.png", "n001/a.png"]
+    files = {name: png(image) for name, image in zip(names, images, strict=True)}
+    files |= {"n09/readme.txt": b"x", ".DS_Store": b"x", "n001/._a.png": b"x"}
+    for path in (write_folder(tmp_path / "set", files), write_zip(tmp_path / "set.zip", files)):
+        found, labels, source = read(path, "images")
+        assert source.classes == ["n001", "n01440764", "n09"] and labels == [0, 1, 1, 2]
+        assert np.array_equal(found, images[[3, 1, 0, 2]])
+
+
+def test_train_and_val_folders(tmp_path):
+    images = pictures(2)
+    write_folder(tmp_path, {"train/cat/1.png": png(images[0]), "val/cat/1.png": png(images[1])})
+    assert np.array_equal(read(tmp_path, "images")[0], images[:1])
+    assert np.array_equal(read(tmp_path, "images", split="validation")[0], images[1:])
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    images = pictures(2)
+    write_folder(tmp_path, {"train/1.png": png(images[0]), "aeroplane/1.png": png(images[1])})
+    assert read(tmp_path, "images")[1] == [0, 1]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_every_eight_bit_mode_becomes_rgb(mode, tmp_path):
+    image = Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).convert(mode)
+    write_folder(tmp_path, {"a.png": encoded(image, "tiff" if mode == "CMYK" else "png")})
+    found, labels, _ = read(tmp_path, "images")
+    assert found.shape == (1, 3, 8, 8) and (found == 255).all() and labels is None
+
+
+def test_sixteen_bits_are_refused(tmp_path):
+    write_folder(tmp_path, {"a.png": encoded(Image.fromarray(np.full((8, 8), 40000, np.uint16)))})
+    with pytest.raises(SampleError, match="8 bits"):
+        read(tmp_path, "images")
+
+
+def adm(image, size):
+    """guided-diffusion's center_crop_arr, statement by statement."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)
+    array = np.array(image)
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (131, 500), (64, 65), (20, 31), (128, 128)])
+def test_sizes_are_reached_as_adm_does(shape, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).resize(shape)
+    write_folder(tmp_path, {"a.png": encoded(image)})
+    found, _, _ = read(tmp_path, "images", size=64)
+    assert np.array_equal(found[0].transpose(1, 2, 0), adm(image, 64))
+
+
+# ---- parquet ---------------------------------------------------------------------------------------------------------
+
+
+def write_parquet(path, images, labels, names=None, column="image"):
+    """As the `datasets` library writes it: struct {bytes, path}, and its features in the schema's metadata."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    cells = [{"bytes": png(image), "path": None} for image in images]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({column: pa.array(cells, kind), "label": pa.array(labels, pa.int64())})
+    if names:
+        features = {column: {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def test_parquet(tmp_path):
+    images = pictures(5)
+    folder = tmp_path / "plain_text"
+    write_parquet(folder / "train-00000-of-00002.parquet", images[:3], [1, 0, 2], ["a", "b", "c"], "img")
+    write_parquet(folder / "train-00001-of-00002.parquet", images[3:], [2, 2], ["a", "b", "c"], "img")
+    write_parquet(folder / "test-00000-of-00001.parquet", images[:1], [1], ["a", "b", "c"], "img")
+    found, labels, source = read(tmp_path, "parquet")
+    assert np.array_equal(found, images) and labels == [1, 0, 2, 2, 2] and source.classes == ["a", "b", "c"]
+    assert np.array_equal(read(tmp_path, "parquet", split="validation")[0], images[:1])
+    assert np.array_equal(read(folder / "train-00001-of-00002.parquet", "parquet")[0], images[3:])
+    (folder / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match="1 shards"):
+        open_source(tmp_path)
+
+
+def test_damaged_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, pictures(3), [0, 1, None])
+    with pytest.raises(DataError, match=r"a.parquet\[2\]: label is None"):
+        read(path, "parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="damaged or truncated"):
+        open_source(path)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        open_source(tmp_path / "a.parquet")
+
+
+# ---- latents ---------------------------------------------------------------------------------------------------------
+
+
+def moments(count, seed=0):
+    """(count, 8, 4, 4) float32: means, then positive deviations."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.normal(0, 5, (count, 4, 4, 4)), rng.uniform(0.01, 2, (count, 4, 4, 4))], 1).astype("f4")
+
+
+def test_edm2_latents(tmp_path):
+    values = moments(3)
+    path = write_zip(tmp_path / "img512-sd.zip", edm2(values, [7, 0, 7]))
+    found, labels, source = read(path, "latents")
+    assert np.array_equal(found, values) and labels == [7, 0, 7]
+    assert source.kind == "latents" and source.facts == {"holds": "mean-std", "scaled_by": 1.0, "flipped": False}
+
+
+def test_fast_dit(tmp_path):
+    values = moments(12)[:, :4]
+    files = {f"imagenet256_features/{i}.npy": npy(value[None]) for i, value in enumerate(values)}
+    files |= {f"imagenet256_labels/{i}.npy": npy(np.array([i % 5])) for i in range(12)}
+    found, labels, source = read(write_folder(tmp_path, files), "latents")
+    assert np.array_equal(found, values)  # 10 behind 9
+    assert labels == [i % 5 for i in range(12)]
+    assert source.facts == {"holds": "sample", "scaled_by": 0.18215, "flipped": False}
+    (tmp_path / "imagenet256_labels" / "3.npy").unlink()
+    with pytest.raises(DataError, match="imagenet256_labels/3.npy"):
+        read(tmp_path, "latents")
+
+
+def test_log_variances_become_standard_deviations(tmp_path):
+    values = moments(2)
+    logvar = np.concatenate([values[:, :4], 2 * np.log(values[:, 4:])], 1)
+    path = write_folder(tmp_path, {f"n01/{i}.npy": npy(value) for i, value in enumerate(logvar)})
+    with pytest.raises(DataError, match="--latents"):
+        open_source(path)
+    found, labels, _ = read(path, "latents", latents="mean-logvar")
+    assert np.allclose(found, values, rtol=1e-5) and labels == [0, 0]
+    with pytest.raises(SampleError, match="perhaps --latents mean-logvar"):
+        read(path, "latents", latents="mean-std")
+    extreme = np.concatenate([np.zeros((1, 4, 4)), np.full((1, 4, 4), -100.0)]).astype("f4")
+    (tmp_path / "n01" / "0.npy").write_bytes(npy(extreme))
+    (tmp_path / "n01" / "1.npy").write_bytes(npy(extreme))
+    assert np.allclose(read(path, "latents", latents="mean-logvar")[0][:, 1], np.exp(-15))
+
+
+def test_moments_of_the_mirrored_image(tmp_path):
+    values, mirrored = moments(2), moments(2, seed=1)
+    files = {}
+    for i in range(2):
+        buffer = io.BytesIO()
+        np.savez(buffer, moments=values[i], moments_flip=mirrored[i])
+        files[f"n{i}/x.JPEG.npz"] = buffer.getvalue()
+    found, labels, source = read(write_folder(tmp_path, files), "latents", latents="mean-std")
+    assert np.array_equal(found, np.concatenate([values, mirrored], 1)) and labels == [0, 1]
+    assert source.facts["flipped"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (npy(np.zeros((8, 4), "f4")), "not a latent"),
+        (npy(np.zeros((8, 4, 4), "i4")), "not a latent"),
+        (npy(np.zeros((7, 4, 4), "f4")), "7 channels"),
+        (npy(np.full((8, 4, 4), np.nan, "f4")), "not finite in float16"),
+        (npy(np.full((8, 4, 4), 1e5, "f4")), "not finite in float16"),
+        (npy(np.zeros((8, 4, 4), "f4"))[:-5], "cannot be read as numpy"),
+        (b"", "cannot be read as numpy"),
+    ],
+)
+def test_damaged_latents(content, message, tmp_path):
+    write_zip(tmp_path / "a.zip", {"00000/img-mean-std-00000000.npy": content})
+    with pytest.raises(SampleError, match=message):
+        read(tmp_path / "a.zip", "latents")
+
+
+def test_a_pickled_array_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{}], object), allow_pickle=True)
+    write_folder(tmp_path, {"a.npy": buffer.getvalue()})
+    with pytest.raises(SampleError, match="cannot be read as numpy"):
+        read(tmp_path, "latents", latents="mean-std")
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def cut(path, share=0.6):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def flip_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def cifar_tar(tmp_path, **changes):
+    return write_tar(tmp_path / "cifar-10-python.tar.gz", cifar_batches()[0] | changes)
+
+
+def npz_folder(tmp_path, **arrays):
+    files = as_npz(imagenet_batches(each=2)[0])
+    if arrays:
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        files["train_data_batch_4.npz"] = buffer.getvalue()
+    return write_folder(tmp_path, files)
+
+
+def with_pickle(tmp_path, table):
+    import pickle
+
+    return write_folder(tmp_path, imagenet_batches(each=2)[0] | {"train_data_batch_7": pickle.dumps(table)})
+
+
+def without(tmp_path, name):
+    files = cifar_batches()[0]
+    del files[name]
+    return write_folder(tmp_path, files)
+
+
+def edm_with(tmp_path, **files):
+    return write_zip(tmp_path / "a.zip", edm(pictures(3), [0, 1, 2]) | {k: v for k, v in files.items()})
+
+
+def json_with(tmp_path, text):
+    return write_zip(tmp_path / "a.zip", edm(pictures(3), [0, 1, 2]) | {"dataset.json": text})
+
+
+ROWS = np.zeros((2, 12288), np.uint8)
+DAMAGED = {
+    "truncated tar.gz": (lambda p: cut(cifar_tar(p)), "cifar-10-python.tar.gz.*damaged or truncated"),
+    "tar.gz with a wrong checksum": (
+        lambda p: flip_bit(cifar_tar(p), -6),
+        "cifar-10-python.tar.gz: damaged or truncated.*CRC",
+    ),
+    "not a gzip": (lambda p: write_folder(p, {"a.tar.gz": b"x" * 999}) / "a.tar.gz", "damaged or truncated"),
+    "tar without a batch": (
+        lambda p: write_tar(p / "a.tar.gz", {"data_batch_1": b""}),
+        "has no data_batch_2, data_batch_3",
+    ),
+    "tar that climbs out": (
+        lambda p: write_tar(p / "a.tar.gz", cifar_batches()[0], "../../"),
+        r"'\.\./\.\./test_batch' points out of the archive",
+    ),
+    "truncated pickle in a tar": (
+        lambda p: cifar_tar(p, data_batch_3=cifar_batches()[0]["data_batch_3"][:-3000]),
+        "cifar-10-python.tar.gz:data_batch_3: damaged or truncated",
+    ),
+    "truncated pickle": (
+        lambda p: cut(write_folder(p, cifar_batches()[0]) / "data_batch_5").parent,
+        "data_batch_5: damaged or truncated",
+    ),
+    "missing batch": (lambda p: without(p, "data_batch_2"), "has no data_batch_2; the set is incomplete"),
+    "label out of range": (
+        lambda p: with_pickle(p, {"data": ROWS, "labels": [1, 1001]}),
+        r"train_data_batch_7: label 1001 of image 1 is outside 1 \.\. 1000",
+    ),
+    "label 0 where they start at 1": (lambda p: with_pickle(p, {"data": ROWS, "labels": [0, 1]}), "label 0 of image 0"),
+    "fewer labels than images": (lambda p: with_pickle(p, {"data": ROWS, "labels": [1]}), "2 images, but labels"),
+    "no labels": (lambda p: with_pickle(p, {"data": ROWS}), "train_data_batch_7: has no labels"),
+    "data is a list": (lambda p: with_pickle(p, {"data": [1], "labels": [1]}), "data is a list"),
+    "wrong row length": (lambda p: with_pickle(p, {"data": ROWS[:, :-3], "labels": [1, 2]}), "not uint8"),
+    "float images": (lambda p: with_pickle(p, {"data": ROWS.astype("f4"), "labels": [1, 2]}), "data is float32"),
+    "truncated npz": (
+        lambda p: cut(npz_folder(p) / "train_data_batch_2.npz").parent,
+        "train_data_batch_2.npz: damaged",
+    ),
+    "npz with a flipped bit": (
+        lambda p: flip_bit(npz_folder(p) / "train_data_batch_2.npz", 9000).parent,
+        "train_data_batch_2.npz: damaged or truncated.*CRC",
+    ),
+    "npz without data": (lambda p: npz_folder(p, images=ROWS), "train_data_batch_4.npz: has no data.npy, labels.npy"),
+    "npz with a wrong label": (lambda p: npz_folder(p, data=ROWS, labels=[1, 0]), "label 0 of image 1"),
+    "npz with wrong rows": (lambda p: npz_folder(p, data=ROWS[:, 1:], labels=[1, 2]), "not uint8"),
+    "npz of one dimension": (lambda p: npz_folder(p, data=ROWS[0], labels=[1, 2]), "not one image per row"),
+    "truncated zip": (lambda p: cut(edm_with(p)), "a.zip: is no zip.*or a truncated one"),
+    "zip that climbs out": (lambda p: edm_with(p, **{"../evil.png": b""}), r"'\.\./evil\.png' points out"),
+    "zip with an absolute name": (lambda p: edm_with(p, **{"/etc/x.png": b""}), "points out of the archive"),
+    "zip with a flipped bit": (lambda p: flip_bit(edm_with(p), 1000), r"img00000000\.png: cannot be read.*CRC"),
+    "image that does not decode": (
+        lambda p: edm_with(p, **{"00000/img00000001.png": png(pictures(1)[0])[:300]}),
+        r"a.zip:00000/img00000001\.png: does not decode",
+    ),
+    "image that is none": (lambda p: edm_with(p, **{"00000/img00000001.png": b"x"}), "not an image that PIL can read"),
+    "dataset.json is no json": (lambda p: json_with(p, b"{"), r"a.zip:dataset\.json: is not"),
+    "dataset.json without labels": (lambda p: json_with(p, b"{}"), r"dataset\.json: is not"),
+    "dataset.json misses an image": (
+        lambda p: json_with(p, b'{"labels": [["00000/img00000000.png", 1]]}'),
+        r"no label for 00000/img00000001\.png and 1 others",
+    ),
+    "dataset.json with a vector": (
+        lambda p: json_with(p, b'{"labels": [["00000/img00000000.png", [0, 1]]]}'),
+        r"label of 00000/img00000000\.png is \[0, 1\], not a number",
+    ),
+    "dataset.json with a negative label": (
+        lambda p: json_with(p, b'{"labels": [["00000/img00000000.png", -1]]}'),
+        "is -1, not a number from 0",
+    ),
+    "empty folder": (lambda p: p, "holds nothing of a known format"),
+    "folder of texts": (lambda p: write_folder(p, {"a.txt": b"x"}), "holds nothing of a known format"),
+    "no such path": (lambda p: p / "none", "does not exist"),
+    "image beside class folders": (
+        lambda p: write_folder(p, {"a.png": png(pictures(1)[0]), "cat/b.png": png(pictures(1)[0])}),
+        r"a\.png: lies beside class folders",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_named(case, tmp_path):
+    make, message = DAMAGED[case]
+    path = make(tmp_path)
+    with pytest.raises(DataError, match=message) as error:
+        for item in open_source(path).items():
+            item.load()
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_nothing_is_unpacked(tmp_path):
+    """Names in an archive never become paths on disk."""
+    path = edm_with(tmp_path, **{"..\\evil.png": b""})
+    with pytest.raises(DataError, match="points out"):
+        open_source(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"size": 16}, "leave --size out"), ({"latents": "sample"}, "leave --latents out")],
+)
+def test_options_of_another_format(options, message, tmp_path):
+    write_folder(tmp_path, cifar_batches()[0])
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path, **options)
+
+
+def test_a_zip_of_deflated_images_reads_the_same(tmp_path):
+    images = pictures(2)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in edm(images, [0, 1]).items():
+            archive.writestr(name, content)
+    assert np.array_equal(read(tmp_path / "a.zip", "images")[0], images)
