@@ -143,8 +143,9 @@ class DiT(nn.Module):
         """u(z, r, t, y): z (B, C, Y, X), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or None -> u like z."""
         check_sample(z, self.shape)
         c_BD = self.conditioning(r, t, y)
-        patches_BNP = F.pixel_unshuffle(z.to(self.input.weight.dtype), self.patch_size).flatten(2).transpose(1, 2)
-        x_BND = self.input(patches_BNP) + self.positions_ND
+        dtype = self.input.weight.dtype
+        patches_BNP = F.pixel_unshuffle(z.to(dtype), self.patch_size).flatten(2).transpose(1, 2)
+        x_BND = self.input(patches_BNP) + self.positions_ND.to(dtype)  # ZeRO casts parameters, not buffers
         for block in self.blocks:
             x_BND = block(x_BND, c_BD)
         shift, scale = self.modulation(c_BD).unsqueeze(1).chunk(2, dim=-1)
