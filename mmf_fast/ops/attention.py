@@ -10,10 +10,11 @@ del = rowsum(g * O + h * O'):
     g_q = s (dS k + dS' k')         g_k = s (dS^T q + dS'^T q')         g_v = P^T g + H^T h
     g_q' = s dS' k                  g_k' = s dS'^T q                    g_v' = P^T h
 
-Forward, 6 matrix products in one pass over the keys, with sums O, O' and mu that are rescaled as the maximum of a row
-grows; O' is summed as (P * (S' - c)) v + P v' - (mu - c) O with a c near mu, so that nothing cancels. Saved: O, O', mu
-and LSE = log sum exp S, so memory is linear in the sequence. Backward, 15 products with P = exp(S - LSE); when no
-gradient flows through O' only the ordinary 5, and only q, k, v, O and LSE are saved, as in a plain attention.
+Forward, 6 matrix products in one pass over the keys, with sums O and O' that are rescaled as the maximum of a row
+grows. H is summed about the mean mu of the keys so far, and O' moves with it by a multiple of O, so that nothing
+cancels. Saved: O, O', mu and LSE = log sum exp S, so memory is linear in the sequence. Backward, 15 products with
+P = exp(S - LSE); when no gradient flows through O' only the ordinary 5, and only q, k, v, O and LSE are saved, as in a
+plain attention.
 
 Shape legend:  B batch   H heads   N queries   M keys   D head size   E head size of v
 """
