@@ -3,6 +3,8 @@
 import itertools
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ops.harness import check, distance
 
+from mmf_fast.ops import native
 from mmf_fast.ops.attention import attention
 
 SUBSETS = list(itertools.product([False, True], repeat=3))  # which tangents: of q, k, v
@@ -253,6 +256,34 @@ def test_a_detached_tangent_saves_nothing_and_has_no_gradient(device):
     assert [x is None for x in received] == 3 * [False] + 3 * [True]
     full = torch.autograd.grad(attention(*arguments)[0].sum(), arguments[:3])
     assert all(distance(a, b) < 1e-6 for a, b in zip(received[:3], full, strict=True))
+
+
+PEAK = """
+import resource, sys, torch
+from mmf_fast.ops.attention import attention
+
+def run(tokens):
+    arguments = [torch.randn(1, 1, tokens, 64, requires_grad=True) for _ in range(6)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.autograd.backward(attention(*arguments), [torch.ones(1, 1, tokens, 64)] * 2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+torch.set_num_threads(1)
+run(16)  # loads libraries
+print(run(4096))
+"""
+
+
+@pytest.mark.skipif(not native.available() or sys.platform != "linux", reason="needs the C++ kernels and Linux")
+def test_peak_memory_of_a_long_sequence_is_a_tenth_of_the_references():
+    def peak(kind):
+        environment = os.environ | {"MMF_FAST_OPS": kind}
+        run = subprocess.run([sys.executable, "-c", PEAK], env=environment, capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    fused, composed = peak("native"), peak("reference")
+    assert composed > 4096**2 * 4 * 2 / 1024  # kB: two matrices of 4096 x 4096 at the least
+    assert fused < 0.1 * composed, f"{fused} kB against {composed} kB"
 
 
 def test_arguments_that_do_not_fit_are_refused():
