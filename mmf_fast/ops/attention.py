@@ -93,10 +93,12 @@ def serves(*tensors: Tensor | None, mask: Tensor | None = None) -> bool:
     floats = [x for x in present if x.is_floating_point()]
     if any(x.dtype != floats[0].dtype for x in floats) or (mask is not None and mask.requires_grad):
         return False
-    if not torch.compiler.is_compiling():
-        return fused("attention", *present)
-    strided = all(x.layout == torch.strided for x in present)
-    return strided and kind_for("attention", floats[0].device.type, floats[0].dtype) != "reference"
+    kind = kind_for("attention", floats[0].device.type, floats[0].dtype)
+    if kind == "reference" or (kind == "triton" and not attention_triton.fits(*floats[:3])):
+        return False
+    if torch.compiler.is_compiling():
+        return all(x.layout == torch.strided for x in present)
+    return fused("attention", *present)
 
 
 def _four_dimensions(x: Tensor | None, lead: torch.Size) -> Any:
