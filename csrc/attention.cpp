@@ -211,13 +211,14 @@ int64_t parts_of(int64_t heads, int64_t N) {
 
 // -- forward -----------------------------------------------------------------------------------------------------------
 
-// Online softmax of one row: c is a value of S' near mu, taken off before products with P so that they do not cancel.
+// Online softmax of one row. Sums of P (S' - mu) are about the mean mu of S' so far, so that nothing cancels.
 template <class A>
 struct Row {
-  A m = -std::numeric_limits<A>::infinity(), l = 0, c = 0, mu = 0;
+  A m = -std::numeric_limits<A>::infinity(), l = 0, mu = 0;
 
-  // s: logits -> P, t: S' -> P (S' - c), both up to the factor exp(m). Returns what older sums are multiplied by.
-  A update(A* s, A* t, int64_t size) {
+  // s: logits -> P, t: S' -> P (S' - mu), both up to the factor exp(m). Older sums are to be multiplied by the first
+  // returned number; those of P (S' - mu) v gain the second times those of P v.
+  std::pair<A, A> update(A* s, A* t, int64_t size) {
     using V = at::vec::Vectorized<A>;
     constexpr int64_t W = V::size();
     V top(m);
@@ -228,30 +229,28 @@ struct Row {
     for (int64_t j = 0; j < size; j += W) {
       const V p = (V::loadu(s + j) - shift).exp();
       sum = sum + p;
-      if (t && l == 0) dot = at::vec::fmadd(p, V::loadu(t + j), dot);
+      if (t) dot = at::vec::fmadd(p, V::loadu(t + j), dot);
       p.store(s + j);
     }
-    const A here = total(sum), fade = l == 0 ? A(0) : std::exp(m - next);
-    if (t) {
-      if (l == 0 && here > 0) c = total(dot) / here;
-      dot = V(0);
-      for (int64_t j = 0; j < size; j += W) {
-        const V pt = V::loadu(s + j) * (V::loadu(t + j) - V(c));
-        dot = dot + pt;
-        pt.store(t + j);
-      }
-      mu = mu * fade + total(dot);
-    }
+    const A fade = l == 0 ? A(0) : std::exp(m - next), older = l * fade, before = mu;
     m = next;
-    l = l * fade + here;
-    return fade;
+    l = older + total(sum);
+    if (t) {
+      mu = l > 0 ? (mu * older + total(dot)) / l : A(0);
+      for (int64_t j = 0; j < size; j += W) (V::loadu(s + j) * (V::loadu(t + j) - V(mu))).store(t + j);
+    }
+    return {fade, before - mu};
   }
 };
 
+// x = factor (x + weight y), y absent: 0.
 template <class A>
-void scale_row(A* x, A factor, int64_t size) {
+void scale_row(A* x, A factor, int64_t size, A weight = 0, const A* y = nullptr) {
   using V = at::vec::Vectorized<A>;
-  for (int64_t i = 0; i < size; i += V::size()) (V::loadu(x + i) * V(factor)).store(x + i);
+  for (int64_t i = 0; i < size; i += V::size()) {
+    const V sum = y ? at::vec::fmadd(V(weight), V::loadu(y + i), V::loadu(x + i)) : V::loadu(x + i);
+    (sum * V(factor)).store(x + i);
+  }
 }
 
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -305,26 +304,22 @@ Four forward(const at::Tensor& q, const MaybeTensor& dq, const at::Tensor& k, co
             if (dk) multiply<A>(rows, size, d, qs, dp, 1, dkt + key, mp, t, size, dq.has_value());
             for (int64_t r = 0; r < rows; ++r) {
               masked.apply(s + r * size, first + r, key, m, size);
-              const A fade = state[r].update(s + r * size, t ? t + r * size : nullptr, size);
+              const auto [fade, shift] = state[r].update(s + r * size, t ? t + r * size : nullptr, size);
+              if (any && (fade != 1 || logits)) scale_row(dsum + r * ep, fade, ep, shift, sum + r * ep);
               if (fade != 1) scale_row(sum + r * ep, fade, ep);
-              if (fade != 1 && any) scale_row(dsum + r * ep, fade, ep);
             }
             multiply<A>(rows, ep, keys, s, size, 1, vs + key * ep, ep, sum, ep, true);
             if (logits) multiply<A>(rows, ep, keys, t, size, 1, vs + key * ep, ep, dsum, ep, true);
             if (dv) multiply<A>(rows, ep, keys, s, size, 1, dvs + key * ep, ep, dsum, ep, true);
           }
           for (int64_t r = 0; r < rows; ++r) {
-            using V = at::vec::Vectorized<A>;
             const auto& row = state[r];
-            const A inverse = row.l > 0 ? 1 / row.l : A(0), mean = row.mu * inverse;
+            const A inverse = row.l > 0 ? 1 / row.l : A(0);
             const int64_t at = head * n + first + r;
             lse.data_ptr<A>()[at] = row.l > 0 ? row.m + std::log(row.l) : std::numeric_limits<A>::infinity();
-            if (logits) mu.data_ptr<A>()[at] = mean + row.c;
+            if (logits) mu.data_ptr<A>()[at] = row.mu;
             scale_row(sum + r * ep, inverse, ep);
-            for (int64_t i = 0; any && i < ep; i += V::size()) {
-              A* to = dsum + r * ep + i;
-              (V::loadu(to) * V(inverse) - V(mean) * V::loadu(sum + r * ep + i)).store(to);
-            }
+            if (any) scale_row(dsum + r * ep, inverse, ep);
           }
           write_rows<A, T>(sum, A(1), Head<T>(o, head), first, rows, e);
           if (any) write_rows<A, T>(dsum, A(1), Head<T>(d_o, head), first, rows, e);

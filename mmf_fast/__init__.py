@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from mmf_fast import rules as rules  # importing them registers them
 from mmf_fast.dual import Dual, MissingRuleError, jvp, register_rule
 from mmf_fast.objective import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler, preset, sg_lambda
+from mmf_fast.rules.attention import attention
 
 if TYPE_CHECKING:
     from mmf_fast.sampling import sample
@@ -16,6 +17,7 @@ __all__ = [
     "MeanFlowLoss",
     "MissingRuleError",
     "TimeSampler",
+    "attention",
     "jvp",
     "preset",
     "register_rule",

@@ -23,6 +23,8 @@ class Case(NamedTuple):
 
     bytes: the least that must move through memory (each input read once, each output written once).
     flops: multiply-adds counted as 2; 0 where memory is the limit.
+    others: timed beside them, without a comparison of results, since they compute something else.
+    compiles: whether torch.compile of `composed` means anything; not of a backward pass alone.
     """
 
     op: str
@@ -33,12 +35,14 @@ class Case(NamedTuple):
     bytes: int = 0
     flops: int = 0
     tolerance: float = 1e-4
+    others: dict[str, Callable[[], Outputs]] = {}
+    compiles: bool = True
 
 
 def measure(case: Case, device: str, seconds: float = 2.0, compiled: bool = False) -> dict[str, Any]:
     """Medians of interleaved runs. Nothing is timed before both versions agree."""
     versions = {"fused": case.fused, "composed": case.composed}
-    if compiled:
+    if compiled and case.compiles:
         versions["composed, compiled"] = torch.compile(case.composed)
     results = {name: [y.detach().double() for y in run()] for name, run in versions.items()}
     error = max(
@@ -48,6 +52,7 @@ def measure(case: Case, device: str, seconds: float = 2.0, compiled: bool = Fals
     if not error < case.tolerance:
         raise SystemExit(f"{case.op} {case.shape}: fused and composed differ by {error:.1e}; not timed")
     del results
+    versions |= case.others
 
     times: dict[str, list[float]] = {name: [] for name in versions}
     for run in versions.values():  # warm up

@@ -10,10 +10,11 @@ del = rowsum(g * O + h * O'):
     g_q = s (dS k + dS' k')         g_k = s (dS^T q + dS'^T q')         g_v = P^T g + H^T h
     g_q' = s dS' k                  g_k' = s dS'^T q                    g_v' = P^T h
 
-Forward, 6 matrix products in one pass over the keys, with sums O, O' and mu that are rescaled as the maximum of a row
-grows; O' is summed as (P * (S' - c)) v + P v' - (mu - c) O with a c near mu, so that nothing cancels. Saved: O, O', mu
-and LSE = log sum exp S, so memory is linear in the sequence. Backward, 15 products with P = exp(S - LSE); when no
-gradient flows through O' only the ordinary 5, and only q, k, v, O and LSE are saved, as in a plain attention.
+Forward, 6 matrix products in one pass over the keys, with sums O and O' that are rescaled as the maximum of a row
+grows. H is summed about the mean mu of the keys so far, and O' moves with it by a multiple of O, so that nothing
+cancels. Saved: O, O', mu and LSE = log sum exp S, so memory is linear in the sequence. Backward, 15 products with
+P = exp(S - LSE); when no gradient flows through O' only the ordinary 5, and only q, k, v, O and LSE are saved, as in a
+plain attention.
 
 Shape legend:  B batch   H heads   N queries   M keys   D head size   E head size of v
 """
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import attention_triton, reference
-from mmf_fast.ops.dispatch import choose, define
+from mmf_fast.ops.dispatch import define, fused, kind_for
 
 __all__ = ["attention", "attention_tangent", "serves"]
 
@@ -81,17 +82,23 @@ def attention(
     return o.reshape(shape), (d_o if tangent_grad else d_o.detach()).reshape(shape)
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether a rule should call the operator on these arguments rather than compose it.
+def serves(*tensors: Tensor | None, mask: Tensor | None = None) -> bool:
+    """Whether a rule should call the operator on these q, k, v, their tangents and mask rather than compose it.
 
-    Not inside functorch transforms, where an operator would lose its tangent, not for a mask that wants a gradient, and
-    not where only the reference would serve. Under torch.compile it does: the compiler cannot fuse the matrix products.
+    Wherever a kernel serves, since no composition was faster: also under torch.compile, which cannot fuse the matrix
+    products. Not inside functorch transforms, where an operator would lose its tangent, not for a mask that wants a
+    gradient, and not for tensors of several dtypes.
     """
-    present = [x for x in tensors if x is not None]
-    if torch._C._functorch.peek_interpreter_stack() is not None or any(x.layout != torch.strided for x in present):
-        return False
+    present = [x for x in (*tensors, mask) if x is not None]
     floats = [x for x in present if x.is_floating_point()]
-    return not any(x.dtype != floats[0].dtype for x in floats) and choose("attention", floats) != "reference"
+    if any(x.dtype != floats[0].dtype for x in floats) or (mask is not None and mask.requires_grad):
+        return False
+    kind = kind_for("attention", floats[0].device.type, floats[0].dtype)
+    if kind == "reference" or (kind == "triton" and not attention_triton.fits(*floats[:3])):
+        return False
+    if torch.compiler.is_compiling():
+        return all(x.layout == torch.strided for x in present)
+    return fused("attention", *present)
 
 
 def _four_dimensions(x: Tensor | None, lead: torch.Size) -> Any:
@@ -176,7 +183,12 @@ def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Any) -> tuple:
     return (*(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None, None, None, None)
 
 
+def _twice(*_: Any) -> Any:
+    raise RuntimeError("the fused attention has no second derivative: set MMF_FAST_OPS=reference in the environment")
+
+
 torch.library.register_autograd(_operator, _backward, setup_context=_setup)
+torch.library.register_autograd(_backward_operator, _twice)
 
 
 def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:

@@ -1,3 +1,175 @@
-"""The attention operator in Triton: none yet, the reference serves CUDA."""
+"""Launchers of the attention kernels, with the block sizes that autotuning may choose from."""
 
-forward = backward = None
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmf_fast.ops import attention_kernels as kernels
+from mmf_fast.ops import reference
+from mmf_fast.ops.autotune import Call, Config, run
+from mmf_fast.ops.dispatch import present
+from mmf_fast.ops.gpu import triton
+
+__all__ = ["backward", "fits", "forward"]
+
+
+def forward(
+    q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any, causal: bool, scale: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not fits(q, k, v):
+        return reference.attention(q, dq, k, dk, v, dv, mask, causal, scale)
+    logits = dq is not None or dk is not None
+    o, lse = _empty(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    d_o = torch.empty_like(o) if logits or dv is not None else q.new_empty(0)
+    mu = torch.empty_like(lse) if logits else lse.new_empty(0)
+    if lse.numel():
+        run(_forward_call(q, dq, k, dk, v, dv, mask, o, d_o, lse, mu, causal, scale))
+    return o, d_o, lse, mu
+
+
+def backward(
+    g: Any, h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any,
+    o: Tensor, d_o: Any, lse: Tensor, mu: Any, causal: bool, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if not fits(q, k, v):
+        return reference.attention_backward(g, h, q, dq, k, dk, v, dv, mask, o, d_o, lse, mu, causal, scale)
+    if h is None:
+        dq = dk = dv = d_o = mu = None
+    pairs = ((q, q), (q, dq), (k, k), (k, dk), (v, v), (v, dv))
+    grads = [q.new_empty(0) if dx is None else _empty(x, x.shape[-1]) for x, dx in pairs]
+    if q.numel() == 0 or k.numel() == 0:
+        return tuple(x.zero_() for x in grads)
+    g = torch.zeros_like(o) if g is None else g
+    for call in _backward_calls(g, h, q, dq, k, dk, v, dv, mask, o, d_o, lse, mu, grads, causal, scale):
+        run(call)
+    return tuple(grads)
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there are kernels for these: head sizes that are multiples of 8 up to 128, in numbers of tensor cores.
+
+    Exact float32 (torch.backends.cuda.matmul.fp32_precision = "ieee", the default) is none: without tensor cores, or in
+    three TF32 products, the backward kernels exceed the registers of a chip. The interpreter computes it.
+    """
+    numbers = q.dtype in (torch.float16, torch.bfloat16) or (q.dtype == torch.float32 and (_tf32() or not q.is_cuda))
+    return numbers and max(q.shape[-1], v.shape[-1]) <= 128 and q.shape[-1] % 8 == v.shape[-1] % 8 == 0
+
+
+@torch.compiler.assume_constant_result
+def _tf32() -> bool:
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    return (torch.backends.fp32_precision if chosen == "none" else chosen) == "tf32"  # type: ignore[attr-defined]
+
+
+def _empty(like: Tensor, width: int) -> Tensor:
+    batch, heads, rows, _ = like.shape
+    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
+def _forward_call(
+    q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any,
+    o: Tensor, d_o: Tensor, lse: Tensor, mu: Tensor, causal: bool, scale: float,
+) -> Call:  # fmt: skip
+    q, dq, k, dk, v, dv = map(_unit, (q, dq, k, dk, v, dv))
+    arguments = _named(q=q, dq=dq, k=k, dk=dk, v=v, dv=dv, mask=mask, o=o, do=d_o, lse=lse, mu=mu)
+    constants = _constants(q, v, mask, causal) | present(DQ=dq, DK=dk, DV=dv)
+    return _call(kernels.forward_kernel, q, k, arguments | {"scale": scale}, constants, q.shape[2], "block_m")
+
+
+def _backward_calls(
+    g: Tensor, h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any,
+    o: Tensor, d_o: Any, lse: Tensor, mu: Any, grads: list[Tensor], causal: bool, scale: float,
+) -> Iterator[Call]:  # fmt: skip
+    g, h, q, dq, k, dk, v, dv = map(_unit, (g, h, q, dq, k, dk, v, dv))
+    delta, gam = torch.empty_like(lse), None if h is None else torch.empty_like(lse)
+    arguments = _named(g=g, h=h, o=o, do=d_o, gam=gam) | {"del_ptr": delta}
+    size = {"HAS_H": h is not None, "E": v.shape[-1], "BLOCK_E": _block(v.shape[-1])}
+    yield _call(kernels.delta_kernel, q, k, arguments, size, q.shape[2], "block_m")
+
+    flags = present(H=h, DQ=dq, DK=dk, DV=dv) | _constants(q, v, mask, causal)
+    arguments = _named(q=q, dq=dq, k=k, dk=dk, v=v, dv=dv, mask=mask, g=g, h=h, lse=lse, mu=mu, gam=gam)
+    arguments |= {"del_ptr": delta, "scale": scale}
+    g_q, g_dq, g_k, g_dk, g_v, g_dv = grads
+    of_keys = arguments | _named(g_k=g_k, g_dk=g_dk, g_v=g_v, g_dv=g_dv)
+    yield _call(kernels.key_kernel, q, k, of_keys, flags, k.shape[2], "block_n")
+    yield _call(kernels.query_kernel, q, k, arguments | _named(g_q=g_q, g_dq=g_dq), flags, q.shape[2], "block_m")
+
+
+def _unit(x: Any) -> Any:
+    """x as load_rows reads it: unit stride in a row, other strides multiples of 8, rows of a head within 32 bits."""
+    if x is None:
+        return None
+    whole = x.stride(-1) == 1 and all(s % 8 == 0 or n == 1 for s, n in zip(x.stride()[:-1], x.shape, strict=False))
+    return x if whole and x.stride(-2) * x.shape[-2] < 2**31 else x.contiguous()
+
+
+def _named(**tensors: Any) -> dict[str, Any]:
+    """Pointers and strides, by the names that the kernels give them."""
+    strides = {
+        f"{name}_strides": None if x is None else x.stride() if name == "mask" else tuple(s // 8 for s in x.stride())
+        for name, x in tensors.items()
+    }
+    return {f"{name}_ptr": x for name, x in tensors.items()} | strides
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _constants(q: Tensor, v: Tensor, mask: Any, causal: bool) -> dict[str, Any]:
+    return {
+        "MASK": "none" if mask is None else "bool" if mask.dtype == torch.bool else "bias",
+        "CAUSAL": causal,
+        "D": q.shape[-1],
+        "E": v.shape[-1],
+        "BLOCK_D": _block(q.shape[-1]),
+        "BLOCK_E": _block(v.shape[-1]),
+        "PRECISION": "tf32" if q.dtype == torch.float32 and _tf32() else "ieee",
+    }
+
+
+def _call(kernel: Any, q: Tensor, k: Tensor, arguments: dict, constants: dict, rows: int, block: str) -> Call:
+    (_, H, N, _), M = q.shape, k.shape[2]
+    arguments = arguments | {"H": H, "N": N, "M": M}
+    wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    kind = kernel.__name__.removesuffix("_kernel")
+    number = "tf32" if q.dtype == torch.float32 else "16 bits"
+    large = max(constants.get("BLOCK_D", 0), constants["BLOCK_E"]) > 64
+    configs = [Config(32, 0, 4, 1)] if kind == "delta" else CONFIGS[kind, number, large]
+    heads = q.shape[0] * H
+    sizes = tuple(map(triton.next_power_of_2, (N, M, heads)))
+
+    def programs(config: Config) -> int:
+        return heads * triton.cdiv(rows, getattr(config, block))
+
+    return Call(kernel, programs, wanted, constants, configs, sizes)
+
+
+# (kernel, numbers, head size above 64) -> configurations to choose from; the first that a chip may use is its default,
+# which compiles without spilling registers (tests/ops/test_compile_gate.py). With an additive mask and head sizes of 72
+# to 128, 8 to 16 bytes do spill on some chips.
+CONFIGS: dict[tuple[str, str, bool], list[Config]] = {
+    ("forward", "16 bits", False): [
+        Config(128, 64, 8, 2, 100), Config(128, 64, 8, 3, 90), Config(64, 64, 4, 3, 90), Config(128, 32, 8, 3),
+    ],
+    ("forward", "16 bits", True): [Config(64, 32, 8, 2, 90), Config(32, 32, 4, 2), Config(32, 32, 8, 2)],
+    ("forward", "tf32", False): [Config(64, 32, 8, 2), Config(32, 32, 4, 2)],
+    ("forward", "tf32", True): [Config(32, 32, 8, 2), Config(16, 32, 4, 1)],
+    ("key", "16 bits", False): [
+        Config(64, 64, 8, 2, 100), Config(32, 64, 8, 2, 90), Config(32, 32, 4, 2), Config(16, 64, 4, 2),
+    ],
+    ("key", "16 bits", True): [Config(32, 32, 8, 2), Config(64, 32, 8, 2)],
+    ("key", "tf32", False): [Config(16, 32, 4, 1), Config(32, 32, 8, 1)],
+    ("key", "tf32", True): [Config(16, 16, 4, 1), Config(16, 16, 8, 1)],
+    ("query", "16 bits", False): [
+        Config(64, 64, 4, 2, 100), Config(64, 32, 8, 2, 90), Config(64, 64, 8, 2, 90), Config(32, 32, 4, 2),
+        Config(32, 64, 4, 2),
+    ],
+    ("query", "16 bits", True): [Config(32, 64, 8, 2), Config(32, 32, 8, 2)],
+    ("query", "tf32", False): [Config(32, 32, 8, 1), Config(32, 16, 4, 1)],
+    ("query", "tf32", True): [Config(32, 16, 8, 1), Config(16, 32, 8, 1)],
+}  # fmt: skip

@@ -29,6 +29,7 @@ __all__ = [
     "fused",
     "implementation",
     "is_channels_last",
+    "kind_for",
     "layout_of",
     "present",
 ]
@@ -76,15 +77,21 @@ def implementation(name: str, kind: str) -> Callable[..., Any]:
 
 def choose(name: str, args: Any) -> str:
     """The kind of implementation that serves these arguments."""
+    x = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    return kind_for(name, x.device.type, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def kind_for(name: str, device: str, dtype: torch.dtype) -> str:
+    """The kind of implementation that serves tensors of this device type and dtype; a constant to torch.compile."""
     forced = os.environ.get("MMF_FAST_OPS")
     if forced:
         if forced not in KINDS:
             raise ValueError(f"MMF_FAST_OPS is {forced!r}: choose one of {', '.join(KINDS)}")
         return forced if _exists(name, forced) else "reference"
-    x = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
-    if x.is_cuda:
+    if device == "cuda":
         return "triton" if gpu.available() and "triton" in OPERATORS[name] else "reference"
-    return "native" if x.device.type == "cpu" and x.dtype in CPU_DTYPES and native.op(name) else "reference"
+    return "native" if device == "cpu" and dtype in CPU_DTYPES and native.op(name) else "reference"
 
 
 def fused(name: str, *args: Any) -> bool:

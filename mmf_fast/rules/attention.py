@@ -10,7 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.dual import missing_rule, primal, register_rule, tangent, tangent_scope
-from mmf_fast.ops.attention import attention_tangent
+from mmf_fast.ops.attention import attention as dual_attention
+from mmf_fast.ops.attention import attention_tangent, serves
+from mmf_fast.rules.common import keeps_tangent
+
+__all__ = ["attention", "attention_weights"]
+
+
+def attention(
+    q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, scale: float | None = None
+) -> Any:
+    """softmax(scale q k^T + attn_mask) v, of tensors or Duals: the drop-in for the attention of any network.
+
+    q: (..., N, D). k: (..., M, D). v: (..., M, E). attn_mask: boolean (True: attend) or additive, broadcast to
+    (..., N, M). scale: by default 1/sqrt(D). Returns (..., N, E), a Dual if one of q, k, v has a tangent.
+
+    It is F.scaled_dot_product_attention, which serves Duals as well, with the fused operator of mmf_fast.ops.attention
+    where there is one: a network that calls that already needs no change. This name is for networks whose attention is
+    einops, flash_attn, xformers or an einsum, none of which know a Dual.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
 
 
 @register_rule(F.scaled_dot_product_attention)
@@ -31,11 +50,23 @@ def scaled_dot_product_attention(
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         return torch.matmul(F.dropout(attention_weights(query, key, attn_mask, scale), dropout_p), value)
-    q, k, v, mask = primal(query), primal(key), primal(value), primal(attn_mask)
+    q, k, v, mask = (_as_autocast(primal(x)) for x in (query, key, value, attn_mask))
+    dq, dk, dv = (_as_autocast(tangent(x)) for x in (query, key, value))
+    if serves(q, k, v, dq, dk, dv, mask=mask):
+        tangent_grad = keeps_tangent(query, key, value)
+        return dual_attention(
+            q, k, v, dq, dk, dv, mask=mask, is_causal=is_causal, scale=scale, tangent_grad=tangent_grad
+        )  # fmt: skip
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
     with tangent_scope(query, key, value):
-        dq, dk, dv = tangent(query), tangent(key), tangent(value)
         return y, attention_tangent(q, k, v, dq, dk, dv, mask=mask, is_causal=is_causal, scale=scale)
+
+
+def _as_autocast(x: Any) -> Any:
+    """x as PyTorch's attention takes it where autocast is on: in the dtype of autocast, unless it is float64."""
+    if x is None or x.dtype in (torch.bool, torch.float64) or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def attention_weights(query: Any, key: Any, mask: Any, scale: float | None = None) -> Any:

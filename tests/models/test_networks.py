@@ -234,7 +234,7 @@ def test_the_primal_of_a_dual_call_is_the_plain_call(name):
 
 
 @every_network
-def test_a_dual_call_compiles_in_one_graph(name):
+def test_a_dual_call_compiles_in_one_graph(name, float64):
     net = network(name)
     z, r, t, y = inputs(net)
 

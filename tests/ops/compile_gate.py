@@ -1,6 +1,7 @@
 """Compiles every Triton kernel of the package for GPUs that are not here. Run by test_compile_gate.py in a process of
 its own, since the interpreter (TRITON_INTERPRET) and the compiler cannot share one. Prints one JSON line per kernel,
-configuration and chip.
+configuration and chip: of the default configurations, with --all also of those that autotuning may choose, and of more
+head sizes.
 
 The operators are called on CPU tensors, with launches recorded instead of run: what is compiled is what their
 launchers would launch, arguments, constants, warps and stages included.
@@ -23,6 +24,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 import mmf_fast.ops
+from mmf_fast.ops import autotune
 
 CHIPS = {80: ("sm_80", 166_912), 90: ("sm_90a", 232_448), 100: ("sm_100a", 232_448)}  # shared memory of a block, bytes
 TYPES = {
@@ -32,12 +34,19 @@ TYPES = {
 TENSOR_CORE_PRODUCT = re.compile(r"tt\.dot .*(tf32|f16|bf16|f8)")  # IEEE float32 has no tensor cores
 TENSOR_CORES = re.compile(r"mma\.sync|wgmma|tcgen05\.mma")
 
+EVERYTHING = "--all" in sys.argv
 launches: dict[str, tuple] = {}
 seen: set[str] = set()
 
 
 def record(
-    kernel: JITFunction, *args: object, grid: object, warmup: bool, default: bool = True, **options: object
+    kernel: JITFunction,
+    *args: object,
+    grid: object,
+    warmup: bool,
+    chips: tuple = tuple(CHIPS),
+    default_on: tuple = tuple(CHIPS),
+    **options: object,
 ) -> None:
     """One launch as (kernel, signature, constants, attributes, options); launches that compile alike are kept once."""
     names = kernel.arg_names
@@ -64,16 +73,26 @@ def record(
     seen.add(name)
     types = [t for t in signature.values() if str(t).startswith("*")]
     key = f"{name} {types} {sorted(constants.items(), key=str)} {options}"
-    launches[key] = (name, kernel, signature, constants, attributes, options, default)
+    launches[key] = (name, kernel, signature, constants, attributes, options, chips, default_on)
 
 
 def record_every_configuration(tuner: Autotuner, *args: object, **options: object) -> None:
     for i, config in enumerate(tuner.configs):
-        tuner.fn.run(*args, **options, **config.all_kwargs(), default=i == 0)
+        tuner.fn.run(*args, **options, **config.all_kwargs(), default_on=() if i else tuple(CHIPS))
+
+
+def record_every_choice(call: autotune.Call, _: autotune.Config) -> None:
+    for config in call.configs:
+        chips = tuple(chip for chip in CHIPS if config.since <= chip)
+        call.kernel.run(
+            **call.arguments, **call.constants, **config.constants(call.kernel),
+            num_warps=config.warps, num_stages=config.stages, grid=None, warmup=False,
+            chips=chips, default_on=tuple(chip for chip in chips if autotune.usable(call.configs, chip)[0] == config),
+        )  # fmt: skip
 
 
 def compile_for(chip: int, launch: tuple) -> dict:
-    name, kernel, signature, constants, attributes, options, default = launch
+    name, kernel, signature, constants, attributes, options, _, default_on = launch
     arch, limit = CHIPS[chip]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
@@ -87,7 +106,7 @@ def compile_for(chip: int, launch: tuple) -> dict:
     return {
         "kernel": name,
         "chip": arch,
-        "default": default,
+        "default": chip in default_on,
         "constants": {kernel.arg_names[k[0]]: v for k, v in constants.items() if v is not None},
         "options": options,
         "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
@@ -140,20 +159,25 @@ def call_operators() -> None:
         backward(sg_loss.sg_loss(u, None, tau, 0.5, target=image).loss)
         interpolate.interpolate(image, noise, tau)
         interpolate.interpolate(torch.zeros(image.shape, dtype=torch.uint8), noise, tau)
-        if hasattr(attention, "attention"):
-            for width in (64, 72):
-                backward(*attention.attention(*draw(*[(1, 2, 256, width)] * 6, dtype=dtype)))
-            q, k, v, *d = draw(*[(1, 2, 256, 64)] * 6, dtype=dtype)
-            backward(attention.attention(q, k, v, *d, tangent_grad=False)[0])
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # attention has no kernels for exact float32
+        for width in (32, 64, 72, 128) if EVERYTHING else (64, 72):
+            backward(*attention.attention(*draw(*[(1, 2, 256, width)] * 6, dtype=dtype)))
+        q, k, v, *d = draw(*[(1, 2, 256, 64)] * 6, dtype=dtype)
+        backward(attention.attention(q, k, v, *d, tangent_grad=False)[0])
+        mask = torch.zeros(256, 256, dtype=dtype)
+        if dtype == torch.bfloat16:
+            backward(*attention.attention(q, k, v, *d, mask=mask.bool()))
+            backward(*attention.attention(q, k, v, *d, mask=mask, is_causal=True))
 
 
 def main() -> None:
     JITFunction.run = record
     Autotuner.run = record_every_configuration
+    autotune._launch = record_every_choice
     call_operators()
     print(json.dumps({"missing": sorted(kernels() - seen)}))
     for launch in launches.values():
-        for chip in CHIPS:
+        for chip in launch[6] if EVERYTHING else launch[7]:
             print(json.dumps(compile_for(chip, launch)), flush=True)
 
 

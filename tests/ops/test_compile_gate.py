@@ -13,21 +13,17 @@ from mmf_fast.ops import gpu
 pytestmark = pytest.mark.skipif(not gpu.available(), reason="Triton is not installed")
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.slow)], ids=["defaults", "all"])
+def test_every_kernel_compiles_for_every_chip_and_fits(options):
+    """No spills in a default configuration, shared memory within the chip's limit, matrix products on tensor cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"MMF_FAST_OPS": "triton"}
     script = Path(__file__).with_name("compile_gate.py")
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
-
-
-def test_every_kernel_compiles_for_every_chip_and_fits(compiled):
-    """No spills in a default configuration, shared memory within the chip's limit, matrix products on tensor cores."""
-    first, *results = compiled
+    first, *results = (json.loads(line) for line in run.stdout.splitlines())
     assert first == {"missing": []}, "kernels that compile_gate.call_operators does not reach"
     assert {r["chip"] for r in results} == {"sm_80", "sm_90a", "sm_100a"}
-    assert len({r["kernel"] for r in results}) >= 9
+    assert len({r["kernel"] for r in results}) >= 13
     for r in results:
         where = f"{r['kernel']} for {r['chip']}, {r['constants']}, {r['options']}"
         assert not (r["default"] and r["spills"]), f"{r['spills']} bytes of register spills: {where}"

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from mmf_fast.ops import dispatch, gpu, group_norm, interpolate, layer_norm, native, pointwise, sg_loss
+from mmf_fast.ops import attention, dispatch, gpu, group_norm, interpolate, layer_norm, native, pointwise, sg_loss
 
 
 def draw(*shapes, grad=True):
@@ -18,6 +18,8 @@ def samples():
     image = draw((2, 4, 3, 3), (2, 4, 3, 3), (1, 4), (1, 4), (1, 4), (1, 4))
     flat = draw((3, 7), (3, 7))
     fixed = draw((3, 7), (3, 7), (3,), (), grad=False)
+    q, dq = draw((2, 2, 5, 16), (2, 2, 5, 16))
+    k, dk, v, dv = draw(*[(2, 2, 7, 16)] * 4)
     return {
         "layer norm": (layer_norm._operator, (*rows, False, 1e-5, True)),
         "layer norm without tangents": (
@@ -31,6 +33,12 @@ def samples():
             sg_loss._operator,
             (flat[0], None, None, fixed[1], fixed[2], fixed[3], 1.0, 1e-3, False),
         ),
+        "attention": (attention._operator, (q, dq, k, dk, v, dv, None, False, 0.25, True)),
+        "attention, detached": (
+            attention._operator,
+            (q, dq, k, dk, v, dv, torch.ones(2, 2, 5, 7) > 0, True, 0.25, False),
+        ),
+        "attention without tangents": (attention._operator, (q, None, k, None, v, None, None, False, 0.25, False)),
         "path": (interpolate._operator, (fixed[0], fixed[1], fixed[2].abs())),
     }
 

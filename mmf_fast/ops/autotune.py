@@ -1,0 +1,102 @@
+"""Launching Triton kernels whose block sizes depend on the device: the fastest of a few configurations, found once.
+
+A kernel, its constants and the class of its sizes are timed with every configuration at their first call on a device,
+and the choice is kept for the life of the process. The default (the first configuration for the chip) is taken without
+timing while a CUDA graph is captured, under torch.use_deterministic_algorithms (another choice rounds differently) and
+with MMF_FAST_AUTOTUNE=0. The interpreter has small blocks, so that small tests have several.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmf_fast.ops.gpu import triton
+
+__all__ = ["Call", "Config", "chip", "run", "usable"]
+
+
+class Config(NamedTuple):
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    since: int = 80  # the chips it is for, see `chip`
+
+    def constants(self, kernel: Any) -> dict[str, int]:
+        """Its block sizes, as far as the kernel has them."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        return {name: size for name, size in blocks.items() if name in kernel.arg_names}
+
+
+class Call(NamedTuple):
+    """One launch: everything but the configuration."""
+
+    kernel: Any
+    programs: Callable[[Config], int]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    configs: list[Config]
+    sizes: tuple[int, ...]  # the class of its sizes: calls that agree in it share a choice
+
+
+_chosen: dict[Any, Config] = {}
+_INTERPRETED = Config(32, 16, 4, 1)
+
+
+def run(call: Call) -> None:
+    """Launch with the fastest configuration."""
+    device = next(x.device for x in call.arguments.values() if isinstance(x, Tensor))
+    if device.type != "cuda":
+        return _launch(call, _INTERPRETED)
+    with torch.cuda.device(device):
+        _launch(call, _choice(call, device))
+
+
+def chip(capability: tuple[int, int]) -> int:
+    """80, 90 or 100: Ampere and all with its small shared memory, Hopper, or Blackwell of data centres."""
+    return {9: 90, 10: 100}.get(capability[0], 80)
+
+
+def usable(configs: list[Config], chip: int) -> list[Config]:
+    """Those for this chip; the first is the default."""
+    return [config for config in configs if config.since <= chip]
+
+
+def _choice(call: Call, device: torch.device) -> Config:
+    dtypes = tuple(x.dtype for x in call.arguments.values() if isinstance(x, Tensor))
+    key = (call.kernel.__name__, device, dtypes, tuple(call.constants.items()), call.sizes)
+    if key in _chosen:
+        return _chosen[key]
+    configs = usable(call.configs, chip(torch.cuda.get_device_capability(device)))
+    if (
+        len(configs) == 1
+        or os.environ.get("MMF_FAST_AUTOTUNE") == "0"
+        or torch.are_deterministic_algorithms_enabled()
+        or torch.cuda.is_current_stream_capturing()
+    ):
+        return configs[0]
+    times = {config: _time(call, config) for config in configs}
+    _chosen[key] = min(times, key=times.__getitem__)
+    return _chosen[key]
+
+
+def _time(call: Call, config: Config) -> float:
+    try:
+        return triton.testing.do_bench(lambda: _launch(call, config), warmup=5, rep=20, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def _launch(call: Call, config: Config) -> None:
+    call.kernel[(call.programs(config),)](
+        **call.arguments,
+        **call.constants,
+        **config.constants(call.kernel),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
