@@ -183,12 +183,7 @@ def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Any) -> tuple:
     return (*(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None, None, None, None)
 
 
-def _twice(*_: Any) -> Any:
-    raise RuntimeError("the fused attention has no second derivative: set MMF_FAST_OPS=reference in the environment")
-
-
 torch.library.register_autograd(_operator, _backward, setup_context=_setup)
-torch.library.register_autograd(_backward_operator, _twice)
 
 
 def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:

@@ -11,6 +11,7 @@ MMF_FAST_OPS=reference|native|triton in the environment forces one, for the oper
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,16 @@ def define(
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmf_fast::{name}", fake, lib=_library)
-    return getattr(torch.ops.mmf_fast, name).default
+    operator = getattr(torch.ops.mmf_fast, name).default
+    if name.endswith("_backward"):  # or its own derivative would be zero, with no more than a warning
+        torch.library.register_autograd(operator, functools.partial(_no_second_derivative, name), lib=_library)
+    return operator
+
+
+def _no_second_derivative(name: str, *_: Any) -> Any:
+    raise RuntimeError(
+        f"{name.removesuffix('_backward')} has no second derivative as a fused operator: set MMF_FAST_OPS=reference"
+    )
 
 
 def implementation(name: str, kind: str) -> Callable[..., Any]:

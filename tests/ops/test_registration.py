@@ -50,6 +50,16 @@ def test_registration_is_what_torch_expects(name):
     torch.library.opcheck(operator, args)
 
 
+@pytest.mark.parametrize("name", [name for name in samples() if name != "path"])
+def test_a_second_derivative_is_refused_not_wrong(name):
+    operator, args = samples()[name]
+    inputs = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    outputs = [y for y in operator(*args) if y.requires_grad]
+    (gradient,) = torch.autograd.grad(sum(y.square().sum() for y in outputs), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative as a fused operator: set MMF_FAST_OPS=reference"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize("kind", ["native", "triton"])
 def test_every_operator_agrees_with_the_reference_on_what_opcheck_ran(kind):
     if kind == "native" and not native.available():
