@@ -60,6 +60,7 @@ def measure(case: Case, device: str, seconds: float = 2.0, compiled: bool = Fals
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(times["fused"]) < 5:
         for name, run in versions.items():
+            run()  # untimed: the run before was another version's, whose freed memory and caches are not this one's
             times[name].append(_time(run, device))
     medians = {name: statistics.median(t) for name, t in times.items()}
     speedup = {
