@@ -1,6 +1,8 @@
 // sg_loss and its backward; see mmf_fast/ops/sg_loss.py. u, du (B, K); x, noise or target, interval in float or double.
 #include "lanes.h"
 
+#include <torch/csrc/autograd/custom_function.h>
+
 namespace mmf {
 namespace {
 
@@ -68,10 +70,53 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g, const at::Tenso
   return {g_u, g_du};
 }
 
+// The same with its derivative, for eager mode: at this size an operator whose derivative is registered from Python
+// spends as long in the registration as in the kernels.
+struct Differentiable : torch::autograd::Function<Differentiable> {
+  using Tensors = torch::autograd::variable_list;
+
+  static Tensors forward(torch::autograd::AutogradContext* ctx, const at::Tensor& u, const MaybeTensor& du,
+                         const MaybeTensor& x, const at::Tensor& noise, const at::Tensor& interval,
+                         const at::Tensor& lam, double p, double c, bool tangent_grad) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, per_sample, square, error] = mmf::forward(u, du, x, noise, interval, lam, p, c, tangent_grad);
+    ctx->save_for_backward({error, square, interval, lam});
+    ctx->saved_data["p"] = p;
+    ctx->saved_data["c"] = c;
+    ctx->saved_data["tangent_grad"] = tangent_grad;
+    ctx->saved_data["dtype"] = static_cast<int64_t>(u.scalar_type());
+    ctx->mark_non_differentiable({per_sample, square});
+    return {loss, per_sample, square};
+  }
+
+  static Tensors backward(torch::autograd::AutogradContext* ctx, const Tensors& grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "sg_loss has no second derivative as a fused operator: set MMF_FAST_OPS=reference");
+    const auto saved = ctx->get_saved_variables();
+    const bool tangent_grad = ctx->saved_data["tangent_grad"].toBool();
+    auto [g_u, g_du] = mmf::backward(grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["p"].toDouble(),
+                                     ctx->saved_data["c"].toDouble(), tangent_grad,
+                                     static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt()));
+    Tensors all(9);
+    all[0] = g_u;
+    if (tangent_grad) all[1] = g_du;
+    return all;
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiable(const at::Tensor& u, const MaybeTensor& du,
+                                                              const MaybeTensor& x, const at::Tensor& noise,
+                                                              const at::Tensor& interval, const at::Tensor& lam,
+                                                              double p, double c, bool tangent_grad) {
+  auto out = Differentiable::apply(u, du, x, noise, interval, lam, p, c, tangent_grad);
+  return {out[0], out[1], out[2]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mmf_fast_native, m) {
   m.def("sg_loss", &forward);
+  m.def("sg_loss_differentiable", &differentiable);
   m.def("sg_loss_backward", &backward);
 }
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmf_fast.ops import reference
-from mmf_fast.ops.dispatch import define
+from mmf_fast.ops import native, reference
+from mmf_fast.ops.dispatch import choose, define
 from mmf_fast.ops.gpu import jit, tl, triton
 
 __all__ = ["SGLoss", "sg_loss"]
@@ -55,17 +55,25 @@ def sg_loss(
     if (target is None) == (x is None) or (x is None) != (noise is None):
         raise ValueError("sg_loss needs either target, or x and noise")
     dtype = torch.promote_types(u.dtype, torch.float32)
-
-    def rows(a: Tensor | None, to: torch.dtype) -> Any:
-        return None if a is None else a.reshape(len(a), math.prod(a.shape[1:])).to(to).contiguous()
-
-    lam = torch.as_tensor(lam, dtype=dtype, device=u.device)
-    fixed = (rows(x, dtype), rows(noise if target is None else target, dtype), interval.to(dtype).contiguous())
-    out = _operator(
-        rows(u, u.dtype), rows(du, u.dtype), *(None if a is None else a.detach() for a in fixed), lam.detach(), p, c,
-        tangent_grad and du is not None,
+    lam = torch.as_tensor(lam, dtype=dtype, device=u.device).detach()
+    fixed = noise if target is None else target
+    given = (
+        _rows(u, u.dtype), _rows(du, u.dtype), _rows(x, dtype, True), _rows(fixed, dtype, True),
+        interval.detach().to(dtype).contiguous(), lam, p, c, tangent_grad and du is not None,
     )  # fmt: skip
-    return SGLoss(out[0], out[1].detach(), out[2].detach())
+    eager = choose("sg_loss", (u,)) == "native" and not torch.compiler.is_compiling()
+    if eager and (differentiable := native.op("sg_loss_differentiable")):  # less overhead than the operator
+        return SGLoss(*differentiable(*given))
+    loss, per_sample, square, _ = _operator(*given)
+    return SGLoss(loss, per_sample.detach(), square.detach())
+
+
+def _rows(a: Tensor | None, to: torch.dtype, constant: bool = False) -> Any:
+    """(B, ...) as (B, K) of a dtype."""
+    if a is None:
+        return None
+    a = a.detach() if constant else a
+    return a.reshape(len(a), math.prod(a.shape[1:])).to(to).contiguous()
 
 
 # -- Triton: one program per block of a sample -------------------------------------------------------------------------

@@ -101,3 +101,11 @@ def test_the_path(device, shape, stored):
 def test_the_path_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"need x = noise, t \(B,\)"):
         interpolate(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    u, du, x, noise, tau = draw((3, 10))
+    u.requires_grad_()
+    with pytest.raises(RuntimeError, match="sg_loss has no second derivative as a fused operator"):
+        (g_u,) = torch.autograd.grad(sg_loss(u, du, tau, 0.5, x=x, noise=noise).loss, [u], create_graph=True)
+        g_u.square().sum().backward()
