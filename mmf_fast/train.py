@@ -14,7 +14,10 @@ def parser() -> argparse.ArgumentParser:
         prog="train.py", description="Train a one-step generative model.", allow_abbrev=False
     )
     result.add_argument("--config", type=Path, help="YAML file; with --resume by default the run's own config.yaml")
-    result.add_argument("--run", type=Path, help="run folder (default: runs/<name of the configuration>)")
+    # torchrun takes --run for an abbreviation of an option of its own, even behind the script.
+    result.add_argument(
+        "--run", "--run-folder", type=Path, dest="run", help="run folder (default: runs/<name of the configuration>)"
+    )
     result.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     result.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")
     result.add_argument(

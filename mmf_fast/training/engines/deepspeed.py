@@ -212,12 +212,17 @@ class DeepSpeedEngine:
         self._set(whole, None)
 
     def _set(self, whole: Mapping[str, Tensor], key: str | None) -> None:
-        """Writes this rank's fragments of the float32 weights, or of a moment."""
+        """Writes this rank's fragments of the float32 weights, or of a moment; at stage 0 it has them whole."""
+        parameter: Any
+        if self.stage == 0:
+            for name, parameter in self.net.named_parameters():
+                tensor = parameter.data if key is None else self.engine.optimizer.state[parameter][key]
+                tensor.copy_(whole[name].view(self.shapes[name]))
+            return
         if self.stage < 3:
             for name, (start, value) in self._fragments(key):
                 value.copy_(whole[name][start : start + value.numel()])
             return
-        parameter: Any
         for name, parameter in self.net.named_parameters():
             size = parameter.ds_tensor.numel()
             padded = torch.zeros(size, device=self.device)

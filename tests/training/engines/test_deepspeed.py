@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_another_stage_and_number_of_ranks(tmp_path: Path) ->
     assert one.returncode == 0
     for processes, stage, steps in ((2, 1, 4), (1, 3, 8), (2, 0, 12), (2, 2, 16)):
         options = [f"train.steps={steps}", f"train.zero=zero{stage}.json", "--resume"]
-        done = two_ranks(*common, "--run", str(tmp_path / "many"), *options, processes=processes)
+        done = two_ranks(*common, "--run-folder", str(tmp_path / "many"), *options, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     want, found = losses(tmp_path / "one"), losses(tmp_path / "many")
     assert found == pytest.approx(want, rel=1e-5)
