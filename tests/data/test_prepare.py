@@ -120,8 +120,10 @@ def test_memory_is_bounded(kind, bound, tmp_path):
 
 
 def in_child(work, until):
-    """Runs work() in a forked process, kills it with SIGKILL once until() holds; its exit status, -9 if killed."""
-    child = os.fork()
+    """Runs work() in a forked process, kills it with SIGKILL once until() holds; its exit status, -9 if killed.
+
+    A process forked from one with threads may wait for ever for a lock that one of them held: it is killed too."""
+    child, deadline = os.fork(), time.monotonic() + 20
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
@@ -130,7 +132,7 @@ def in_child(work, until):
             os._exit(1)
         os._exit(0)
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if until():
+        if until() or time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             break
         time.sleep(0.001)
