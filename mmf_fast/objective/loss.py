@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmf_fast.dual import JVP_MODES, jvp
 from mmf_fast.objective.guidance import Guidance
-from mmf_fast.objective.points import Draw, Part, Points, column, draw
+from mmf_fast.objective.points import WHOLE, Draw, Part, Points, column, draw
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 from mmf_fast.ops.dispatch import fused
@@ -137,21 +137,21 @@ class MeanFlowLoss(nn.Module):
         step: int = 0,
         noise: Tensor | None = None,
         times: tuple[Tensor, Tensor] | None = None,
-        part: Part | None = None,
+        part: Part = WHOLE,
         **cond: Any,
     ) -> LossOutput:
         """The loss of data x (B, ...) at training step `step`: floating-point, or stored images (uint8, 0 to 255, which
         stand for [-1, 1]).
 
         noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. part: which rows of a
-        global batch x is, drawn for from (seed, step) alone; None draws from the global generator. cond: passed to
+        global batch x is, drawn for from (seed, step) alone; by default all, from the global generator. cond: passed to
         the network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
         """
-        generator = part.generator(step, x.device) if part else None
+        generator = part.generator(step, x.device)
         d = draw(x, noise, times, cond, self.times, self.paired, self.stochastic, part, generator)
         if self.guidance is not None:
-            uniform = torch.rand(len(x) * (part.count if part else 1), device=x.device, generator=generator)
-            d = d._replace(cond=self._drop_labels(d.cond, self.guidance, part.of(uniform) if part else uniform))
+            uniform = part.of(torch.rand(len(x) * part.count, device=x.device, generator=generator))
+            d = d._replace(cond=self._drop_labels(d.cond, self.guidance, uniform))
         intervals = len(x) - d.instants
         lam, exact = self.lam(step), intervals  # exact: how many rows keep their tangent in the graph
         if self.stochastic:

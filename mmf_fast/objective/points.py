@@ -21,20 +21,26 @@ class Part:
     """Rows index, index + count, index + 2 count, ... of a global batch: what one of `count` calls sees of it.
 
     Noise, times and dropped labels are drawn for the global batch from (seed, step) alone and this part is kept, so a
-    step is the same however many processes and accumulation steps share it.
+    step is the same however many processes and accumulation steps share it. By default a call sees the whole batch and
+    draws from the global generator.
     """
 
-    index: int
-    count: int
-    seed: int
+    index: int = 0
+    count: int = 1
+    seed: int | None = None
 
-    def generator(self, step: int, device: torch.device) -> torch.Generator:
+    def generator(self, step: int, device: torch.device) -> torch.Generator | None:
         """At the start of what this step draws. The hash makes seeds that differ in one bit unrelated."""
+        if self.seed is None:
+            return None
         digest = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
     def of(self, drawn: Tensor) -> Tensor:
         return drawn if self.count == 1 else drawn[self.index :: self.count].clone()
+
+
+WHOLE = Part()
 
 
 class Points(NamedTuple):
@@ -87,35 +93,33 @@ def draw(
     sampler: TimeSampler,
     paired: bool = False,
     shuffled: bool = False,
-    part: Part | None = None,
+    part: Part = WHOLE,
     generator: torch.Generator | None = None,
 ) -> Draw:
     """Draw what is not given and sort the rows. shuffled: the rows with r < t come in random order. generator: None is
-    the global one; with a `part` it stands at the start of what the global batch draws.
+    the global one; otherwise it stands at the start of what the global batch draws.
 
     Raises ValueError for shapes that do not fit, r > t, times outside [0, 1], data neither floating-point nor uint8.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     order = None
     _check(x, noise, times, cond)
-    whole = len(x) * (part.count if part else 1)
+    whole = len(x) * part.count
     if times is None:
         intervals = sampler.intervals(whole)
-        if part and intervals % part.count:
+        if intervals % part.count:
             raise ValueError(
                 f"times.share {sampler.share} of a batch of {whole} is {intervals} rows with r < t, which "
                 f"{part.count} parts cannot share equally: choose another batch or share"
             )
         instants = len(x) - intervals * len(x) // whole
-        r, t = sampler.draw(whole, x.device, dtype, generator)
-        r, t = (part.of(r), part.of(t)) if part else (r, t)
+        r, t = map(part.of, sampler.draw(whole, x.device, dtype, generator))
     else:
         r, t = (time.to(x.device, dtype) for time in times)
         instants = int((r == t).sum())
         order = torch.argsort((r < t).int(), stable=True)
     if noise is None:
-        noise = torch.randn(whole, *x.shape[1:], dtype=dtype, device=x.device, generator=generator)
-        noise = part.of(noise) if part else noise
+        noise = part.of(torch.randn(whole, *x.shape[1:], dtype=dtype, device=x.device, generator=generator))
     noise = noise.to(dtype)
     x = x if x.dtype == torch.uint8 else x.to(dtype)
     intervals = len(x) - instants

@@ -33,6 +33,7 @@ __all__ = [
     "kind_for",
     "layout_of",
     "present",
+    "register_affine_norm",
 ]
 
 KINDS = ("reference", "native", "triton")
@@ -115,6 +116,32 @@ def fused(name: str, *args: Any) -> bool:
     tensors = [a for a in args if isinstance(a, Tensor)]
     plain = all(type(a) in (Tensor, torch.nn.Parameter) and a.layout == torch.strided for a in tensors)
     return plain and choose(name, tensors) != "reference"
+
+
+def register_affine_norm(operator: Any, backward_operator: Any) -> None:
+    """The autograd formula of a norm (x, dx, gain, dgain, bias, dbias, *options, tangent_grad) -> (y, dy), from its
+    backward operator (g, h, x, dx, gain, dgain, bias, dbias, *options) -> what each of the six receives."""
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, dx, gain, dgain, bias, dbias, *ctx.options, ctx.tangent_grad = inputs
+        ctx.set_materialize_grads(False)
+        if not ctx.tangent_grad:
+            dx = dgain = dbias = None
+        ctx.save_for_backward(x, dx, gain, dgain, bias, dbias)
+
+    def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple:
+        x, dx, gain, dgain, bias, dbias = ctx.saved_tensors
+        rest = (None,) * (len(ctx.options) + 1)
+        h = h if ctx.tangent_grad else None
+        if g is None and h is None:
+            return (None,) * 6 + rest
+        g, h = (None if c is None else layout_of(c, x) for c in (g, h))
+        if h is None:
+            dx = dgain = dbias = None
+        g_x, *others = backward_operator(g, h, x, dx, gain, dgain, bias, dbias, *ctx.options)
+        return (g_x, *(out if out.numel() else None for out in others), *rest)
+
+    torch.library.register_autograd(operator, backward, setup_context=setup)
 
 
 def _exists(name: str, kind: str) -> bool:

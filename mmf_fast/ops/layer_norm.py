@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import reference
-from mmf_fast.ops.dispatch import define, empty_or, present
+from mmf_fast.ops.dispatch import define, empty_or, present, register_affine_norm
 from mmf_fast.ops.gpu import jit, processors, tl, triton
 
 __all__ = ["layer_norm_tangent", "modulated_layer_norm", "per_row"]
@@ -271,27 +271,7 @@ _backward_operator = define(
 )
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, dx, gain, dgain, bias, dbias, ctx.rms, ctx.eps, ctx.tangent_grad = inputs
-    ctx.set_materialize_grads(False)
-    if not ctx.tangent_grad:
-        dx = dgain = dbias = None
-    ctx.save_for_backward(x, dx, gain, dgain, bias, dbias)
-
-
-def _backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple:
-    x, dx, gain, dgain, bias, dbias = ctx.saved_tensors
-    h = h if ctx.tangent_grad else None
-    if g is None and h is None:
-        return (None,) * 9
-    g, h = (None if c is None else c.contiguous() for c in (g, h))
-    if h is None:
-        dx = dgain = dbias = None
-    g_x, *others = _backward_operator(g, h, x, dx, gain, dgain, bias, dbias, ctx.rms, ctx.eps)
-    return (g_x, *(out if out.numel() else None for out in others), None, None, None)
-
-
-torch.library.register_autograd(_operator, _backward, setup_context=_setup)
+register_affine_norm(_operator, _backward_operator)
 
 
 # -- the tangent alone, composed of PyTorch's kernels: what torch.compile traces ---------------------------------------

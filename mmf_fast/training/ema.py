@@ -22,10 +22,16 @@ class EMA:
     @torch.no_grad()
     def update(self, net: nn.Module, step: int, skip: Tensor) -> None:
         """One update towards `net`; step counts from 0. Where `skip` (0-d bool tensor) is true, nothing changes."""
-        weight = torch.where(skip, 0.0, 1 - min(self.decay, (1 + step) / (10 + step)))
         average = cast(list[Tensor], list(self.net.parameters()))
-        change = torch._foreach_sub(cast(list[Tensor], list(net.parameters())), average)
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(average, change)
+        move_average(average, cast(list[Tensor], list(net.parameters())), self.decay, step, skip)
         for buffer, source in zip(self.net.buffers(), net.buffers(), strict=True):
             buffer.copy_(source)
+
+
+@torch.no_grad()
+def move_average(average: list[Tensor], values: list[Tensor], decay: float, step: int, skip: Tensor) -> None:
+    """The update of `EMA` on lists of tensors, in place; where `skip` (0-d bool tensor) is true, nothing changes."""
+    weight = torch.where(skip, 0.0, 1 - min(decay, (1 + step) / (10 + step)))
+    change = torch._foreach_sub(values, average)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(average, change)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mmf_fast.config import ConfigError, Optimizer, Train
 from mmf_fast.sampling import choose_device
+from mmf_fast.training.ema import move_average
 from mmf_fast.training.engines import StepResult
 from mmf_fast.training.engines.local import learning_rate, parts
 from mmf_fast.training.optimizers import build_optimizer
@@ -89,7 +90,9 @@ class DeepSpeedEngine:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
             norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
         skipped = ~torch.isfinite(norm)
-        self._update_average(step, skipped)
+        names, fragments = zip(*self._fragments(), strict=True)
+        average, values = [self.ema[name] for name in names], [fragment.value for fragment in fragments]
+        move_average(average, values, self.config.ema, step, skipped)
         metrics = self._mean(found)
         return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
 
@@ -107,16 +110,6 @@ class DeepSpeedEngine:
         mean = values.mean(0) / self.world_size
         dist.all_reduce(mean)
         return dict(zip(found[0], mean, strict=True))
-
-    @torch.no_grad()
-    def _update_average(self, step: int, skip: Tensor) -> None:
-        """As EMA.update, on this rank's fragments."""
-        weight = torch.where(skip, 0.0, 1 - min(self.config.ema, (1 + step) / (10 + step)))
-        names, values = zip(*((name, fragment.value) for name, fragment in self._fragments()), strict=True)
-        average = [self.ema[name] for name in names]
-        change = torch._foreach_sub(list(values), average)
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(average, change)
 
     # ---- fragments ---------------------------------------------------------------------------------------------------
 
