@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,12 @@ import tracemalloc
 import numpy as np
 import pytest
 from data.archives import as_npz, cifar_batches, edm, edm2, imagenet_batches, pictures, png, write_folder, write_zip
+from data.prepare_child import (
+    in_child,
+    prepare_and_die_at_the_manifest,
+    prepare_in_small_steps,
+    prepare_on_a_full_disk,
+)
 
 from mmf_fast.data import load, writer
 from mmf_fast.data.formats import DataError
@@ -119,26 +123,6 @@ def test_memory_is_bounded(kind, bound, tmp_path):
 # ---- kills -----------------------------------------------------------------------------------------------------------
 
 
-def in_child(work, until):
-    """Runs work() in a forked process, kills it with SIGKILL once until() holds; its exit status, -9 if killed.
-
-    A process forked from one with threads may wait for ever for a lock that one of them held: it is killed too."""
-    child, deadline = os.fork(), time.monotonic() + 20
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if until() or time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def seen(out):
     try:
         return json.loads((out / "progress.json").read_text())["seen"]
@@ -146,14 +130,14 @@ def seen(out):
         return 0
 
 
-def test_kills_at_random_moments_cost_nothing_but_time(many, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_EVERY", 128)
+def test_kills_at_random_moments_cost_nothing_but_time(many, whole, tmp_path):
     out, rng, killed, status = tmp_path / "out", random.Random(0), 0, -9
     while status == -9:
         goal, start = seen(out) + rng.choice([0, 1, 200, 700]), time.monotonic()
         status = in_child(
-            lambda: prepare(many, out, workers=2),
-            lambda goal=goal, start=start: seen(out) >= goal and time.monotonic() > start + rng.random() * 0.05,
+            prepare_in_small_steps,
+            *(many, out, 2),
+            until=lambda goal=goal, start=start: seen(out) >= goal and time.monotonic() > start + rng.random() * 0.05,
         )
         killed += status == -9
         if status == -9:
@@ -164,23 +148,10 @@ def test_kills_at_random_moments_cost_nothing_but_time(many, whole, tmp_path, mo
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_a_kill_while_the_manifest_is_written(before, many, whole, tmp_path, monkeypatch):
-    real = writer.write_atomically
-
-    def dies(path, text):
-        if path.name == "manifest.json":
-            if not before:
-                real(path, text)
-            os._exit(9)
-        real(path, text)
-
-    def work():
-        monkeypatch.setattr(writer, "write_atomically", dies)
-        prepare(many, tmp_path / "out")
-
-    assert in_child(work, lambda: False) == 9
-    assert (tmp_path / "out" / "manifest.json").exists() != before
+@pytest.mark.parametrize("written", [True, False])
+def test_a_kill_while_the_manifest_is_written(written, many, whole, tmp_path):
+    assert in_child(prepare_and_die_at_the_manifest, many, tmp_path / "out", written) == 9
+    assert (tmp_path / "out" / "manifest.json").exists() == written
     prepare(many, tmp_path / "out")
     found = contents(tmp_path / "out")
     found.pop("progress.json", None)
@@ -201,29 +172,28 @@ def test_the_command_goes_on_after_a_kill(many, whole, tmp_path):
     assert contents(tmp_path / "out") == whole
 
 
-def interrupted(source, out, monkeypatch, **options):
+def interrupted(source, out):
     """Prepares until the first flush, and no further."""
-    monkeypatch.setattr(writer, "_EVERY", 128)
-    assert in_child(lambda: prepare(source, out, workers=1, **options), lambda: seen(out) > 0) == -9
+    assert in_child(prepare_in_small_steps, source, out, until=lambda: seen(out) > 0) == -9
     assert seen(out) > 0
 
 
-def test_another_source_or_option_starts_anew(many, tmp_path, monkeypatch, capsys):
+def test_another_source_or_option_starts_anew(many, tmp_path, capsys):
     out = tmp_path / "out"
-    interrupted(many, out, monkeypatch)
+    interrupted(many, out)
     other = write_zip(tmp_path / "b.zip", edm(pictures(300, side=8, seed=5), [1] * 300))
     assert prepare(other, out).count == 300
     assert np.array_equal(np.load(out / "samples.npy"), pictures(300, side=8, seed=5))
     out = tmp_path / "out2"
-    interrupted(many, out, monkeypatch)
+    interrupted(many, out)
     assert prepare(many, out, size=4).shape == (3, 4, 4)
     assert "going on" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing", "progress"])
-def test_remains_that_do_not_fit_are_not_used(damage, many, whole, tmp_path, monkeypatch):
+def test_remains_that_do_not_fit_are_not_used(damage, many, whole, tmp_path):
     out = tmp_path / "out"
-    interrupted(many, out, monkeypatch)
+    interrupted(many, out)
     if damage == "shorter":
         os.truncate(out / "samples.npy", 1000)
     elif damage == "missing":
@@ -234,19 +204,10 @@ def test_remains_that_do_not_fit_are_not_used(damage, many, whole, tmp_path, mon
     assert contents(out) == whole
 
 
-def test_a_full_disk(many, whole, tmp_path, monkeypatch):
+def test_a_full_disk(many, whole, tmp_path):
     """No room beyond 400 kB, by a limit on the size of files; with room, the same call goes on."""
     out = tmp_path / "out"
-    monkeypatch.setattr(writer, "_EVERY", 128)
-
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-        try:
-            prepare(many, out)
-        except DataError as error:
-            os._exit(7 if "mend that and start again: it goes on" in str(error) else 1)
-
-    assert in_child(work, lambda: False) == 7
+    assert in_child(prepare_on_a_full_disk, many, out) == 7
     assert seen(out) > 1000 and not (out / "manifest.json").exists()
     prepare(many, out)
     assert contents(out) == whole

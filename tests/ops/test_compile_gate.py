@@ -13,7 +13,11 @@ from mmf_fast.ops import gpu
 pytestmark = pytest.mark.skipif(not gpu.available(), reason="Triton is not installed")
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.slow)], ids=["defaults", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["--all"], marks=[pytest.mark.slow, pytest.mark.timeout(7200)])],
+    ids=["defaults", "all"],
+)
 def test_every_kernel_compiles_for_every_chip_and_fits(options):
     """No spills in a default configuration, shared memory within the chip's limit, matrix products on tensor cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"MMF_FAST_OPS": "triton"}
