@@ -1,150 +1,181 @@
 """One training step against the flow-matching step of the same network: pytest benchmarks/step --benchmark-only
 
-Each case is timed in turn with flow matching in the same process (baseline, case, baseline, case, ...), so that a noisy
-machine disturbs both alike; the ratio is the median of the pairs. Both run the same code with the same batch, eager or
-compiled, and a step is loss and backward. The bound counts network evaluations (a backward is 2 forwards):
-
-    r = t: 3        lambda = 0: 4        lambda > 0: 6        a predicted tangent without a partner: + 1
+A step is loss, backward and a fused AdamW. Each case is timed in turn with flow matching in the same process (flow
+matching, case, flow matching, ...): benchmarks.measure.ratio. Flow matching is the same network on plain tensors with
+PyTorch's fused attention, eager or compiled. Before a case is timed, its loss and gradient are compared with those of an
+independent implementation; a way of the field that fails here is a row with its error.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-import warnings
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmf_fast import MeanFlowLoss, TimeSampler
-from mmf_fast.models import DiT, UNet
+from benchmarks.cases import (
+    CASES,
+    CPU_NETWORKS,
+    FLOW_MATCHING,
+    GPU_NETWORKS,
+    OURS,
+    TOKENS,
+    WIDTHS,
+    Case,
+    Network,
+)
+from benchmarks.measure import Run, Stopwatch, count_flops, peak_bytes, ratio
 
-ROUNDS = 10
-
-
-@dataclass(frozen=True)
-class Case:
-    """A way to train: the share of r < t and the arguments of MeanFlowLoss."""
-
-    share: float
-    loss: dict[str, Any] = field(default_factory=dict)
-
-    def bound(self) -> float:
-        """Network evaluations per sample over those of flow matching."""
-        lam = self.loss.get("lam", 0.0)
-        carried = lam if self.loss.get("stochastic") else float(lam > 0)
-        predicted = self.loss["tangent"] == "predicted" and not self.loss.get("paired")
-        return 1 + self.share * (1 + 2 * carried + predicted) / 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NETWORKS = {**(CPU_NETWORKS if DEVICE == "cpu" else GPU_NETWORKS), **TOKENS, **WIDTHS}
+TOLERANCE = {"fp32": 2e-3 if DEVICE == "cuda" else 1e-4, "bf16": 5e-2}  # relative, of loss and gradient
+COUNTED = 4  # samples on which FLOPs are counted and gradients compared: both are alike for any number
 
 
-CONDITIONAL = {"tangent": "conditional"}
-PREDICTED = {"tangent": "predicted"}
-PAIRED = {"tangent": "predicted", "paired": True}
-CASES = {
-    "lambda 0, 100 %": Case(1.0, CONDITIONAL),
-    "lambda 1, 100 %": Case(1.0, {**CONDITIONAL, "lam": 1.0}),
-    "lambda 0, 25 %": Case(0.25, CONDITIONAL),
-    "lambda 1, 25 %": Case(0.25, {**CONDITIONAL, "lam": 1.0}),
-    "lambda 0, 25 %, predicted": Case(0.25, PREDICTED),
-    "lambda 0, 25 %, paired": Case(0.25, PAIRED),
-    "lambda 1, 25 %, paired": Case(0.25, {**PAIRED, "lam": 1.0}),
-    "lambda 0.5 stochastic, 25 %, paired": Case(0.25, {**PAIRED, "lam": 0.5, "stochastic": True}),
-    "torch.func.jvp, lambda 0, 100 %": Case(1.0, {**CONDITIONAL, "jvp": "func"}),
-    "torch.func.jvp, lambda 1, 100 %": Case(1.0, {**CONDITIONAL, "lam": 1.0, "jvp": "func"}),
-}
-# Compiling takes about a minute a case, so the quick profile compiles those that carry the claim.
-COMPILED = [name for name in CASES if "predicted" not in name and "stochastic" not in name and "func" not in name]
-
-
-def dit() -> nn.Module:
-    return DiT(16, channels=3, patch_size=2, width=256, depth=6, heads=4)  # 64 tokens
-
-
-def unet() -> nn.Module:
-    return UNet(32, channels=3, base_channels=64, channel_mults=(1, 2), blocks=1, attention_resolutions=(16,))
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
-    "DiT": (dit, 32, (3, 16, 16)),
-    "UNet": (unet, 4, (3, 32, 32)),
-}
-
-
-def step(net: nn.Module, x: torch.Tensor, case: Case, compiled: bool) -> Callable[[], None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # conditional tangents at lambda > 0 are biased, but cost the same
-        loss_fn = MeanFlowLoss(net, times=TimeSampler(share=case.share), **case.loss)
-    if compiled:
-        loss_fn.compile()
-    counter = iter(range(10**9))
+def step(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> Run:
+    """A training step at a learning rate of 0, so that every case meets the same weights."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, fused=True)
+    counter = itertools.count()
 
     def run() -> None:
-        net.zero_grad(set_to_none=True)
-        loss_fn(x, step=next(counter)).loss.backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
+        loss(loss_fn, x, precision, step=next(counter)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return run
 
 
+def loss(loss_fn: nn.Module, x: Tensor, precision: str, step: int = 0) -> Tensor:
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        output = loss_fn(x, step=step)
+    return output if isinstance(output, Tensor) else output.loss
+
+
+def value_and_gradient(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> tuple[float, Tensor]:
+    """Of what the first seed draws."""
+    torch.manual_seed(0)
+    value = loss(loss_fn, x, precision)
+    value.backward()
+    gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    net.zero_grad(set_to_none=True)
+    return value.item(), gradient
+
+
+def errors(net: nn.Module, case: Case, loss_fn: nn.Module, x: Tensor, mode: str, precision: str) -> dict[str, float]:
+    """Relative errors of loss and gradient. Truth: for eager code, MeanFlowLoss over torch.func.jvp with the norms
+    decomposed, in float32; for compiled code, the same case in eager mode."""
+    if mode == "eager":
+        x = x[:COUNTED]
+        truth, precise = Case(case.share, case.loss).build(net, jvp="func"), "fp32"
+    else:
+        truth, precise = case.build(net), precision
+    value, gradient = value_and_gradient(net, loss_fn, x, precision)
+    true_value, true_gradient = value_and_gradient(net, truth, x, precise)
+    return {
+        "loss": abs(value - true_value) / abs(true_value),
+        "gradient": float((gradient - true_gradient).norm() / true_gradient.norm()),
+    }
+
+
 @pytest.fixture(scope="module")
-def workloads() -> dict[str, Any]:
-    """Network, data and baseline of each kind, made once."""
-    made: dict[str, Any] = {}
+def workloads() -> Callable[..., tuple[nn.Module, Tensor, Run, dict[str, float]]]:
+    """Network, data, the step of flow matching and what it needs, made once per (network, mode, precision)."""
+    made: dict[tuple[str, str, str], Any] = {}
 
-    def get(kind: str, compiled: bool) -> tuple[nn.Module, torch.Tensor, Callable[[], None]]:
-        if (kind, compiled) not in made:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            build, batch, shape = NETWORKS[kind]
-            torch.manual_seed(0)
-            net = build().to(device)
-            with torch.no_grad():
-                for parameter in net.parameters():
-                    parameter.add_(0.02 * torch.randn_like(parameter))  # no branch at its zero initialisation
-            x = torch.randn(batch, *shape, device=device)
-            made[kind, compiled] = net, x, step(net, x, Case(0.0, CONDITIONAL), compiled)
-        return made[kind, compiled]
+    def get(name: str, mode: str, precision: str) -> Any:
+        key = (name, mode, precision)
+        if key not in made:
+            made.clear()  # one after the other: two do not fit where one is large
+            torch.compiler.reset()
+            network: Network = NETWORKS[name]
+            net, x = network.make(DEVICE), network.data(DEVICE)
+            if isinstance(getattr(net, "input", None), nn.Conv2d):
+                net, x = (value.to(memory_format=torch.channels_last) for value in (net, x))
+            loss_fn = FLOW_MATCHING.build(net)
+            flops = count_flops(step(net, FLOW_MATCHING.build(net), x[:COUNTED], precision)) * len(x) / COUNTED
+            if mode == "compiled":
+                loss_fn.compile()
+            baseline = step(net, loss_fn, x, precision)
+            baseline()
+            made[key] = net, x, baseline, {"flops": flops, "bytes": peak_bytes(baseline, DEVICE)}
+        return made[key]
 
-    return get  # type: ignore[return-value]
+    return get
 
 
 def parameters() -> list[Any]:
-    eager = [(kind, "eager", name) for kind in NETWORKS for name in CASES]
-    compiled = [("DiT", "compiled", name) for name in COMPILED]
-    return [pytest.param(*row, id=" | ".join(row)) for row in eager + compiled]
-
-
-@pytest.mark.parametrize(("kind", "mode", "name"), parameters())
-def test_step(benchmark: Any, workloads: Any, kind: str, mode: str, name: str) -> None:
-    net, x, baseline = workloads(kind, mode == "compiled")
-    case = CASES[name]
-    run = step(net, x, case, mode == "compiled")
-    for warm_up in (baseline, run, run, baseline):
-        warm_up()
-    flow_matching: list[float] = []
-
-    def timed_baseline() -> None:
-        start = time.perf_counter()
-        baseline()
-        flow_matching.append(time.perf_counter() - start)
-
-    benchmark.group = f"{kind}, {mode}"
-    benchmark.pedantic(run, setup=timed_baseline, rounds=ROUNDS)
-    pairs = [ours / theirs for ours, theirs in zip(benchmark.stats.stats.data, flow_matching, strict=True)]
-    benchmark.extra_info |= {
-        "ratio to flow matching": statistics.median(pairs),
-        "quartiles of the ratio": statistics.quantiles(pairs, n=4),
-        "bound": case.bound(),
-        "flow matching, median s": statistics.median(flow_matching),
-        "network": net.config,
-        "batch": list(x.shape),
-        "loss": {"share": case.share, **case.loss},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if x.is_cuda else "cpu",
+    """(network, mode, precision, case): what the quick profile measures, and what --full adds."""
+    main = list(CPU_NETWORKS if DEVICE == "cpu" else GPU_NETWORKS)
+    exact = ["lambda 0, 100 %", "lambda 1, 100 %"]
+    quarter = ["lambda 0, 25 %", "lambda 0, 25 %, paired", "lambda 0.5 stochastic, 25 %, paired", "lambda 1, 25 %, paired"]
+    field = [name for name, case in CASES.items() if case.way != OURS]
+    rows = {
+        "quick": [
+            (main[0], "compiled", "fp32", [*exact, "lambda 0, 25 %, paired"]),
+            (main[0], "eager", "fp32", [*exact, *quarter, *field]),
+            (main[-1], "eager", "fp32", [*exact, "torch.func.jvp, lambda 0, 100 %"]),
+        ],
+        "full": [
+            *((name, mode, "fp32", list(CASES)) for name in main for mode in ("compiled", "eager")),
+            *((name, mode, "bf16", [*exact, *quarter]) for name in main for mode in ("compiled", "eager")),
+            *((name, "eager", "fp32", [*exact, *field[:2]]) for name in (*TOKENS, *WIDTHS)),
+        ],
     }
-    print(f"\n{kind}, {mode}: {name}: {statistics.median(pairs):.2f} (bound {case.bound():.2f})")
+    if DEVICE == "cuda":  # the claim is about bfloat16 there
+        rows["quick"] = [(name, "compiled", "bf16", [*exact, *quarter, *field[:2]]) for name in main]
+    chosen = {profile: [(*row[:3], case) for row in group for case in row[3]] for profile, group in rows.items()}
+    extra = [row for row in chosen["full"] if row not in chosen["quick"]]
+    marked = [(row, []) for row in chosen["quick"]] + [(row, [pytest.mark.full]) for row in extra]
+    order = list(dict.fromkeys(row[:3] for row in chosen["quick"] + chosen["full"]))
+    marked.sort(key=lambda pair: order.index(pair[0][:3]))  # rows of one baseline together
+    return [pytest.param(*row, id=" | ".join(row), marks=marks) for row, marks in marked]
+
+
+@pytest.mark.parametrize(("network", "mode", "precision", "name"), parameters())
+def test_step(benchmark: Any, workloads: Any, full: bool, network: str, mode: str, precision: str, name: str) -> None:
+    case = CASES[name]
+    net, x, baseline, base = workloads(network, mode, precision)
+    row = benchmark.extra_info
+    row |= {"batch": list(x.shape), "parameters": sum(p.numel() for p in net.parameters()), "bound": case.bound()}
+    row |= {"evaluations": case.evaluations(), "share": case.share, "way": case.way, "loss": case.loss}
+    benchmark.group = f"{network}, {mode}, {precision}"
+
+    loss_fn = case.build(net)
+    if mode == "compiled":
+        loss_fn.compile()
+    run = step(net, loss_fn, x, precision)
+    try:
+        row["errors"] = errors(net, case, loss_fn, x, mode, precision)
+        run()
+    except Exception as error:
+        if case.way == OURS:
+            raise
+        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        benchmark.pedantic(lambda: None)
+        return
+    if case.way == OURS and max(row["errors"].values()) > TOLERANCE[precision]:
+        pytest.fail(f"loss or gradient is wrong, so it is not timed: {row['errors']}")
+
+    peak = peak_bytes(run, DEVICE)
+    flops = count_flops(step(net, case.build(net), x[:COUNTED], precision)) * len(x) / COUNTED
+    ours, theirs = Stopwatch(run, DEVICE), Stopwatch(baseline, DEVICE)
+    for warm_up in (theirs, ours, theirs, ours):
+        warm_up()
+    pair = ours.times.pop() + theirs.times.pop()
+    ours.times.clear(), theirs.times.clear()
+    rounds = round(min(max((20 if full else 8) / pair, 5), 200))
+    benchmark.pedantic(ours, setup=theirs, rounds=rounds)
+    theirs()
+    row |= ratio(ours.times, theirs.times)
+    row |= {
+        "share of bound": case.bound() / row["ratio"],
+        "flops": flops,
+        "flops over flow matching": flops / base["flops"],
+        "FLOP/s": flops / row["seconds"],
+        "peak bytes": peak,
+        "peak over flow matching": peak / base["bytes"],
+    }
+    print(f"\n{benchmark.group}: {name}: {row['ratio']:.3f} (bound {row['bound']:.3f})")

@@ -1,0 +1,61 @@
+"""pytest benchmarks --benchmark-only [--full] [--benchmark-json=FILE]: the quick profile, or all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure import copy_bandwidth, machine, product_rate
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="benchmarks: every case, more rounds (about an hour)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: measured by --full only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--full")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    machine_info.clear()
+    machine_info |= machine(device) | {
+        "profile": "full" if config.getoption("--full") else "quick",
+        "copy GB/s": copy_bandwidth(device) / 1e9,
+        "product GFLOP/s": {name: product_rate(device, dtype) / 1e9 for name, dtype in dtypes.items()},
+    }
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Only what the report reads, so that a committed run can be read and compared in a diff."""
+    rows = [
+        {"name": each["name"], "group": each["group"], **(each["params"] or {}), **each["extra_info"]}
+        for each in output_json["benchmarks"]
+    ]
+    run = {"machine": output_json["machine_info"], "rows": rows}
+    output_json.clear()
+    output_json |= _rounded(run)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

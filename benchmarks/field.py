@@ -1,0 +1,96 @@
+"""How the field trains MeanFlow today, written from the descriptions of public code, as losses to time beside ours.
+
+    forward_mode        py-meanflow: torch.func.jvp of the network, gradients flowing through it
+    second_forward      zhuyu-cs/MeanFlow: u by an ordinary forward, du/dt by a second pass of torch.func.jvp without
+                        gradients; only lambda = 0
+    double_backward     haidog-yaqub, primepake: torch.autograd.functional.jvp, the double-backward trick
+    finite_differences  TiM (arXiv 2509.04394): du/dt from two more evaluations without gradients; only lambda = 0
+
+All of them pass the whole batch through the derivative, use the conditional tangent, and need attention written out
+(sdpa_kernel(MATH)): PyTorch's fused kernels have neither a forward derivative nor a second backward. Draws, weight and
+residual are those of mmf_fast, so equal seeds give equal losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmf_fast import TimeSampler
+from mmf_fast.objective.points import Points, column, draw
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+STEP = 0.005  # of the finite differences, TiM's
+
+
+def forward_mode(u: Velocity, z: Tensor, t: Tensor, v: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    with sdpa_kernel(SDPBackend.MATH):
+        value, derivative = torch.func.jvp(u, (z, t), (v, torch.ones_like(t)))
+    return value, derivative if exact else derivative.detach()
+
+
+def second_forward(u: Velocity, z: Tensor, t: Tensor, v: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    value = u(z, t)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        derivative = torch.func.jvp(u, (z, t), (v, torch.ones_like(t)))[1]
+    return value, derivative
+
+
+def double_backward(u: Velocity, z: Tensor, t: Tensor, v: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    with sdpa_kernel(SDPBackend.MATH):
+        value, derivative = torch.autograd.functional.jvp(u, (z, t), (v, torch.ones_like(t)), create_graph=True)
+    return value, derivative if exact else derivative.detach()
+
+
+def finite_differences(u: Velocity, z: Tensor, t: Tensor, v: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    value = u(z, t)
+    with torch.no_grad():
+        derivative = (u(z + STEP * v, t + STEP) - u(z - STEP * v, t - STEP)) / (2 * STEP)
+    return value, derivative
+
+
+class Way(NamedTuple):
+    """A way to (u, du/dt). passes: network evaluations per sample of a step, a backward being two; those of lambda = 1
+    where they differ."""
+
+    pair: Callable[[Velocity, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    passes: tuple[float, float]
+
+
+WAYS = {
+    "torch.func.jvp": Way(forward_mode, (4, 6)),
+    "second forward": Way(second_forward, (5, 5)),
+    "double backward": Way(double_backward, (7, 9)),
+    "finite differences": Way(finite_differences, (5, 5)),
+}
+
+
+class FieldLoss(nn.Module):
+    """The MeanFlow loss of net(z, r, t) by one of WAYS, called as loss_fn(x, step) -> 0-d tensor.
+
+    exact: whether gradients flow through du/dt (lambda = 1) or not (lambda = 0).  p, c: as in MeanFlowLoss.
+    """
+
+    def __init__(
+        self, net: nn.Module, way: str, times: TimeSampler, exact: bool = False, p: float = 1.0, c: float = 1e-3
+    ) -> None:
+        super().__init__()
+        self.net, self.pair, self.times, self.exact, self.p, self.c = net, WAYS[way].pair, times, exact, p, c
+
+    def forward(self, x: Tensor, step: int = 0, **given: Any) -> Tensor:
+        """given: noise and times, drawn when absent."""
+        d = draw(x, given.get("noise"), given.get("times"), {}, self.times)
+        return self._compute(*d.on_path())
+
+    def compile(self, **kwargs: Any) -> None:
+        self._compute = torch.compile(self._compute, dynamic=False, **kwargs)  # type: ignore[method-assign]
+
+    def _compute(self, points: Points, v: Tensor) -> Tensor:
+        z, r, t, _ = points
+        u, du = self.pair(lambda z, t: self.net(z, r, t), z, t, v, self.exact)
+        square = (u + column(t - r, u) * du - v).square().flatten(1).sum(1)
+        return (square * (square.detach() + self.c) ** -self.p).mean()

@@ -1,0 +1,146 @@
+"""How everything here is timed: versions in turn in one process, medians and spreads; peak memory; FLOPs; the machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+Run = Callable[[], Any]
+
+
+class Stopwatch:
+    """A run that takes down its times, in seconds: between events of the device on a GPU, by the clock on the CPU."""
+
+    def __init__(self, run: Run, device: str) -> None:
+        self.run, self.device, self.times = run, device, list[float]()
+
+    def __call__(self) -> None:
+        self.times.append(seconds(self.run, self.device))
+
+
+def seconds(run: Run, device: str) -> float:
+    """The time of one run."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def ratio(times: list[float], baseline: list[float]) -> dict[str, Any]:
+    """Median and quartiles of times over the mean of the two baselines around each: baseline, run, ..., baseline.
+
+    A machine that slows down for a while slows both, so pairs tell more than two medians do.
+    """
+    pairs = [t / ((a + b) / 2) for t, a, b in zip(times, baseline, baseline[1:], strict=False)]
+    low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    return {
+        "ratio": middle,
+        "quartiles": [low, high],
+        "seconds": statistics.median(times),
+        "baseline seconds": statistics.median(baseline),
+        "rounds": len(pairs),
+    }
+
+
+def peak_bytes(run: Run, device: str) -> int:
+    """The most that tensors held at once during one run, beyond what they held before it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    held = peak = 0
+    events = (event for event in found.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def count_flops(run: Run) -> int:
+    """FLOPs of matrix products and convolutions in one eager run, 2 per multiply-add; fused operators are composed of
+    PyTorch's for the count, which sees these alone."""
+    with environment(MMF_FAST_OPS="reference"), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@contextmanager
+def environment(**values: str) -> Any:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def copy_bandwidth(device: str, size: int | None = None) -> float:
+    """Bytes per second of a copy, read plus written: the limit of what memory bounds. size: of each side, in bytes."""
+    size = size or 1 << (26 if device == "cpu" else 30)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / statistics.median([seconds(lambda: target.copy_(source), device) for _ in range(12)][2:])
+
+
+def product_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a large square matrix product: the limit of what arithmetic bounds."""
+    size = size or (1536 if device == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / statistics.median([seconds(lambda: a @ b, device) for _ in range(8)][2:])
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, versions, commit, date, command and how busy the machine was."""
+    cuda = device != "cpu"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "power limit": _output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader") if cuda else None,
+        "capability": torch.cuda.get_device_capability() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": getattr(sys.modules.get("triton"), "__version__", None),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "uncommitted changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m pytest" if "pytest" in sys.argv[0] else sys.argv[0], *sys.argv[1:]]),
+        "load average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _processor() -> str:
+    names = [line.partition(":")[2].strip() for line in _output("lscpu").splitlines() if line.startswith("Model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
