@@ -6,72 +6,101 @@
 namespace mmf {
 namespace {
 
+using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Four forward(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
-             const at::Tensor& interval, const at::Tensor&, double p, double c, bool) {
+// e = u + (t - r) du - (noise - x) of one sample, a register at a time.
+template <typename T>
+struct Error {
+  using L = Lanes<T>;
+  using A = typename L::A;
+  using V = typename L::V;
+  using LA = Lanes<A>;
+  const T *u, *du;
+  const A *x, *noise, *interval;
+
+  Error(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
+        const at::Tensor& interval)
+      : u(u.const_data_ptr<T>()), du(pointer<T>(du)), x(pointer<A>(x)), noise(noise.const_data_ptr<A>()),
+        interval(interval.const_data_ptr<A>()) {}
+
+  V operator()(int64_t b, int64_t at, int64_t n) const {
+    V e = L::load(u + at, n) - LA::load(noise + at, n);
+    if (x) e = e + LA::load(x + at, n);
+    return du ? at::vec::fmadd(V(interval[b]), L::load(du + at, n), e) : e;
+  }
+};
+
+// The loss, its terms and s; e too where a tensor for it is given.
+Three values(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
+             const at::Tensor& interval, double p, double c, const MaybeTensor& kept) {
   const int64_t batch = u.size(0), size = u.size(1);
-  const auto options = u.options().dtype(at::toOpMathType(u.scalar_type()));
-  at::Tensor error = at::empty(u.sizes(), options), square = at::empty({batch}, options);
+  at::Tensor square = at::empty({batch}, noise.options());
   MMF_DISPATCH(u, "sg_loss", [&] {
-    using T = scalar_t;
-    using L = Lanes<T>;
-    using A = typename L::A;
-    using V = typename L::V;
-    using LA = Lanes<A>;
-    const T *pu = u.const_data_ptr<T>(), *pdu = pointer<T>(du);
-    const A *px = pointer<A>(x), *pn = noise.const_data_ptr<A>(), *pt = interval.const_data_ptr<A>();
-    A *pe = error.data_ptr<A>(), *ps = square.data_ptr<A>();
+    using E = Error<scalar_t>;
+    const E error(u, du, x, noise, interval);
+    typename E::A *pe = kept ? kept->data_ptr<typename E::A>() : nullptr, *ps = square.data_ptr<typename E::A>();
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t at = b * size;
-        ps[b] = row_sums<V, 1>(size, [&](int64_t i, int64_t n, auto& s) {
-          V e = L::load(pu + at + i, n) - LA::load(pn + at + i, n);
-          if (px) e = e + LA::load(px + at + i, n);
-          if (pdu) e = at::vec::fmadd(V(pt[b]), L::load(pdu + at + i, n), e);
-          LA::store(pe + at + i, e, n);
+        ps[b] = row_sums<typename E::V, 1>(size, [&](int64_t i, int64_t n, auto& s) {
+          const auto e = error(b, b * size + i, n);
+          if (pe) E::LA::store(pe + b * size + i, e, n);
           s[0] = at::vec::fmadd(e, e, s[0]);
         })[0];
       }
     });
   });
   at::Tensor per_sample = square * (square + c).pow(-p);
-  return {per_sample.mean(), per_sample, square, error};
+  return {per_sample.mean(), per_sample, square};
+}
+
+Four forward(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
+             const at::Tensor& interval, const at::Tensor&, double p, double c, bool) {
+  at::Tensor error = at::empty(u.sizes(), noise.options());
+  auto [loss, per_sample, square] = values(u, du, x, noise, interval, p, c, error);
+  return {loss, per_sample, square, error};
+}
+
+// g_u = 2 g e_b / (B (s_b + c)^p) and g_du = lam (t - r) g_u, with e = error(b, index, lanes) in registers of T's kind.
+template <typename T, typename E>
+void write_cotangents(const at::Tensor& g, const E& error, const at::Tensor& square, const at::Tensor& interval,
+                      const at::Tensor& lam, double p, double c, at::Tensor& g_u, at::Tensor& g_du) {
+  using L = Lanes<T>;
+  using A = typename L::A;
+  const int64_t batch = g_u.size(0), size = g_u.size(1);
+  const A *ps = square.const_data_ptr<A>(), *pt = interval.const_data_ptr<A>();
+  const double scale = g.item<double>() * 2 / batch, share = lam.item<double>();
+  T *out = g_u.data_ptr<T>(), *dout = g_du.numel() ? g_du.data_ptr<T>() : nullptr;
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const double k = scale * std::pow(ps[b] + c, -p);
+      const typename L::V of_u(static_cast<A>(k)), of_du(static_cast<A>(k * share * pt[b]));
+      for_lanes<L::width>(size, [&](int64_t i, int64_t n) {
+        const auto e = error(b, b * size + i, n);
+        L::store(out + b * size + i, of_u * e, n);
+        if (dout) L::store(dout + b * size + i, of_du * e, n);
+      });
+    }
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g, const at::Tensor& error, const at::Tensor& square,
                                             const at::Tensor& interval, const at::Tensor& lam, double p, double c,
                                             bool tangent_grad, at::ScalarType dtype) {
-  const int64_t batch = error.size(0), size = error.size(1);
   at::Tensor g_u = at::empty(error.sizes(), error.options().dtype(dtype));
   at::Tensor g_du = tangent_grad ? at::empty_like(g_u) : at::empty({0}, g_u.options());
   MMF_DISPATCH(g_u, "sg_loss_backward", [&] {
-    using T = scalar_t;
-    using L = Lanes<T>;
-    using A = typename L::A;
-    using V = typename L::V;
-    using LA = Lanes<A>;
-    const A *pe = error.const_data_ptr<A>(), *ps = square.const_data_ptr<A>(), *pt = interval.const_data_ptr<A>();
-    const double scale = g.item<double>() * 2 / batch, share = lam.item<double>();
-    T *out = g_u.data_ptr<T>(), *dout = tangent_grad ? g_du.data_ptr<T>() : nullptr;
-    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t at = b * size;
-        const double k = scale * std::pow(ps[b] + c, -p);
-        const V of_u(static_cast<A>(k)), of_du(static_cast<A>(k * share * pt[b]));
-        for_lanes<L::width>(size, [&](int64_t i, int64_t n) {
-          const V e = LA::load(pe + at + i, n);
-          L::store(out + at + i, of_u * e, n);
-          if (dout) L::store(dout + at + i, of_du * e, n);
-        });
-      }
-    });
+    using L = Lanes<scalar_t>;
+    const auto* kept = error.const_data_ptr<typename L::A>();
+    const auto load = [&](int64_t, int64_t at, int64_t n) { return Lanes<typename L::A>::load(kept + at, n); };
+    write_cotangents<scalar_t>(g, load, square, interval, lam, p, c, g_u, g_du);
   });
   return {g_u, g_du};
 }
 
 // The same with its derivative, for eager mode: at this size an operator whose derivative is registered from Python
-// spends as long in the registration as in the kernels.
+// spends as long in the registration as in the kernels, and fresh pages for an error to keep cost more than computing it
+// again.
 struct Differentiable : torch::autograd::Function<Differentiable> {
   using Tensors = torch::autograd::variable_list;
 
@@ -79,12 +108,11 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
                          const MaybeTensor& x, const at::Tensor& noise, const at::Tensor& interval,
                          const at::Tensor& lam, double p, double c, bool tangent_grad) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, per_sample, square, error] = mmf::forward(u, du, x, noise, interval, lam, p, c, tangent_grad);
-    ctx->save_for_backward({error, square, interval, lam});
+    auto [loss, per_sample, square] = values(u, du, x, noise, interval, p, c, {});
+    ctx->save_for_backward({u, du.value_or(at::Tensor()), x.value_or(at::Tensor()), noise, interval, lam, square});
     ctx->saved_data["p"] = p;
     ctx->saved_data["c"] = c;
     ctx->saved_data["tangent_grad"] = tangent_grad;
-    ctx->saved_data["dtype"] = static_cast<int64_t>(u.scalar_type());
     ctx->mark_non_differentiable({per_sample, square});
     return {loss, per_sample, square};
   }
@@ -93,21 +121,23 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "sg_loss has no second derivative as a fused operator: set MMF_FAST_OPS=reference");
     const auto saved = ctx->get_saved_variables();
-    const bool tangent_grad = ctx->saved_data["tangent_grad"].toBool();
-    auto [g_u, g_du] = mmf::backward(grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["p"].toDouble(),
-                                     ctx->saved_data["c"].toDouble(), tangent_grad,
-                                     static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt()));
+    const auto maybe = [](const at::Tensor& a) { return a.defined() ? MaybeTensor(a) : MaybeTensor(); };
+    const at::Tensor &u = saved[0], &interval = saved[4];
     Tensors all(9);
-    all[0] = g_u;
-    if (tangent_grad) all[1] = g_du;
+    all[0] = at::empty_like(u);
+    at::Tensor g_du = ctx->saved_data["tangent_grad"].toBool() ? at::empty_like(u) : at::empty({0}, u.options());
+    MMF_DISPATCH(u, "sg_loss_backward", [&] {
+      const Error<scalar_t> error(u, maybe(saved[1]), maybe(saved[2]), saved[3], interval);
+      write_cotangents<scalar_t>(grads[0], error, saved[6], interval, saved[5], ctx->saved_data["p"].toDouble(),
+                                 ctx->saved_data["c"].toDouble(), all[0], g_du);
+    });
+    if (ctx->saved_data["tangent_grad"].toBool()) all[1] = g_du;
     return all;
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiable(const at::Tensor& u, const MaybeTensor& du,
-                                                              const MaybeTensor& x, const at::Tensor& noise,
-                                                              const at::Tensor& interval, const at::Tensor& lam,
-                                                              double p, double c, bool tangent_grad) {
+Three differentiable(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
+                     const at::Tensor& interval, const at::Tensor& lam, double p, double c, bool tangent_grad) {
   auto out = Differentiable::apply(u, du, x, noise, interval, lam, p, c, tangent_grad);
   return {out[0], out[1], out[2]};
 }
