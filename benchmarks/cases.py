@@ -120,7 +120,9 @@ def dit(batch: int, tokens: int, width: int, depth: int, heads: int, patch: int 
 
 
 def unet(batch: int, size: int, **options: Any) -> Network:
-    return Network(functools.partial(UNet, size, channels=3, attention_resolutions=(16,), **options), batch, (3, size, size))
+    return Network(
+        functools.partial(UNet, size, channels=3, attention_resolutions=(16,), **options), batch, (3, size, size)
+    )
 
 
 CPU_NETWORKS = {
@@ -134,5 +136,7 @@ GPU_NETWORKS = {
     "UNet": unet(batch=128, size=64, base_channels=128, channel_mults=(1, 2, 3, 4), blocks=2),
 }
 # Cost against tokens (4,096 in all) and against width (64 tokens), two blocks; heads of 64.
-TOKENS = {f"DiT, {n} tokens": dit(batch=4096 // n, tokens=n, width=256, depth=2, heads=4) for n in (64, 256, 1024, 4096)}
+TOKENS = {
+    f"DiT, {n} tokens": dit(batch=4096 // n, tokens=n, width=256, depth=2, heads=4) for n in (64, 256, 1024, 4096)
+}
 WIDTHS = {f"DiT, width {w}": dit(batch=32, tokens=64, width=w, depth=2, heads=w // 64) for w in (128, 256, 512, 1024)}

@@ -12,6 +12,7 @@ from benchmarks.measure import copy_bandwidth, machine, product_rate
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="benchmarks: every case, more rounds (about an hour)")
+    parser.addoption("--length", type=float, default=None, help="benchmarks: seconds of timing per case (8; full: 15)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +32,12 @@ def full(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--full")
 
 
+@pytest.fixture(scope="session")
+def length(request: pytest.FixtureRequest, full: bool) -> float:
+    """Seconds of timing per case."""
+    return request.config.getoption("--length") or (15.0 if full else 8.0)
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,7 +52,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Only what the report reads, so that a committed run can be read and compared in a diff."""
     rows = [
-        {"name": each["name"], "group": each["group"], **(each["params"] or {}), **each["extra_info"]}
+        {"suite": each["fullname"].split("/")[1], **(each["params"] or {}), **each["extra_info"]}
         for each in output_json["benchmarks"]
     ]
     run = {"machine": output_json["machine_info"], "rows": rows}

@@ -1,4 +1,4 @@
-"""How everything here is timed: versions in turn in one process, medians and spreads; peak memory; FLOPs; the machine."""
+"""How all is timed: versions in turn in one process, medians and spreads; peak memory; FLOPs; the machine."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,73 +10,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.common import Case, backward
+from benchmarks.kernels.common import Case, Outputs, backward
 from mmf_fast.ops.group_norm import group_norm_silu
 from mmf_fast.ops.interpolate import interpolate
 from mmf_fast.ops.layer_norm import modulated_layer_norm
 from mmf_fast.ops.pointwise import activation, gelu_tangent, silu_tangent
 from mmf_fast.ops.sg_loss import sg_loss
 
+Draw = Callable[..., Tensor]  # draw(*shape, grad=True) -> a leaf of the dtype and on the device that are measured
+DUAL_BACKWARD = "dual + backward"
 
-def cases(device: str, dtype: torch.dtype, large: bool) -> Iterator[Case]:
-    """large: tensors of 256 MB and more, for a GPU; else of a small DiT and UNet."""
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    common: dict[str, Any] = {"mode": "forward + backward", "tolerance": tolerance}
 
-    def draw(*shape: int, grad: bool = True) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype).requires_grad_(grad)
-
-    shape: tuple[int, ...] = (512, 3, 256, 256) if large else (64, 3, 64, 64)
+def sg_loss_cases(draw: Draw, large: bool) -> Iterator[Case]:
+    shape = (512, 3, 256, 256) if large else (64, 3, 64, 64)
     u, du, x, noise = draw(*shape), draw(*shape), draw(*shape, grad=False), draw(*shape, grad=False)
-    tau, lam = torch.rand(shape[0], device=device), torch.tensor(0.5, device=device)
+    tau, lam = torch.rand(shape[0], device=u.device), torch.tensor(0.5, device=u.device)
     yield Case(
         "sg_loss",
         str(shape),
+        DUAL_BACKWARD,
         fused=lambda: _loss(u, du, sg_loss(u, du, tau, lam, x=x, noise=noise).loss),
         composed=lambda: _loss(u, du, _composed_loss(u, du, x, noise, tau, lam)),
         bytes=6 * _bytes(u),
-        **common,
     )
-    t = torch.rand(shape[0], device=device)
-    stored = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+
+
+def interpolate_cases(draw: Draw, large: bool) -> Iterator[Case]:
+    shape = (512, 3, 256, 256) if large else (64, 3, 64, 64)
+    noise = draw(*shape, grad=False)
+    t = torch.rand(shape[0], device=noise.device)
+    stored = torch.randint(0, 256, shape, dtype=torch.uint8, device=noise.device)
     yield Case(
         "interpolate",
         f"{shape} uint8",
+        "forward",
         fused=lambda: interpolate(stored, noise, t),
-        composed=lambda: _composed_path(stored, noise, t.view(-1, 1, 1, 1).to(dtype)),
+        composed=lambda: _composed_path(stored, noise, t.view(-1, 1, 1, 1).to(noise.dtype)),
         bytes=3 * _bytes(noise) + stored.numel(),
-        mode="forward",
-        tolerance=tolerance,
     )
 
+
+def layer_norm_cases(draw: Draw, large: bool) -> Iterator[Case]:
     shape = (256, 256, 1152) if large else (32, 64, 256)
-    x1, dx1, g, h = (draw(*shape, grad=i < 2) for i in range(4))
+    x, dx, g, h = (draw(*shape, grad=i < 2) for i in range(4))
     modulation = [draw(shape[0], 1, shape[2]) for _ in range(4)]
-    yield Case(
+    yield from dual_and_backward(
         "modulated_layer_norm",
         str(shape),
-        fused=lambda: backward(_fused_layer_norm(x1, dx1, *modulation), [x1, dx1, *modulation], [g, h]),
-        composed=lambda: backward(_composed_layer_norm(x1, dx1, *modulation), [x1, dx1, *modulation], [g, h]),
-        bytes=10 * _bytes(x1),
-        **common,
+        lambda: backward(_fused_layer_norm(x, dx, *modulation), [x, dx, *modulation], [g, h]),
+        lambda: backward(_composed_layer_norm(x, dx, *modulation), [x, dx, *modulation], [g, h]),
+        _bytes(x),
     )
 
+
+def group_norm_cases(draw: Draw, large: bool) -> Iterator[Case]:
     shape = (64, 256, 64, 64) if large else (16, 64, 32, 32)
     for layout in (torch.contiguous_format, torch.channels_last):
         image = [draw(*shape, grad=False).contiguous(memory_format=layout) for _ in range(4)]
-        yield _group_norm_case(image, draw(shape[1]), draw(shape[1]), shape, layout, common)
+        yield from _group_norm(image, draw(shape[1]), draw(shape[1]), shape, layout)
 
+
+def activation_cases(draw: Draw, large: bool) -> Iterator[Case]:
     shape = (256, 256, 4608) if large else (32, 64, 1024)
-    x3, dx3, g3, h3 = (draw(*shape, grad=i < 2) for i in range(4))
+    x, dx, g, h = (draw(*shape, grad=i < 2) for i in range(4))
     for act in ("gelu_tanh", "gelu", "silu"):
-        yield Case(
+        yield from dual_and_backward(
             f"activation {act}",
             str(shape),
-            fused=partial(_run_activation, activation, x3, dx3, g3, h3, act),
-            composed=partial(_run_activation, _composed_activation, x3, dx3, g3, h3, act),
-            bytes=10 * _bytes(x3),
-            **common,
+            partial(_run_activation, activation, x, dx, g, h, act),
+            partial(_run_activation, _composed_activation, x, dx, g, h, act),
+            _bytes(x),
         )
+
+
+def dual_and_backward(
+    op: str, shape: str, fused: Callable[[], Outputs], composed: Callable[[], Outputs], each: int
+) -> Iterator[Case]:
+    """The forward pass alone reads x, dx and writes y, dy, each of `each` bytes; with the backward pass six more."""
+    yield Case(op, shape, "dual", torch.no_grad()(fused), torch.no_grad()(composed), bytes=4 * each)
+    yield Case(op, shape, DUAL_BACKWARD, fused, composed, bytes=10 * each)
 
 
 def _bytes(x: Tensor) -> int:
@@ -118,9 +130,9 @@ def _standardised(x: Tensor, dx: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return n.to(x.dtype), dn.to(x.dtype)
 
 
-def _group_norm_case(
-    image: list[Tensor], gain: Tensor, bias: Tensor, shape: tuple, layout: torch.memory_format, common: dict[str, Any]
-) -> Case:
+def _group_norm(
+    image: list[Tensor], gain: Tensor, bias: Tensor, shape: tuple[int, ...], layout: torch.memory_format
+) -> Iterator[Case]:
     x, dx, g, h = image
     inputs = [x.requires_grad_(), dx.requires_grad_(), gain, bias]
 
@@ -130,13 +142,12 @@ def _group_norm_case(
         du = dn.view(x.shape) * gain.view(1, -1, 1, 1)
         return backward([F.silu(u), silu_tangent(du, u)], inputs, [g, h])
 
-    return Case(
+    yield from dual_and_backward(
         "group_norm_silu",
         f"{shape}{' channels-last' if layout == torch.channels_last else ''}",
-        fused=lambda: backward(group_norm_silu(x, dx, 32, gain, None, bias, None), inputs, [g, h]),
-        composed=composed,
-        bytes=10 * _bytes(x),
-        **common,
+        lambda: backward(group_norm_silu(x, dx, 32, gain, None, bias, None), inputs, [g, h]),
+        composed,
+        _bytes(x),
     )
 
 

@@ -2,8 +2,8 @@
 
 A step is loss, backward and a fused AdamW. Each case is timed in turn with flow matching in the same process (flow
 matching, case, flow matching, ...): benchmarks.measure.ratio. Flow matching is the same network on plain tensors with
-PyTorch's fused attention, eager or compiled. Before a case is timed, its loss and gradient are compared with those of an
-independent implementation; a way of the field that fails here is a row with its error.
+PyTorch's fused attention, eager or compiled. Before a case is timed, its loss and gradient are compared with those of
+an independent implementation; a way of the field that fails here is a row with its error.
 """
 
 from __future__ import annotations
@@ -110,7 +110,12 @@ def parameters() -> list[Any]:
     """(network, mode, precision, case): what the quick profile measures, and what --full adds."""
     main = list(CPU_NETWORKS if DEVICE == "cpu" else GPU_NETWORKS)
     exact = ["lambda 0, 100 %", "lambda 1, 100 %"]
-    quarter = ["lambda 0, 25 %", "lambda 0, 25 %, paired", "lambda 0.5 stochastic, 25 %, paired", "lambda 1, 25 %, paired"]
+    quarter = [
+        "lambda 0, 25 %",
+        "lambda 0, 25 %, paired",
+        "lambda 0.5 stochastic, 25 %, paired",
+        "lambda 1, 25 %, paired",
+    ]
     field = [name for name, case in CASES.items() if case.way != OURS]
     rows = {
         "quick": [
@@ -135,7 +140,9 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("network", "mode", "precision", "name"), parameters())
-def test_step(benchmark: Any, workloads: Any, full: bool, network: str, mode: str, precision: str, name: str) -> None:
+def test_step(
+    benchmark: Any, workloads: Any, length: float, network: str, mode: str, precision: str, name: str
+) -> None:
     case = CASES[name]
     net, x, baseline, base = workloads(network, mode, precision)
     row = benchmark.extra_info
@@ -166,7 +173,7 @@ def test_step(benchmark: Any, workloads: Any, full: bool, network: str, mode: st
         warm_up()
     pair = ours.times.pop() + theirs.times.pop()
     ours.times.clear(), theirs.times.clear()
-    rounds = round(min(max((20 if full else 8) / pair, 5), 200))
+    rounds = round(min(max(length / pair, 5), 200))
     benchmark.pedantic(ours, setup=theirs, rounds=rounds)
     theirs()
     row |= ratio(ours.times, theirs.times)
