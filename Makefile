@@ -1,16 +1,17 @@
-# make train | test | test-all | lint | bench | clean: each does its own set-up in .venv; a second run is quick.
+# make train | test | test-all | lint | bench | bench-full | bench-compare | clean: each does its own set-up in .venv; a second run is quick.
 # Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
 
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
+BENCH  ?= .benchmarks/run.json
 RUN    ?= runs/$(basename $(notdir $(CONFIG)))
 
 BIN   := .venv/bin
 READY := .venv/.ready
 FIRST := .venv/.torch
 
-.PHONY: train test test-all lint bench clean
+.PHONY: train test test-all lint bench bench-full bench-compare clean
 .DEFAULT_GOAL := train
 
 # torch goes first and pinned, so that the package's own range never fetches a second one.
@@ -43,8 +44,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+# The quick profile takes about 8 minutes on 2 cores, the full one an hour; leave the machine alone meanwhile.
+bench bench-full: $(READY)
+	@mkdir -p $(dir $(BENCH))
+	$(BIN)/python -m pytest benchmarks --benchmark-only -s --benchmark-json=$(BENCH) $(if $(filter %-full,$@),--full)
+
+# make bench-compare OLD=before.json [BENCH=after.json]: fails where a ratio got worse.
+bench-compare: $(READY)
+	$(BIN)/python -m benchmarks.compare $(OLD) $(BENCH)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

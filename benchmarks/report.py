@@ -1,7 +1,7 @@
-"""The README's performance table from a committed benchmark run: python -m benchmarks.report [--check]
+"""From committed runs to the README's performance section and its plots: python -m benchmarks.report [--check]
 
-Reads benchmarks/results/<device>/step.json, which `pytest benchmarks/step --benchmark-only --benchmark-json=...` wrote,
-and replaces what stands between the two markers in README.md. With --check it only says whether they agree.
+Reads benchmarks/results/<device>/full.json, which `make bench-full` wrote, replaces what stands between the two markers
+in README.md, and draws docs/performance_*.png. With --check it only says whether README and runs agree.
 """
 
 from __future__ import annotations
@@ -9,49 +9,195 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import CASES, OURS
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "step.json"
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 
+Row = dict[str, Any]
 
-def table(run: dict[str, Any]) -> str:
-    """Markdown: one row per case, ratios to the flow-matching step of the same network and mode."""
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for benchmark in run["benchmarks"]:
-        kind, mode, name = benchmark["params"]["kind"], benchmark["params"]["mode"], benchmark["params"]["name"]
-        rows.setdefault(name, {})[f"{kind}, {mode}"] = benchmark["extra_info"]
-    columns = sorted({column for row in rows.values() for column in row})
-    bounds = {name: next(iter(row.values()))["bound"] for name, row in rows.items()}
-    lines = [
-        f"| step time over flow matching | bound | {' | '.join(columns)} |",
-        "|---" * (len(columns) + 2) + "|",
+
+def rows_of(run: dict[str, Any], suite: str, **fixed: Any) -> list[Row]:
+    """The rows of a suite in which the named values are as given."""
+    return [r for r in run["rows"] if r["suite"] == suite and all(r.get(k) == v for k, v in fixed.items())]
+
+
+def table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *body))
+
+
+def crossed(rows: list[Row], line: Callable[[Row], str], column: Callable[[Row], str]) -> dict[str, dict[str, Row]]:
+    """{line: {column: row}}, in the order in which they come."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(line(row), {})[column(row)] = row
+    return found
+
+
+def steps(run: dict[str, Any], ours: bool) -> str:
+    """Ratios to flow matching: our cases with their bounds, or all ways at lambda 0 and 1 side by side."""
+    networks = _main_networks(run)
+    rows = [r for r in rows_of(run, "step") if r["network"] in networks]
+    names = [
+        n for n, case in CASES.items() if ours == (case.way == OURS) or n in ("lambda 0, 100 %", "lambda 1, 100 %")
     ]
-    for name, row in rows.items():
-        cells = [f"{row[c]['ratio to flow matching']:.2f}" if c in row else "" for c in columns]
-        lines.append(f"| {name} | {bounds[name]:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    if not ours:
+        names.sort(key=lambda name: CASES[name].lam)
+    precisions = ("fp32", "bf16") if ours else ("fp32",)
+    columns = [(n, m, p) for p in precisions for n in networks for m in ("compiled", "eager")]
+    cells = crossed(rows, lambda r: r["name"], lambda r: (r["network"], r["mode"], r["precision"]))  # type: ignore
+    columns = [c for c in columns if any(c in cells.get(name, {}) for name in names)]
+    heads = ["step over flow matching", "bound", *(f"{n}, {m}{', bf16' if p == 'bf16' else ''}" for n, m, p in columns)]
+    body = []
+    for name in names:
+        if name in cells:
+            title = name if CASES[name].way != OURS or ours else f"**mmf_fast**, {name}"
+            found = [_ratio(cells[name].get(c)) for c in columns]  # type: ignore[call-overload]
+            body.append([title, f"{CASES[name].bound():.2f}", *found])
+    return table(heads, body)
 
 
-def header(run: dict[str, Any]) -> str:
-    first = run["benchmarks"][0]["extra_info"]
-    commit, machine = run["commit_info"], run["machine_info"]
-    brand = machine.get("cpu", {}).get("brand_raw", machine.get("machine", ""))
+def _ratio(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return "fails" if "error" in row else f"{row['ratio']:.2f}"
+
+
+def failures(run: dict[str, Any]) -> str:
+    """What the rows that fail say."""
+    said = {r["error"]: (r["name"], r["mode"]) for r in rows_of(run, "step") if "error" in r}
+    return "\n".join(f"- {name}, {mode}: `{error[:110]}`" for error, (name, mode) in said.items())
+
+
+def memory(run: dict[str, Any]) -> str:
+    cells = crossed(rows_of(run, "memory"), lambda r: r["network"], lambda r: r["name"])
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    heads = ["peak memory over flow matching, eager", *names]
+    return table(heads, [[n, *(f"{row[c]['over flow matching']:.2f}" for c in names)] for n, row in cells.items()])
+
+
+def accuracy(run: dict[str, Any]) -> str:
+    rows = rows_of(run, "accuracy", network="DiT")
+    cells = crossed(rows, lambda r: f"{r['way']}, lambda {r['lambda']:g}", lambda r: r["precision"])
+    precisions = [p for p in ("fp64", "fp32", "tf32", "bf16") if any(p in row for row in cells.values())]
+    heads = ["relative error, DiT", *(f"{what}, {p}" for what in ("du/dt", "gradient") for p in precisions)]
+    body = [
+        [name, *(_error(row.get(p), what) for what in ("du/dt", "gradient") for p in precisions)]
+        for name, row in sorted(cells.items(), key=lambda item: item[0][-1])
+    ]
+    return table(heads, body)
+
+
+def _error(row: Row | None, what: str) -> str:
+    if row is None:
+        return ""
+    return "fails" if "error" in row else f"{row['errors'][what]:.0e}"
+
+
+def kernels(run: dict[str, Any]) -> str:
+    copy = run["machine"]["copy GB/s"] * 1e9
+    body = []
+    for r in rows_of(run, "kernels"):
+        over = {name: f"{found['ratio']:.2f}" for name, found in r["speedup over"].items()}
+        share = f"{r['bytes/s'] / copy:.0%}" if r["bytes"] else f"{r['FLOP/s'] / 1e9:.0f} GFLOP/s"
+        others = ", ".join(f"{ratio} ({name})" for name, ratio in over.items() if name != "composed")
+        precise = "" if r["precision"] == "fp32" else f", {r['precision']}"
+        body.append(
+            [
+                f"{r['op']} {r['shape']}{precise}",
+                r["mode"],
+                _time(r["seconds"]["fused"]),
+                over["composed"],
+                others,
+                share,
+            ]
+        )
+    heads = ["operator", "pass", "time", "times as fast as composed", "as others", "share of copy bandwidth, or rate"]
+    return table(heads, body)
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def losses(run: dict[str, Any]) -> str:
+    """Every row where something else is faster than ours by more than its spread."""
+    found = []
+    theirs = [r for r in rows_of(run, "step") if CASES[r["name"]].way != OURS and "error" not in r]
+    for r in theirs:
+        name = next(
+            n
+            for n, c in CASES.items()
+            if c.way == OURS and (c.share, c.loss) == (CASES[r["name"]].share, CASES[r["name"]].loss)
+        )
+        same = {key: r[key] for key in ("network", "mode", "precision")}
+        for ours in rows_of(run, "step", name=name, **same):
+            if ours["quartiles"][0] > r["quartiles"][1]:
+                where = f"{r['network']}, {r['mode']}, {r['precision']}"
+                found.append(f"{r['name']} ({where}): {r['ratio']:.2f} against our {ours['ratio']:.2f}")
+    for r in rows_of(run, "kernels"):
+        for other, speedup in r["speedup over"].items():
+            if speedup["quartiles"][1] < 1 and "no tangent" not in other:
+                found.append(f"{r['op']} {r['shape']}, {r['mode']}: {speedup['ratio']:.2f} times as fast as {other}")
+    for r in rows_of(run, "step"):
+        if CASES[r["name"]].way == OURS and "ratio" in r and r["quartiles"][0] > 1.1 * r["bound"]:
+            where = f"{r['network']}, {r['mode']}, {r['precision']}"
+            found.append(f"{r['name']} ({where}): {r['ratio'] / r['bound']:.2f} times its bound")
+    return "\n".join(f"- {line}" for line in found)
+
+
+def _main_networks(run: dict[str, Any]) -> list[str]:
+    names = dict.fromkeys(r["network"] for r in rows_of(run, "step"))
+    return [n for n in names if not n.startswith("DiT, ")]
+
+
+def header(run: dict[str, Any], path: Path) -> str:
+    m = run["machine"]
+    threads = f", {m['threads']} threads" if m["triton"] is None or "cuda" not in m["torch"] else ""
     return (
-        f"{first['device']} ({brand}, {first['threads']} threads), fp32, torch {first['torch']}, "
-        f"commit {commit['id'][:9]}, {run['datetime'][:10]}. `pytest benchmarks/step --benchmark-only`; "
-        f"raw figures: [{RESULTS.relative_to(ROOT)}]({RESULTS.relative_to(ROOT)})."
+        f"{m['device']}{threads}, torch {m['torch']}, commit {m['commit'][:9]}, {m['date'][:10]}; every figure: "
+        f"[{path.relative_to(ROOT)}]({path.relative_to(ROOT)}), again by `make bench-full`."
     )
 
 
+def one_device(path: Path) -> str:
+    run = json.loads(path.read_text())
+    parts = [
+        f"### On {'a CPU' if path.parent.name == 'cpu' else path.parent.name}",
+        header(run, path),
+        "A step is loss, backward and fused AdamW, timed in turn with the step of flow matching (same network, PyTorch's "
+        "fused attention, same mode); medians of the ratios. The bound counts network evaluations, a backward being two. "
+        "100 %, 25 %: the share of samples with r < t.",
+        steps(run, ours=True),
+        "The ways of the field at equal settings (whole batch, conditional tangent), written from the descriptions of "
+        "public code (benchmarks/field.py):",
+        steps(run, ours=False),
+        failures(run),
+        f"![Overhead by method](docs/performance_{path.parent.name}_methods.png)",
+        "Errors against float64, over the same weights and draws: speed never stands without them.",
+        accuracy(run),
+        memory(run),
+        f"![Scaling](docs/performance_{path.parent.name}_scaling.png)",
+        "<details><summary>Operators, each with its tangent, against the same composed of PyTorch's functions</summary>\n\n"
+        f"{kernels(run)}\n\n![Roofline](docs/performance_{path.parent.name}_roofline.png)\n\n</details>",
+        f"Where something else is faster, or we are more than 10 % above the bound:\n\n{losses(run)}",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def runs() -> list[Path]:
+    return sorted(RESULTS.glob("*/full.json"))
+
+
 def section() -> str:
-    if not RESULTS.exists():
-        return f"{BEGIN}\nNo run is committed yet. `make bench` measures every row on your machine.\n{END}"
-    run = json.loads(RESULTS.read_text())
-    return f"{BEGIN}\n{header(run)}\n\n{table(run)}\n{END}"
+    found = [one_device(path) for path in runs()]
+    return f"{BEGIN}\n" + "\n\n".join(found or ["No run is committed yet: `make bench`."]) + f"\n{END}"
 
 
 def main() -> int:
@@ -64,6 +210,10 @@ def main() -> int:
     if check:
         return int(current != text)
     README.write_text(current)
+    from benchmarks.plots import draw
+
+    for path in runs():
+        draw(json.loads(path.read_text()), ROOT / "docs", path.parent.name)
     return 0
 
 

@@ -110,33 +110,32 @@ def parameters() -> list[Any]:
     """(network, mode, precision, case): what the quick profile measures, and what --full adds."""
     main = list(CPU_NETWORKS if DEVICE == "cpu" else GPU_NETWORKS)
     exact = ["lambda 0, 100 %", "lambda 1, 100 %"]
-    quarter = [
-        "lambda 0, 25 %",
-        "lambda 0, 25 %, paired",
-        "lambda 0.5 stochastic, 25 %, paired",
-        "lambda 1, 25 %, paired",
-    ]
+    quarter = ["lambda 0, 25 %", "lambda 0, 25 %, paired", "lambda 1, 25 %", "lambda 0.5 stochastic, 25 %, paired"]
     field = [name for name, case in CASES.items() if case.way != OURS]
-    rows = {
-        "quick": [
+    at_zero = [name for name in field if CASES[name].lam == 0]
+    if DEVICE == "cpu":
+        quick = [
             (main[0], "compiled", "fp32", [*exact, "lambda 0, 25 %, paired"]),
             (main[0], "eager", "fp32", [*exact, *quarter, *field]),
-            (main[-1], "eager", "fp32", [*exact, "torch.func.jvp, lambda 0, 100 %"]),
-        ],
-        "full": [
-            *((name, mode, "fp32", list(CASES)) for name in main for mode in ("compiled", "eager")),
-            *((name, mode, "bf16", [*exact, *quarter]) for name in main for mode in ("compiled", "eager")),
-            *((name, "eager", "fp32", [*exact, *field[:2]]) for name in (*TOKENS, *WIDTHS)),
-        ],
-    }
-    if DEVICE == "cuda":  # the claim is about bfloat16 there
-        rows["quick"] = [(name, "compiled", "bf16", [*exact, *quarter, *field[:2]]) for name in main]
-    chosen = {profile: [(*row[:3], case) for row in group for case in row[3]] for profile, group in rows.items()}
-    extra = [row for row in chosen["full"] if row not in chosen["quick"]]
-    marked = [(row, []) for row in chosen["quick"]] + [(row, [pytest.mark.full]) for row in extra]
-    order = list(dict.fromkeys(row[:3] for row in chosen["quick"] + chosen["full"]))
-    marked.sort(key=lambda pair: order.index(pair[0][:3]))  # rows of one baseline together
-    return [pytest.param(*row, id=" | ".join(row), marks=marks) for row, marks in marked]
+            (main[1], "eager", "fp32", [*exact, field[0]]),
+        ]
+        more = [
+            *((name, "eager", "fp32", list(CASES)) for name in main),
+            (main[0], "compiled", "fp32", list(CASES)),
+            (main[1], "compiled", "fp32", [*exact, *quarter, *at_zero]),
+            *((name, "eager", "bf16", [*exact, *quarter]) for name in main),
+            (main[0], "compiled", "bf16", exact),
+        ]
+    else:  # the claim is about bfloat16 there
+        quick = [(name, "compiled", "bf16", [*exact, *quarter, *field]) for name in main]
+        more = [(name, mode, "bf16", list(CASES)) for name in main for mode in ("compiled", "eager")]
+    more += [(name, "eager", "fp32", [*exact, *field[:2]]) for name in (*TOKENS, *WIDTHS)]
+    wanted = {(*row[:3], name): profile for profile in (more, quick) for row in profile for name in row[3]}
+    order = list(dict.fromkeys(row[:3] for row in quick + more))  # rows of one baseline together
+    return [
+        pytest.param(*row, id=" | ".join(row), marks=[] if wanted[row] is quick else [pytest.mark.full])
+        for row in sorted(wanted, key=lambda row: (order.index(row[:3]), list(CASES).index(row[3])))
+    ]
 
 
 @pytest.mark.parametrize(("network", "mode", "precision", "name"), parameters())

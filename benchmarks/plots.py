@@ -1,0 +1,118 @@
+"""The plots of a run: overhead by method and against the share of r < t, scaling and memory, the roofline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.cases import CASES, OURS
+
+
+def draw(run: dict[str, Any], folder: Path, device: str) -> None:
+    """performance_<device>_{methods,scaling,roofline}.png in `folder`."""
+    for name, function, size in (
+        ("methods", _methods, (11, 4.2)),
+        ("scaling", _scaling, (11, 3.6)),
+        ("roofline", _roofline, (6, 4.5)),
+    ):
+        figure = Figure(figsize=size, layout="constrained")
+        function(figure, run)
+        figure.savefig(folder / f"performance_{device}_{name}.png", dpi=110)
+
+
+def _rows(run: dict[str, Any], suite: str, **fixed: Any) -> list[dict[str, Any]]:
+    return [r for r in run["rows"] if r["suite"] == suite and all(r.get(k) == v for k, v in fixed.items())]
+
+
+def _methods(figure: Figure, run: dict[str, Any]) -> None:
+    """Left: step over flow matching of each way, the first network, eager and compiled. Right: against the share."""
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    network = _rows(run, "step")[0]["network"]
+    names = [n for n, c in CASES.items() if c.share == 1 and c.lam in (0, 1)]
+    names.sort(key=lambda n: (CASES[n].lam, CASES[n].way != OURS))
+    for offset, mode in ((-0.2, "eager"), (0.2, "compiled")):
+        found = {r["name"]: r for r in _rows(run, "step", network=network, mode=mode, precision="fp32")}
+        for y, name in enumerate(names):
+            row = found.get(name, {})
+            colour = {"eager": "C0", "compiled": "C1"}[mode]
+            if "ratio" in row:
+                low, high = row["quartiles"]
+                left.barh(y + offset, row["ratio"], 0.38, color=colour, alpha=1 if CASES[name].way == OURS else 0.45)
+                left.plot([low, high], [y + offset] * 2, color="black", linewidth=1)
+            elif "error" in row:
+                left.text(0.05, y + offset, f"{mode}: fails", va="center", fontsize=8, color=colour)
+    for lam in (0, 1):
+        ys = [y for y, n in enumerate(names) if CASES[n].lam == lam]
+        bound = 4 / 3 if lam == 0 else 2
+        left.plot(
+            [bound, bound], [min(ys) - 0.5, max(ys) + 0.5], color="black", linestyle=":", label="bound" if lam else None
+        )
+    for mode, colour in (("eager", "C0"), ("compiled", "C1")):
+        left.barh(0, 0, color=colour, label=mode)
+    left.set_yticks(
+        range(len(names)), [("mmf_fast, " if CASES[n].way == OURS else "") + n.removesuffix(", 100 %") for n in names]
+    )
+    left.invert_yaxis()
+    left.set(xlabel="step over flow matching", title=f"{network}, all samples with r < t, fp32")
+    left.legend(fontsize=8)
+    for lam, colour in ((0, "C2"), (1, "C3")):
+        for mode, style in (("compiled", "-o"), ("eager", "--s")):
+            rows = {r["name"]: r for r in _rows(run, "step", network=network, mode=mode, precision="fp32")}
+            points = [
+                (s, rows[n]["ratio"]) for s in (25, 50, 100) if "ratio" in rows.get(n := f"lambda {lam}, {s} %", {})
+            ]
+            right.plot(
+                *zip((0, 1), *points, strict=True), style, color=colour, markersize=4, label=f"lambda {lam}, {mode}"
+            )
+        right.plot([0, 100], [1, 4 / 3 if lam == 0 else 2], color="black", linestyle=":", linewidth=1)
+    right.set(xlabel="share of samples with r < t [%]", title="dotted: the bounds")
+    right.legend(fontsize=8)
+
+
+def _scaling(figure: Figure, run: dict[str, Any]) -> None:
+    """Overhead against tokens and against width, and peak memory against tokens."""
+    tokens, width, memory = figure.subplots(1, 3)
+    names = ["lambda 0, 100 %", "lambda 1, 100 %", "torch.func.jvp, lambda 0, 100 %", "torch.func.jvp, lambda 1, 100 %"]
+    for ax, suite, kind, key in (
+        (tokens, "step", "tokens", "ratio"),
+        (width, "step", "width", "ratio"),
+        (memory, "memory", "tokens", "over flow matching"),
+    ):
+        for name in names:
+            points = sorted(
+                (float("".join(filter(str.isdigit, r["network"]))), r[key])
+                for r in _rows(run, suite, name=name)
+                if f"{kind}" in r["network"] and key in r
+            )
+            if points:
+                style = "-o" if CASES[name].way == OURS else "--s"
+                ax.plot(
+                    *zip(*points, strict=True), style, markersize=4, color=f"C{2 + int(CASES[name].lam)}", label=name
+                )
+        ax.set(xscale="log", xlabel=kind, ylim=(0, None))
+    tokens.set(title="step over flow matching, eager")
+    width.set(title="step over flow matching, eager")
+    memory.set(title="peak memory over flow matching")
+    tokens.legend(fontsize=7)
+
+
+def _roofline(figure: Figure, run: dict[str, Any]) -> None:
+    """What operators reach of the machine: memory-bound ones against the copy bandwidth, the others against products."""
+    ax: Axes = figure.subplots()
+    machine = run["machine"]
+    copy, product = machine["copy GB/s"], machine["product GFLOP/s"]["fp32"]
+    rows = [r for r in _rows(run, "kernels") if r["precision"] == "fp32"]
+    labels, shares, colours = [], [], []
+    for r in rows:
+        bound_by_memory = bool(r["bytes"])
+        labels.append(f"{r['op']} {r['shape']}, {r['mode']}")
+        shares.append(r["bytes/s"] / 1e9 / copy if bound_by_memory else r["FLOP/s"] / 1e9 / product)
+        colours.append("C0" if bound_by_memory else "C1")
+    ax.barh(range(len(rows)), shares, color=colours)
+    ax.axvline(1, color="black", linestyle=":")
+    ax.set_yticks(range(len(rows)), labels, fontsize=6)
+    ax.invert_yaxis()
+    ax.set(xlabel="share of the roof", title=f"copy {copy:.0f} GB/s (blue), product {product:.0f} GFLOP/s (orange)")
