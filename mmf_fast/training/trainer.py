@@ -120,10 +120,13 @@ class Trainer:
         peak = peak_flops(engine.device, train.precision)
         speed = Speed(engine.phases, train.batch, peak and peak * engine.world_size)
         saved = self.step
-        with self._tracer() as trace:
+        with self._batches() as prefetcher, self._tracer() as trace:
+            batches = iter(prefetcher)
             while self.step < train.steps and not self._must_stop():
                 speed.count(self.forward_flops * self.forwards(train.batch, self.step))
-                metrics, x = self._one_step()
+                with engine.phases("data"):
+                    _, (x, y) = next(batches)
+                metrics = self._one_step(x, y)
                 bar.update()
                 if trace:
                     trace.step()
@@ -185,14 +188,32 @@ class Trainer:
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def _one_step(self) -> tuple[dict[str, Tensor], Tensor]:
-        with self.engine.phases("data"):
-            x, y = self.dataset.batch(self.step, self.config.train.batch, self.engine.rank, self.engine.world_size)
+    def _batches(self) -> data.Prefetcher:
+        """The batches of this rank from the present step on, made while the device works; on CUDA in pinned memory, as
+        a copy from any other would wait for the device."""
+        device, train = self.engine.device, self.config.train
+
+        def pin(batch: data.Batch) -> data.Batch:
+            torch.cuda.set_device(device)  # a thread starts on the first device, and would open a context there
+            x, y = batch
+            return x.pin_memory(), None if y is None else y.pin_memory()
+
+        return data.Prefetcher(
+            self.dataset,
+            train.batch,
+            first=self.step,
+            last=train.steps,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            then=pin if device.type == "cuda" else None,
+        )
+
+    def _one_step(self, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         result = self.engine.step(x, self.step, **({} if y is None else {"y": y}))
         self.step += 1
         self.skipped += result.skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * result.skipped
-        return result.metrics, x
+        return result.metrics
 
     def _check_finite(self, x: Tensor) -> None:
         """Reading the count waits for the device, so it is not done at each step: weights are safe meanwhile."""

@@ -2,6 +2,7 @@ import copy
 import math
 import signal
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,10 @@ def test_resuming_is_exact(tmp_path: Path, stop: int) -> None:
     steps = iter(range(stop))
     real = trainer._one_step
 
-    def one_step() -> Any:
+    def one_step(*batch: Any) -> Any:
         if next(steps, None) is None:
             raise KeyboardInterrupt  # as hard as it gets inside one process: nothing is saved
-        return real()
+        return real(*batch)
 
     trainer._one_step = one_step  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -213,15 +214,15 @@ def test_bad_steps_in_a_row_are_counted_across_a_resumption(tmp_path: Path) -> N
 def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     trainer = Trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
-    real = trainer.dataset.batch
+    real = trainer.engine.step
 
-    def batch(step: int, *size: int) -> Any:
+    def engine_step(x: Tensor, step: int, **cond: Tensor) -> Any:
         if step == 6:
             signal.raise_signal(number)
             assert signal.getsignal(number) is before  # a second one is not caught
-        return real(step, *size)
+        return real(x, step, **cond)
 
-    trainer.dataset.batch = batch  # type: ignore[method-assign]
+    trainer.engine.step = engine_step  # type: ignore[method-assign]
     assert not trainer.fit()
     assert trainer.stopped_by == number and trainer.step == 7
     assert signal.getsignal(number) is before
@@ -332,3 +333,68 @@ def test_samples_that_are_not_finite_do_not_end_the_run(tmp_path: Path, capsys: 
     trainer.draw()
     assert "not finite" in capsys.readouterr().err
     assert not (tmp_path / "run" / "samples").exists()
+
+
+class Slow:
+    """A dataset whose batches take their time, and one of which may fail."""
+
+    def __init__(self, dataset: Any, seconds: float, fails_at: int | None = None) -> None:
+        self.dataset, self.seconds, self.fails_at = dataset, seconds, fails_at
+        self.shape, self.num_classes, self.name = dataset.shape, dataset.num_classes, dataset.name
+
+    def batch(self, step: int, *rest: int) -> tuple[Tensor, Tensor | None]:
+        if step == self.fails_at:
+            raise OSError("samples.npy: the disk is gone")
+        time.sleep(self.seconds)
+        return self.dataset.batch(step, *rest)
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_the_next_batch_is_made_while_a_step_runs(tmp_path: Path) -> None:
+    """Both take 20 ms, one after the other 40: the waits for data are a small part of what they would be."""
+    trainer = Trainer(tiny(), tmp_path / "run")
+    trainer.dataset = Slow(trainer.dataset, 0.02)
+    real = trainer.engine.step
+
+    def slow_step(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.02)
+        return real(*arguments, **options)
+
+    trainer.engine.step = slow_step  # type: ignore[method-assign]
+    assert trainer.fit()
+    waits = [record["data_seconds"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(waits[1:]) / len(waits[1:]) < 0.01 and waits[0] > 0.015  # nothing was made before the first
+    assert not threads()
+
+
+def test_an_error_of_the_data_comes_through_and_the_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(tiny(), run)
+    trainer.dataset = Slow(trainer.dataset, 0.0, fails_at=6)
+    with pytest.raises(OSError, match="^samples.npy: the disk is gone$"):
+        trainer.fit()
+    assert trainer.step == 6 and not threads()
+    assert [record["step"] for record in records(run)] == list(range(1, 7))  # the batches before it were used
+    resumed = Trainer(tiny(), run, resume=True)
+    assert resumed.step == 4 and resumed.fit()
+    Trainer(tiny(), tmp_path / "whole").fit()
+    assert records(run) == records(tmp_path / "whole")
+
+
+def test_no_thread_outlives_a_run_however_it_ends(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(), tmp_path / "signal")
+    trainer.stopped_by = signal.SIGTERM
+    assert not trainer.fit() and not threads()
+
+    trainer = Trainer(tiny(), tmp_path / "error")
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    trainer.engine.step = fails  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.fit()
+    assert not threads()
