@@ -6,13 +6,18 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
 
 __all__ = ["RankLog"]
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is named by what cannot do without it, the record of the run and its checkpoints."""
 
 
 class RankLog(logging.Logger):
@@ -39,8 +44,13 @@ class RankLog(logging.Logger):
         """Within the block the log is written, Python's warnings and the error that ends the block included; these go
         on their usual way as well. Raises OSError where there can be no file."""
         path = run / "logs" / f"rank_{self.rank}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = _File(path)
+        except OSError as error:
+            raise OSError(
+                f"{path}: cannot be written ({error.strerror}); make room or mend it, go on with --resume"
+            ) from error
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._waiting.setTarget(file)
         self._waiting.flush()
@@ -56,7 +66,8 @@ class RankLog(logging.Logger):
             self.removeHandler(file)
             self._waiting.setTarget(None)
             self.addHandler(self._waiting)
-            file.close()
+            with suppress(OSError):
+                file.close()
 
     @contextmanager
     def _warnings(self) -> Iterator[None]:

@@ -169,7 +169,11 @@ class Trainer:
         self.log.info("step %d: checkpoint written in %.1f s", self.step, time.perf_counter() - start)
 
     def draw(self) -> None:
-        """Draws one-step samples of the averaged weights from the same noise at every call; leaves all RNGs alone."""
+        """Draws one-step samples of the averaged weights from the same noise at every call; leaves all RNGs alone.
+        Latents are not drawn."""
+        if len(self.dataset.shape) == 3 and self.dataset.shape[0] not in (1, 3):
+            self.log.info("step %d: no picture, as latents %s need their decoder", self.step, self.dataset.shape)
+            return
         net = self.engine.averaged()
         if not self.is_main:
             return

@@ -77,3 +77,22 @@ def test_two_ranks_have_two_logs_and_one_progress_bar(tmp_path: Path) -> None:
         assert (run / "profile" / f"rank_{rank}.json").stat().st_size > 1000
     assert done.stdout.count("13 steps done") == 1
     assert done.stderr.count("13/13 [") == 1
+
+
+def test_a_full_disk_does_not_end_a_log_with_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full takes every open and refuses every write."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_0.log").symlink_to("/dev/full")
+    log = RankLog(0, terminal=True)
+    with log.recording(tmp_path):
+        log.say("training goes on")
+    assert capsys.readouterr().err == "training goes on\n"
+
+
+def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file")
+    with (
+        pytest.raises(OSError, match=r"rank_0.log: cannot be written .*go on with --resume$"),
+        RankLog(0, True).recording(tmp_path),
+    ):
+        pass

@@ -7,13 +7,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from data.archives import edm2, write_zip
 from matplotlib.image import imread
 from torch import Tensor
 
 from mmf_fast import config, models
 from mmf_fast.config import Config, ConfigError
+from mmf_fast.data.prepare import prepare
 from mmf_fast.sampling import sample
 from mmf_fast.training import CheckpointError, NonFiniteError, RunFolderError, Trainer
 from mmf_fast.training.checkpoint import read as read_checkpoint
@@ -398,3 +401,13 @@ def test_no_thread_outlives_a_run_however_it_ends(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.fit()
     assert not threads()
+
+
+def test_latents_train_and_are_not_drawn(tmp_path: Path) -> None:
+    made = np.concatenate([np.zeros((8, 4, 8, 8)), np.ones((8, 4, 8, 8))], 1).astype(np.float32)
+    prepare(write_zip(tmp_path / "a.zip", edm2(made, [0, 1] * 4)), tmp_path / "set")
+    train = {**TINY["train"], "steps": 3, "batch": 4, "sample_every": 1}
+    trainer = Trainer(digits(data={"name": "latents", "path": str(tmp_path / "set")}, train=train), tmp_path / "run")
+    assert trainer.fit()
+    assert not (tmp_path / "run" / "samples").exists()
+    assert "no picture, as latents (4, 8, 8) need" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
