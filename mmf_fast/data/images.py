@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Epochs, Split, Stored, check_seed, coins, rank_part, whole
+from mmf_fast.data.dataset import Batch, Epochs, Identity, Split, Stored, check_seed, coins, rank_part, whole
 from mmf_fast.data.prepared import open_pair
 
 __all__ = ["ImageDataset", "images", "synthetic"]
@@ -17,6 +17,7 @@ class ImageDataset:
 
     train, validation: images and labels (N,) int64 or None.
     flip: every time a sample is drawn, it is mirrored left to right with probability 1/2; a split never is.
+    source: the identity of the prepared set, wherever it lies.
     Raises ValueError for a negative seed.
     """
 
@@ -28,7 +29,9 @@ class ImageDataset:
         num_classes: int = 0,
         flip: bool = False,
         seed: int = 0,
+        source: str | None = None,
     ) -> None:
+        self.identity: Identity = {"path": source, "validation": None, "verify": None}
         self.name, self.shape, self.num_classes = name, tuple(train[0].shape[1:]), num_classes
         self.flip, self.seed = flip, seed
         self._splits: dict[Split, Stored | None] = {"train": train, "validation": validation}
@@ -60,7 +63,8 @@ def images(
     """
     train, other = open_pair("images", path, validation, verify)
     held = None if other is None else (other.samples, other.labels)
-    return ImageDataset("images", (train.samples, train.labels), held, train.manifest.num_classes, flip, seed)
+    stored, known = (train.samples, train.labels), train.manifest
+    return ImageDataset("images", stored, held, known.num_classes, flip, seed, known.identity)
 
 
 def synthetic(

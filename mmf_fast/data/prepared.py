@@ -64,6 +64,12 @@ class Manifest:
     skipped: list[str] = field(default_factory=list)
     version: int = _VERSION
 
+    @property
+    def identity(self) -> str:
+        """What tells the set from others, wherever it lies: a checksum of its files' and of what is known of them."""
+        content = [self.kind, self.num_classes, self.facts, {name: file["sha256"] for name, file in self.files.items()}]
+        return "sha256 " + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
     def text(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 

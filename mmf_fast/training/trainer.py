@@ -74,6 +74,7 @@ class Trainer:
         _check_run_folder(self.run, resume)
         seed_everything(config.seed)  # of the weights, and of dropout: what the loss draws has a generator of its own
         self.dataset = data.load(**config.data)
+        self.fingerprint = config.fingerprint(self.dataset.identity)
         self.dataset.batch(0, config.train.batch)  # refuses a size that does not fit, before anything is written
         loss_fn = build_loss(config, self.dataset)
         net: Any = loss_fn.net
@@ -158,7 +159,7 @@ class Trainer:
             "skipped": int(self.skipped),
             "skipped_in_a_row": int(self.skipped_in_a_row),
             "rng": rng_state(),
-            "fingerprint": self.config.fingerprint(),
+            "fingerprint": self.fingerprint,
             "engine": share,
         }
         net = self.engine.averaged()
@@ -286,7 +287,7 @@ class Trainer:
             self.log.say(f"{self.run}: no checkpoint yet, starting at step 0")
             return
         path, state = found
-        changed = differences(state["fingerprint"], self.config.fingerprint())
+        changed = differences(state["fingerprint"], self.fingerprint)
         if changed:
             raise CheckpointError(
                 f"{path} is of another configuration: {', '.join(changed)}; set these back, or pass another --run"

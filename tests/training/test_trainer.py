@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data.archives import edm2, write_zip
+from data.archives import edm, edm2, pictures, write_zip
 from matplotlib.image import imread
 from torch import Tensor
 
@@ -266,6 +266,34 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path: Pat
         Trainer(other, tmp_path / "run", resume=True)
     assert "\n" not in str(caught.value) and "steps" not in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def prepared_set(folder: Path, seed: int = 0) -> Path:
+    archive = folder.with_suffix(".zip")
+    prepare(write_zip(archive, edm(pictures(24, 8, seed), [i % 3 for i in range(24)])), folder)
+    return folder
+
+
+def test_a_run_goes_on_where_its_data_were_moved_and_not_with_others(tmp_path: Path) -> None:
+    old, validation = prepared_set(tmp_path / "here"), prepared_set(tmp_path / "held", seed=2)
+
+    def images(path: Path, **options: Any) -> Config:
+        return digits(data={"name": "images", "path": str(path), **options})
+
+    run = tmp_path / "run"
+    Trainer(images(old), run).fit()
+    moved = old.rename(tmp_path / "there")
+    for options in ({}, {"validation": str(validation)}, {"verify": True}):
+        assert Trainer(images(moved, **options), run, resume=True).step == 12
+    again = prepared_set(tmp_path / "again")  # the same samples, prepared once more
+    assert Trainer(images(again), run, resume=True).step == 12
+
+    other = prepared_set(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"data\.path \(sha256 \w{16} -> sha256 \w{16}\); set") as caught:
+        Trainer(images(other), run, resume=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"data\.flip \(default -> True\);"):
+        Trainer(images(moved, flip=True), run, resume=True)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_exactly(
