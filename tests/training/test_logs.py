@@ -2,12 +2,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from launch import ROOT, two_ranks
 from training.test_trainer import Poisoned, tiny
 
 from mmf_fast.training import NonFiniteError, Trainer
 from mmf_fast.training.logs import RankLog
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_log_tells_what_a_rank_did(tmp_path: Path) -> None:
@@ -64,8 +63,6 @@ def test_warnings_and_the_error_that_ends_a_run_are_in_its_log(tmp_path: Path) -
 
 def test_two_ranks_have_two_logs_and_one_progress_bar(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    from training.engines.test_deepspeed import two_ranks
-
     small = ["train.batch=16", "train.steps=13", "train.log_every=4", "train.sample_every=0", "model.width=8"]
     command = [str(ROOT / "mmf_fast" / "train.py"), "--config", str(ROOT / "configs" / "two_moons.yaml"), "--profile"]
     run = tmp_path / "run"
