@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmf_fast.dual import JVP_MODES, jvp
 from mmf_fast.objective.guidance import Guidance
-from mmf_fast.objective.points import WHOLE, Draw, Part, Points, column, draw
+from mmf_fast.objective.points import WHOLE, Draw, Part, Points, check, column, draw
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 from mmf_fast.ops.dispatch import fused
@@ -148,10 +148,11 @@ class MeanFlowLoss(nn.Module):
         the network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
         """
         generator = part.generator(step, x.device)
-        d = draw(x, noise, times, cond, self.times, self.paired, self.stochastic, part, generator)
-        if self.guidance is not None:
+        check(x, noise, times, cond)
+        if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
             uniform = part.of(torch.rand(len(x) * part.count, device=x.device, generator=generator))
-            d = d._replace(cond=self._drop_labels(d.cond, self.guidance, uniform))
+            cond = self._drop_labels(cond, self.guidance, uniform)
+        d = draw(x, noise, times, cond, self.times, self.paired, self.stochastic, part, generator)
         intervals = len(x) - d.instants
         lam, exact = self._exact(intervals, step)
         share = torch.full((), lam, dtype=d.t.dtype, device=d.t.device)  # a tensor: its value is not part of the graph
@@ -262,7 +263,8 @@ class MeanFlowLoss(nn.Module):
         """How many of the r < t rows carry gradient: lam * intervals on average over the steps.
 
         It takes at most five distinct values, since each is a graph and Dynamo stops at eight, and it follows the
-        golden-ratio sequence of the step, so that all ranks agree, which ZeRO-3 needs.
+        golden-ratio sequence of the step, so that all ranks agree, which ZeRO-3 needs. It is the same share of the
+        global batch on any number of ranks that leaves each a multiple of four such rows.
         """
         levels = max((n for n in range(1, 5) if intervals % n == 0), default=1)
         uniform = (step + 0.5) * GOLDEN_RATIO % 1.0
