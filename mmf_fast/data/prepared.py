@@ -179,10 +179,11 @@ def verify(folder: str | Path) -> Manifest:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, with a progress bar that goes away."""
+    """sha256 of a file, with a progress bar that goes away, on the first of several ranks."""
     result = hashlib.sha256()
     size = path.stat().st_size
-    bar = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, delay=1)
+    other = int(os.environ.get("RANK", 0)) > 0
+    bar = tqdm(desc=f"checking {path.name}", total=size, unit="B", unit_scale=True, leave=False, delay=1, disable=other)
     with open(path, "rb") as file, bar:
         while block := file.read(2**20):
             result.update(block)
