@@ -120,7 +120,7 @@ def test_on_a_cpu_the_clock_is_the_hosts() -> None:
     with clock("optimizer"):
         time.sleep(0.01)
     found = clock.read()
-    assert 0.04 <= found["data"] < 0.2 and 0.01 <= found["optimizer"] < 0.1
+    assert 0.04 <= found["data"] < 1 and 0.01 <= found["optimizer"] < 1
     assert found["loss"] == found["backward"] == 0
 
 
