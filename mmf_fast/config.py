@@ -102,10 +102,14 @@ class Config:
         """The whole configuration as plain dicts, lists and scalars: what config.yaml holds and `from_tree` reads."""
         return _plain(self)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Flat {dotted key: value} of everything a training step depends on (all but the fields marked FREE)."""
+    def fingerprint(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Flat {dotted key: value} of everything a training step depends on (all but the fields marked FREE).
+
+        identity: of the dataset; it replaces the options of `data` that it names.
+        """
         free = {f"train.{f.name}" for f in dataclasses.fields(Train) if f.metadata.get("free")}
-        return {key: value for key, value in _flatten(self.tree()) if key not in free}
+        tree = {**self.tree(), "data": {**self.tree()["data"], **identity}}
+        return {key: value for key, value in _flatten(tree) if key not in free}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

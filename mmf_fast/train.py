@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
         "--run", "--run-folder", type=Path, dest="run", help="run folder (default: runs/<name of the configuration>)"
     )
     result.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    result.add_argument("--profile", action="store_true", help="leave a trace of a few steps in RUN/profile/")
     result.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")
     result.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for instance train.steps=100 loss.lam.kind=linear"
@@ -34,16 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise config.ConfigError("--config is missing; for instance --config configs/digits.yaml")
         path = options.config or options.run / "config.yaml"
         run = options.run or Path("runs") / path.stem
-        trainer = Trainer(config.load(path, options.overrides), run, resume=options.resume)
+        trainer = Trainer(config.load(path, options.overrides), run, options.resume, options.profile)
         finished = trainer.fit()
     except (NonFiniteError, OSError) as error:
         return _fail(error, 1)
     except ValueError as error:
         return _fail(error, 2)
     if finished or trainer.stopped_by is None:
-        print(f"{run}: {trainer.step} steps done")
+        if trainer.is_main:
+            print(f"{run}: {trainer.step} steps done")
         return 0
-    print(f"{run}: saved at step {trainer.step} on {trainer.stopped_by.name}; go on with --resume", file=sys.stderr)
+    if trainer.is_main:
+        print(f"{run}: saved at step {trainer.step} on {trainer.stopped_by.name}; go on with --resume", file=sys.stderr)
     return 128 + trainer.stopped_by
 
 

@@ -52,9 +52,10 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str, str]:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """What was logged, as text that keeps every bit, without the one value that depends on the clock."""
+    """What was logged, as text that keeps every bit, without what depends on the clock and the process' memory."""
+    measured = ("_second", "_seconds", "_gib")
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{**json.loads(line), "images_per_second": None} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(measured)} for line in lines]
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:

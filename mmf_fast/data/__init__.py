@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mmf_fast.data.dataset import ArrayDataset, Dataset
+from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset
 from mmf_fast.data.digits import digits
 from mmf_fast.data.formats import DataError
 from mmf_fast.data.images import images, synthetic
@@ -25,7 +25,7 @@ from mmf_fast.data.latents import latents
 from mmf_fast.data.prefetch import Prefetcher
 from mmf_fast.data.toy2d import checkerboard, circles, eight_gaussians, two_moons
 
-__all__ = ["DATASETS", "ArrayDataset", "DataError", "Dataset", "Prefetcher", "load"]
+__all__ = ["DATASETS", "ArrayDataset", "Batch", "DataError", "Dataset", "Prefetcher", "load"]
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "two_moons": two_moons,

@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "Epochs",
+    "Identity",
     "Split",
     "Stored",
     "check_seed",
@@ -29,6 +30,7 @@ _COIN = 1  # last word of the random key of the coins; permutations have two wor
 _WHOLE_BYTES = 8 * 2**30  # largest split that is handed out in one piece
 
 Split: TypeAlias = Literal["train", "validation"]
+Identity: TypeAlias = Mapping[str, str | None]
 Batch: TypeAlias = tuple[Tensor, Tensor | None]
 Stored: TypeAlias = tuple[np.ndarray, Tensor | None]  # samples as they lie in memory or on disk, and labels
 
@@ -38,11 +40,14 @@ class Dataset(Protocol):
 
     name: what `load` knows it by.  shape: of one sample: (dim,) or (C, H, W).
     num_classes: 0 where samples have no labels; otherwise labels are 0 .. num_classes - 1.
+    identity: for the options of its function that say where samples lie, or how they are checked: what they come to for
+        the training stream (None: nothing). Two datasets of equal identity and other options have equal streams.
     """
 
     name: str
     shape: tuple[int, ...]
     num_classes: int
+    identity: Identity
 
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
         """x (size / world_size, *shape) float32 and y int64 or None: a pure function of (seed, step, size) and rank.
@@ -68,6 +73,7 @@ class ArrayDataset:
 
     def __init__(self, name: str, splits: Mapping[Split, Batch], num_classes: int = 0, seed: int = 0) -> None:
         x, _ = splits["train"]
+        self.identity: Identity = {}
         self.name, self.shape, self.num_classes, self.seed = name, tuple(x.shape[1:]), num_classes, seed
         self._splits = dict(splits)
         self._epochs = Epochs(name, len(x), seed)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Epochs, Split, Stored, check_seed, coins, rank_part, whole
+from mmf_fast.data.augment import check_probability, transforms, warp
+from mmf_fast.data.dataset import Batch, Epochs, Identity, Split, Stored, check_seed, coins, rank_part, whole
 from mmf_fast.data.prepared import open_pair
 
 __all__ = ["ImageDataset", "images", "synthetic"]
@@ -17,7 +18,9 @@ class ImageDataset:
 
     train, validation: images and labels (N,) int64 or None.
     flip: every time a sample is drawn, it is mirrored left to right with probability 1/2; a split never is.
-    Raises ValueError for a negative seed.
+    augment: probability of each of the transforms of augment.py, drawn anew likewise; the network is not told of them.
+    source: the identity of the prepared set, wherever it lies.
+    Raises ValueError for a negative seed, or a probability that is none.
     """
 
     def __init__(
@@ -27,22 +30,30 @@ class ImageDataset:
         validation: Stored | None = None,
         num_classes: int = 0,
         flip: bool = False,
+        augment: float = 0.0,
         seed: int = 0,
+        source: str | None = None,
     ) -> None:
+        self.identity: Identity = {"path": source, "validation": None, "verify": None}
         self.name, self.shape, self.num_classes = name, tuple(train[0].shape[1:]), num_classes
-        self.flip, self.seed = flip, seed
+        check_probability(augment)
+        self.flip, self.augment, self.seed = flip, augment, seed
         self._splits: dict[Split, Stored | None] = {"train": train, "validation": validation}
         self._train = train
         self._epochs = Epochs(name, len(train[0]), seed)
 
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
         samples, labels = self._train
+        part = rank_part(step, size, rank, world_size)
         rows = self._epochs.rows(step, size, rank, world_size)
-        x = samples[rows.numpy()]
+        images = samples[rows.numpy()]
         if self.flip:
-            mirrored = np.flatnonzero(coins(self.seed, step, size)[rank_part(step, size, rank, world_size)])
-            x[mirrored] = x[mirrored][..., ::-1]
-        return _centred(x), None if labels is None else labels[rows]
+            mirrored = np.flatnonzero(coins(self.seed, step, size)[part])
+            images[mirrored] = images[mirrored][..., ::-1]
+        x = _centred(images)
+        if self.augment:
+            x = warp(x, transforms(self.seed, step, size, self.augment, self.shape)[part])
+        return x, None if labels is None else labels[rows]
 
     def split(self, name: Split) -> Batch:
         samples, labels = whole(self, name, self._splits)
@@ -50,17 +61,23 @@ class ImageDataset:
 
 
 def images(
-    path: str, validation: str | None = None, flip: bool = False, verify: bool = False, seed: int = 0
+    path: str,
+    validation: str | None = None,
+    flip: bool = False,
+    augment: float = 0.0,
+    verify: bool = False,
+    seed: int = 0,
 ) -> ImageDataset:
     """A prepared set of images: the folder that python -m mmf_fast.data.prepare wrote.
 
     validation: folder of another prepared set, the validation split.  verify: compares all checksums first.
-    seed: of the order of the training batches and of the flips.
+    flip, augment: see ImageDataset.  seed: of the order of the training batches, the flips and the augmentation.
     Raises ValueError where a set is missing, damaged, or unlike the other, and for a negative seed.
     """
     train, other = open_pair("images", path, validation, verify)
     held = None if other is None else (other.samples, other.labels)
-    return ImageDataset("images", (train.samples, train.labels), held, train.manifest.num_classes, flip, seed)
+    stored, known = (train.samples, train.labels), train.manifest
+    return ImageDataset("images", stored, held, known.num_classes, flip, augment, seed, known.identity)
 
 
 def synthetic(
@@ -70,6 +87,7 @@ def synthetic(
     path: str | None = None,
     validation: str | None = None,
     flip: bool = False,
+    augment: float = 0.0,
     verify: bool = False,
     seed: int = 0,
 ) -> ImageDataset:
@@ -83,7 +101,7 @@ def synthetic(
     if min(shape) < 1 or count < 1 or num_classes < 0:
         raise ValueError(f"synthetic: {count} images of shape {shape} in {num_classes} classes; give positive numbers")
     train, held = _made(shape, num_classes, count, seed, 0), _made(shape, num_classes, max(1, count // 8), seed, 1)
-    return ImageDataset("synthetic", train, held, num_classes, flip, seed)
+    return ImageDataset("synthetic", train, held, num_classes, flip, augment, seed)
 
 
 def _centred(images: np.ndarray) -> Tensor:

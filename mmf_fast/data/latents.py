@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Epochs, Split, Stored, coins, rank_part, whole
+from mmf_fast.data.dataset import Batch, Epochs, Identity, Split, Stored, coins, rank_part, whole
 from mmf_fast.data.formats.latents import SD_SCALE
 from mmf_fast.data.prepared import PreparedSet, open_pair
 
@@ -26,6 +26,7 @@ class LatentDataset:
         self, train: PreparedSet, validation: PreparedSet | None, scale: float, flip: bool = False, seed: int = 0
     ) -> None:
         facts = train.manifest.facts
+        self.identity: Identity = {"path": train.manifest.identity, "validation": None, "verify": None}
         self._moments, self._views = facts["holds"] == "mean-std", 2 if facts["flipped"] else 1
         if flip and self._views == 1:
             raise ValueError(

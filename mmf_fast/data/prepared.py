@@ -64,6 +64,12 @@ class Manifest:
     skipped: list[str] = field(default_factory=list)
     version: int = _VERSION
 
+    @property
+    def identity(self) -> str:
+        """What tells the set from others, wherever it lies: a checksum of its files' and of what is known of them."""
+        content = [self.kind, self.num_classes, self.facts, {name: file["sha256"] for name, file in self.files.items()}]
+        return "sha256 " + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
     def text(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
@@ -173,10 +179,11 @@ def verify(folder: str | Path) -> Manifest:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, with a progress bar that goes away."""
+    """sha256 of a file, with a progress bar that goes away, on the first of several ranks."""
     result = hashlib.sha256()
     size = path.stat().st_size
-    bar = tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, delay=1)
+    other = int(os.environ.get("RANK", 0)) > 0
+    bar = tqdm(desc=f"checking {path.name}", total=size, unit="B", unit_scale=True, leave=False, delay=1, disable=other)
     with open(path, "rb") as file, bar:
         while block := file.read(2**20):
             result.update(block)

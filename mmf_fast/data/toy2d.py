@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Split, check_seed, check_split, rank_part
+from mmf_fast.data.dataset import Batch, Identity, Split, check_seed, check_split, rank_part
 
 __all__ = ["Toy2D", "checkerboard", "circles", "eight_gaussians", "two_moons"]
 
@@ -42,6 +42,7 @@ class Toy2D:
     ) -> None:
         check_seed(seed)
         self.name, self.seed = name, seed
+        self.identity: Identity = {}
         self._points, self._mean, self._std = points, np.array(mean), np.sqrt(variance)
 
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmf_fast.dual import JVP_MODES, jvp
 from mmf_fast.objective.guidance import Guidance
-from mmf_fast.objective.points import WHOLE, Draw, Part, Points, column, draw
+from mmf_fast.objective.points import WHOLE, Draw, Part, Points, check, column, draw
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 from mmf_fast.ops.dispatch import fused
@@ -148,16 +148,13 @@ class MeanFlowLoss(nn.Module):
         the network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
         """
         generator = part.generator(step, x.device)
-        d = draw(x, noise, times, cond, self.times, self.paired, self.stochastic, part, generator)
-        if self.guidance is not None:
+        check(x, noise, times, cond)
+        if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
             uniform = part.of(torch.rand(len(x) * part.count, device=x.device, generator=generator))
-            d = d._replace(cond=self._drop_labels(d.cond, self.guidance, uniform))
+            cond = self._drop_labels(cond, self.guidance, uniform)
+        d = draw(x, noise, times, cond, self.times, self.paired, self.stochastic, part, generator)
         intervals = len(x) - d.instants
-        lam, exact = self.lam(step), intervals  # exact: how many rows keep their tangent in the graph
-        if self.stochastic:
-            lam, exact = 1.0, self._stochastic_count(lam, intervals, step)
-        elif lam == 0:
-            exact = 0
+        lam, exact = self._exact(intervals, step)
         share = torch.full((), lam, dtype=d.t.dtype, device=d.t.device)  # a tensor: its value is not part of the graph
         loss, per_sample, metrics = self._compute(d._replace(order=None), exact, share)
         if d.order is not None:
@@ -169,6 +166,29 @@ class MeanFlowLoss(nn.Module):
         """Compile the loss computation in place (fullgraph). Noise and times are still drawn eagerly, so a seed gives
         the same draws either way; a change of lambda, step or times does not recompile."""
         self._compute = torch.compile(self._compute, fullgraph=True, dynamic=False, **kwargs)  # type: ignore[method-assign]
+
+    def forwards(self, batch: int, step: int = 0) -> int:
+        """What a training step on `batch` samples costs, in forward passes of one sample: what the algorithm needs,
+        however it is carried out. A backward costs two forwards, a dual number (primal and tangent) two of its primal.
+
+            r = t: 1 + 2 = 3      r < t, lam = 0: 2 + 2 = 4      r < t, lam > 0: 2 + 4 = 6
+            + 1 per r < t for a predicted tangent that has no partner      + 1 per sample for u(z, t, t | null)
+
+        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t.
+        """
+        intervals = self.times.intervals(batch)
+        _, exact = self._exact(intervals, step)
+        needs_u = self.tangent == "predicted" or self._guided_by_class
+        cost = 3 * (batch - intervals) + 4 * intervals + 2 * exact
+        cost += intervals if needs_u and not self.paired else 0
+        return cost + (batch if self.guidance is not None and self.guidance.active else 0)
+
+    def _exact(self, intervals: int, step: int) -> tuple[float, int]:
+        """lam of the rows that keep their tangent in the graph, and how many of the r < t do."""
+        lam = self.lam(step)
+        if self.stochastic:
+            return 1.0, self._stochastic_count(lam, intervals, step)
+        return lam, intervals if lam > 0 else 0
 
     def _compute(self, d: Draw, exact: int, lam: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         points, v = d.on_path()
@@ -243,7 +263,8 @@ class MeanFlowLoss(nn.Module):
         """How many of the r < t rows carry gradient: lam * intervals on average over the steps.
 
         It takes at most five distinct values, since each is a graph and Dynamo stops at eight, and it follows the
-        golden-ratio sequence of the step, so that all ranks agree, which ZeRO-3 needs.
+        golden-ratio sequence of the step, so that all ranks agree, which ZeRO-3 needs. It is the same share of the
+        global batch on any number of ranks that leaves each a multiple of four such rows.
         """
         levels = max((n for n in range(1, 5) if intervals % n == 0), default=1)
         uniform = (step + 0.5) * GOLDEN_RATIO % 1.0

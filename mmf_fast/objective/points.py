@@ -13,7 +13,7 @@ from mmf_fast.objective.times import TimeSampler
 from mmf_fast.ops.dispatch import fused
 from mmf_fast.ops.interpolate import interpolate
 
-__all__ = ["Draw", "Part", "Points", "draw"]
+__all__ = ["Draw", "Part", "Points", "check", "draw"]
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,13 @@ def draw(
     part: Part = WHOLE,
     generator: torch.Generator | None = None,
 ) -> Draw:
-    """Draw what is not given and sort the rows. shuffled: the rows with r < t come in random order. generator: None is
-    the global one; otherwise it stands at the start of what the global batch draws.
+    """Draw what is not given and sort the rows, of arguments that pass `check`. shuffled: the rows with r < t begin at
+    a random one of them. generator: None is the global one.
 
-    Raises ValueError for shapes that do not fit, r > t, times outside [0, 1], data neither floating-point nor uint8.
+    Raises ValueError where parts cannot share the rows with r < t equally, or a row has no partner.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     order = None
-    _check(x, noise, times, cond)
     whole = len(x) * part.count
     if times is None:
         intervals = sampler.intervals(whole)
@@ -125,7 +124,11 @@ def draw(
     intervals = len(x) - instants
     pair = torch.arange(intervals, device=x.device)
     if shuffled:
-        pair = torch.randperm(intervals, device=x.device)
+        # A random rotation of the global batch's rows: its first rows are a fair sample of all, whose places differ by
+        # one, so that every part holds its share of them.
+        total = intervals * part.count
+        shift = torch.randint(max(1, total), (), device=x.device, generator=generator)
+        pair = part.of((torch.arange(total, device=x.device) - shift) % max(1, total)).argsort()
         order = torch.arange(len(x), device=x.device) if order is None else order
         order = torch.cat([order[:instants], order[instants:][pair]])
     if order is not None:
@@ -154,7 +157,8 @@ def _rows(cond: dict[str, Any], rows: Any, batch: int) -> dict[str, Any]:
     return {name: value[rows] if has_rows(value) else value for name, value in cond.items()}
 
 
-def _check(x: Tensor, noise: Tensor | None, times: tuple[Tensor, Tensor] | None, cond: dict[str, Any]) -> None:
+def check(x: Tensor, noise: Tensor | None, times: tuple[Tensor, Tensor] | None, cond: dict[str, Any]) -> None:
+    """Raises ValueError for shapes that do not fit, r > t, times outside [0, 1], data not floating-point nor uint8."""
     if not x.is_floating_point() and x.dtype != torch.uint8:
         raise ValueError(f"x is {x.dtype}: give floating-point data, or images as uint8")
     if x.ndim < 2 or len(x) == 0:

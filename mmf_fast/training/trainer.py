@@ -3,13 +3,16 @@
 Run folder:
 
     config.yaml  metrics.jsonl  tensorboard/  curves.png     the record
+    logs/rank_0.log  profile/rank_0.json                     what each process did; its trace, with --profile
     samples/step_0000500.png                                 one-step samples of the averaged weights, fixed noise
     checkpoints/                                             see checkpoint.py
     model.safetensors  model.json                            the averaged weights, for sampling and evaluation
 """
 
 import inspect
+import logging
 import os
+import platform
 import random
 import signal
 import sys
@@ -33,9 +36,12 @@ from mmf_fast.config import Config, ConfigError, differences, read_zero
 from mmf_fast.objective import MeanFlowLoss
 from mmf_fast.sampling import sample, save_grid
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state, write_atomically
+from mmf_fast.training.devices import peak_flops
 from mmf_fast.training.engines import Engine
 from mmf_fast.training.engines.local import LocalEngine
+from mmf_fast.training.logs import RankLog
 from mmf_fast.training.metrics import MetricsLog, plot_curves
+from mmf_fast.training.phases import PHASES, TRACED, WARM_UP, Speed, tracer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -52,11 +58,12 @@ class Trainer:
     """Trains `config` in the folder `run`: Trainer(config, run).fit().
 
     With `resume`, continues from the newest whole checkpoint, or from the start where there is none yet.
+    With `profile`, leaves a trace of a few of its first steps in the run folder.
     Raises ConfigError, RunFolderError, CheckpointError, or ValueError of the component that refuses its arguments.
     """
 
-    def __init__(self, config: Config, run: str | Path, resume: bool = False) -> None:
-        self.config = config
+    def __init__(self, config: Config, run: str | Path, resume: bool = False, profile: bool = False) -> None:
+        self.config, self.profile = config, profile
         self.run = Path(run)
         self.checkpoints = Checkpoints(self.run / "checkpoints", config.train.keep)
         self.step = 0  # steps done: the schedules and the position in the data follow from it
@@ -67,12 +74,22 @@ class Trainer:
         _check_run_folder(self.run, resume)
         seed_everything(config.seed)  # of the weights, and of dropout: what the loss draws has a generator of its own
         self.dataset = data.load(**config.data)
+        self.fingerprint = config.fingerprint(self.dataset.identity)
         self.dataset.batch(0, config.train.batch)  # refuses a size that does not fit, before anything is written
-        self.engine = build_engine(config, self.dataset)
+        loss_fn = build_loss(config, self.dataset)
+        net: Any = loss_fn.net
+        self.forwards, self.forward_flops = loss_fn.forwards, net.flops()
+        self.engine = build_engine(config, loss_fn)
+        self.log = RankLog(self.engine.rank, terminal=self.is_main)
         self.skipped = self.skipped.to(self.engine.device)
         self.skipped_in_a_row = self.skipped_in_a_row.to(self.engine.device)
         if resume:
             self._restore()
+        if profile and config.train.steps - self.step < WARM_UP + TRACED:
+            raise ConfigError(
+                f"--profile records {TRACED} steps after {WARM_UP} others, train.steps={config.train.steps} leaves "
+                f"{config.train.steps - self.step}: train longer"
+            )
         if not self.is_main:
             seed_everything(hash((config.seed, self.engine.rank, self.step)) % 2**32)  # other dropout on other ranks
         if self.is_main:
@@ -87,21 +104,39 @@ class Trainer:
 
         Raises NonFiniteError, OSError (a full disk).
         """
-        train = self.config.train
+        with self.log.recording(self.run):
+            self._describe()
+            with self._signals(), self._metrics() as metrics, self._progress_bar() as bar:
+                self._train(metrics, bar)
+            self.log.info("step %d: ended%s", self.step, f" on {self.stopped_by.name}" if self.stopped_by else "")
+            if self.step < self.config.train.steps:
+                return False
+            self.draw()
+            if self.is_main:
+                plot_curves(self.run)
+            return True
+
+    def _train(self, log: MetricsLog | None, bar: Any) -> None:
+        train, engine = self.config.train, self.engine
+        peak = peak_flops(engine.device, train.precision)
+        speed = Speed(engine.phases, train.batch, peak and peak * engine.world_size)
         saved = self.step
-        with self._signals(), self._log() as log, self._progress_bar() as bar:
-            clock, since = time.perf_counter(), self.step
+        with self._batches() as prefetcher, self._tracer() as trace:
+            batches = iter(prefetcher)
             while self.step < train.steps and not self._must_stop():
-                metrics, x = self._one_step()
+                speed.count(self.forward_flops * self.forwards(train.batch, self.step))
+                with engine.phases("data"):
+                    _, (x, y) = next(batches)
+                metrics = self._one_step(x, y)
                 bar.update()
+                if trace:
+                    trace.step()
                 last = self.step == train.steps
                 logs, draws = self.step % train.log_every == 0 or last, _due(self.step, train.sample_every) and not last
                 saves = self.step % train.checkpoint_every == 0 or last
                 if logs:
                     values = {key: float(value) for key, value in metrics.items()}
-                    images = (self.step - since) * train.batch
-                    values["images_per_second"] = images / (time.perf_counter() - clock)
-                    self._record(log, bar, values)
+                    self._record(log, bar, values | speed.read())
                 if logs or self.step % train.max_bad_steps == 0:
                     self._check_finite(x)
                 if draws:
@@ -110,18 +145,13 @@ class Trainer:
                     self.save()
                     saved = self.step
                 if logs or draws or saves:
-                    clock, since = time.perf_counter(), self.step
-            if saved < self.step:
-                self.save()
-        if self.step < train.steps:
-            return False
-        self.draw()
-        if self.is_main:
-            plot_curves(self.run)
-        return True
+                    speed.restart()
+        if saved < self.step:
+            self.save()
 
     def save(self) -> None:
         """Writes a checkpoint, of which every rank holds a share, then exports the averaged weights."""
+        start = time.perf_counter()
         share, rank = self.engine.state_dict(), self.engine.rank
         shares = self.engine.gather(None if rank == 0 else self.checkpoints.save_share(share, self.step, rank))
         state = {
@@ -129,7 +159,7 @@ class Trainer:
             "skipped": int(self.skipped),
             "skipped_in_a_row": int(self.skipped_in_a_row),
             "rng": rng_state(),
-            "fingerprint": self.config.fingerprint(),
+            "fingerprint": self.fingerprint,
             "engine": share,
         }
         net = self.engine.averaged()
@@ -137,9 +167,14 @@ class Trainer:
             self.checkpoints.save(state, self.step, dict(shares[1:]))
             extra = {"data": self.config.tree()["data"], "step": self.step}
             models.save_pretrained(self.run, net, extra)  # type: ignore[arg-type]  # any nn.Module with a config
+        self.log.info("step %d: checkpoint written in %.1f s", self.step, time.perf_counter() - start)
 
     def draw(self) -> None:
-        """Draws one-step samples of the averaged weights from the same noise at every call; leaves all RNGs alone."""
+        """Draws one-step samples of the averaged weights from the same noise at every call; leaves all RNGs alone.
+        Latents are not drawn."""
+        if len(self.dataset.shape) == 3 and self.dataset.shape[0] not in (1, 3):
+            self.log.info("step %d: no picture, as latents %s need their decoder", self.step, self.dataset.shape)
+            return
         net = self.engine.averaged()
         if not self.is_main:
             return
@@ -154,17 +189,36 @@ class Trainer:
         if torch.isfinite(x).all():
             save_grid(x.cpu(), self.run / "samples" / f"step_{self.step:07d}.png", columns)
         else:
-            tqdm.write(f"warning: step {self.step}: samples are not finite, no picture drawn", file=sys.stderr)
+            self.log.say(f"step {self.step}: samples are not finite, no picture drawn", logging.WARNING)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def _one_step(self) -> tuple[dict[str, Tensor], Tensor]:
-        x, y = self.dataset.batch(self.step, self.config.train.batch, self.engine.rank, self.engine.world_size)
+    def _batches(self) -> data.Prefetcher:
+        """The batches of this rank from the present step on, made while the device works; on CUDA in pinned memory, as
+        a copy from any other would wait for the device."""
+        device, train = self.engine.device, self.config.train
+
+        def pin(batch: data.Batch) -> data.Batch:
+            torch.cuda.set_device(device)  # a thread starts on the first device, and would open a context there
+            x, y = batch
+            return x.pin_memory(), None if y is None else y.pin_memory()
+
+        return data.Prefetcher(
+            self.dataset,
+            train.batch,
+            first=self.step,
+            last=train.steps,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            then=pin if device.type == "cuda" else None,
+        )
+
+    def _one_step(self, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         result = self.engine.step(x, self.step, **({} if y is None else {"y": y}))
         self.step += 1
         self.skipped += result.skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * result.skipped
-        return result.metrics, x
+        return result.metrics
 
     def _check_finite(self, x: Tensor) -> None:
         """Reading the count waits for the device, so it is not done at each step: weights are safe meanwhile."""
@@ -179,13 +233,19 @@ class Trainer:
         )
 
     def _record(self, log: MetricsLog | None, bar: Any, values: dict[str, float]) -> None:
+        values["skipped"] = int(self.skipped)
         if log:
-            log.write(self.step, {**values, "skipped": int(self.skipped)})
-        shown = {"loss": "loss", "mse": "mse", "lam": "lambda", "images_per_second": "images/s"}
+            log.write(self.step, values)
+        names = ("loss", "skipped", "peak_memory_gib", "step_seconds", *(f"{phase}_seconds" for phase in PHASES))
+        self.log.info("step %d: %s", self.step, ", ".join(f"{name} {values[name]:.4g}" for name in names))
+        shown = {"loss": "loss", "mse": "mse", "lam": "lambda", "images_per_second": "images/s", "mfu": "MFU"}
         bar.set_postfix({name: f"{values[key]:.4g}" for key, name in shown.items() if key in values}, refresh=False)
 
-    def _log(self) -> AbstractContextManager[MetricsLog | None]:
+    def _metrics(self) -> AbstractContextManager[MetricsLog | None]:
         return MetricsLog(self.run, self.step) if self.is_main else nullcontext()
+
+    def _tracer(self) -> AbstractContextManager[Any]:
+        return tracer(self.run / "profile" / f"rank_{self.engine.rank}.json") if self.profile else nullcontext()
 
     def _progress_bar(self) -> Any:
         return tqdm(
@@ -206,17 +266,28 @@ class Trainer:
 
     # ---- start, stop and go on --------------------------------------------------------------------------------------
 
+    def _describe(self) -> None:
+        engine, train = self.engine, self.config.train
+        device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.machine()
+        self.log.info(
+            "rank %d of %d (process %d on %s) on %s (%s), torch %s, %d threads: steps %d to %d, batch %d, data %s, "
+            "model %s of %.3g GFLOPs a forward",
+            *(engine.rank, engine.world_size, os.getpid(), platform.node(), engine.device, device, torch.__version__),
+            *(torch.get_num_threads(), self.step, train.steps, train.batch, self.dataset.name),
+            *(self.config.model["name"], self.forward_flops / 1e9),
+        )
+
     def _restore(self) -> None:
         with warnings.catch_warnings(record=True) as damaged:
             warnings.simplefilter("always")
             found = self.checkpoints.load()
         for warning in damaged:
-            tqdm.write(f"warning: {warning.message}", file=sys.stderr)
+            self.log.say(str(warning.message), logging.WARNING)
         if found is None:
-            tqdm.write(f"{self.run}: no checkpoint yet, starting at step 0", file=sys.stderr)
+            self.log.say(f"{self.run}: no checkpoint yet, starting at step 0")
             return
         path, state = found
-        changed = differences(state["fingerprint"], self.config.fingerprint())
+        changed = differences(state["fingerprint"], self.fingerprint)
         if changed:
             raise CheckpointError(
                 f"{path} is of another configuration: {', '.join(changed)}; set these back, or pass another --run"
@@ -229,7 +300,7 @@ class Trainer:
         self.skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
         set_rng_state(state["rng"])  # rank 0's, see the end of __init__
-        tqdm.write(f"{self.run}: going on from {path.name}", file=sys.stderr)
+        self.log.say(f"{self.run}: going on from {path.name}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -257,8 +328,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_engine(config: Config, dataset: data.Dataset) -> Engine:
-    """Network, loss and engine of a configuration; shape and class count come from the data where the model has none.
+def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
+    """Network and loss of a configuration; shape and class count come from the data where the model has none.
 
     Raises ConfigError where the model's contradict the data.
     """
@@ -279,7 +350,11 @@ def build_engine(config: Config, dataset: data.Dataset) -> Engine:
             )
     net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
     loss = {key: value for key, value in config.loss.items() if key != "objective"}
-    loss_fn = MeanFlowLoss(net, **loss)
+    return MeanFlowLoss(net, **loss)
+
+
+def build_engine(config: Config, loss_fn: MeanFlowLoss) -> Engine:
+    """The engine that trains the loss, by train.zero. Raises ConfigError where it cannot be had."""
     if config.train.zero:
         try:
             from mmf_fast.training.engines.deepspeed import DeepSpeedEngine

@@ -39,6 +39,25 @@ def test_a_batch_is_the_images_of_its_labels(folder):
         assert -1 <= x.min() < -0.99 and 0.99 < x.max() <= 1
 
 
+def test_the_identity_is_that_of_the_samples(folder, tmp_path):
+    def identity(out, **changes):
+        options = {"images": pictures(COUNT, 16), "labels": list(range(COUNT)), **changes}
+        prepare(write_zip(tmp_path / f"{out}.zip", edm(**options)), tmp_path / out)
+        found = load("images", path=str(tmp_path / out), verify=True, seed=1).identity
+        assert found.keys() == {"path", "validation", "verify"} and found["validation"] is found["verify"] is None
+        return found["path"]
+
+    labels = [*range(1, COUNT), 0]
+    found = [
+        identity("same"),
+        identity("pixels", images=pictures(COUNT, 16, seed=1)),
+        identity("labels", labels=labels),
+    ]
+    assert load("images", path=folder).identity["path"] == found[0]
+    assert len(set(found)) == 3
+    assert set(load("synthetic", count=4, path="nowhere").identity.values()) == {None}
+
+
 def test_the_array_is_not_read_into_memory(folder):
     """What is on disk afterwards is what a batch holds: the set is mapped."""
     data = load("images", path=folder)

@@ -210,6 +210,26 @@ def test_paired_rows_share_their_partner(lam: float) -> None:
     assert close(ours, theirs, 1e-13)
 
 
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_dropped_label_is_dropped_for_the_partner_too(stochastic: bool) -> None:
+    """Otherwise the tangent of a row with a class would be the velocity of none."""
+    seen: list[Tensor] = []
+
+    class Spy(nn.Module):
+        def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            seen.append(y)
+            return z * 2.0
+
+    loss_fn = MeanFlowLoss(Spy(), times=TimeSampler(share=0.5), lam=1.0, paired=True, stochastic=stochastic,
+                           guidance=Guidance(dropout=0.5), null_label=9)  # fmt: skip
+    for _ in range(20):
+        seen.clear()
+        loss_fn(torch.randn(16, 2), y=torch.arange(16) % 8)
+        now, later = seen[0], torch.cat(seen[1:])
+        assert now.sort().values.equal(later.sort().values) and (stochastic or now.equal(later))
+    assert (now == 9).any() and (now != 9).any()
+
+
 def test_per_sample_losses_stand_in_the_order_of_the_data() -> None:
     net = network("mlp")
     x, noise, (r, t) = batch("mlp", size=7, instants=3)
@@ -339,15 +359,18 @@ def test_a_seed_gives_the_same_loss() -> None:
 
 
 @pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("count", [2, 4])
-def test_parts_of_a_batch_add_up_to_it(paired: bool, count: int) -> None:
+def test_parts_of_a_batch_add_up_to_it(paired: bool, stochastic: bool, count: int) -> None:
+    """Whatever else is drawn meanwhile. The 16 rows with r < t divide by four in each part, as `stochastic` needs."""
     net = network("dit", num_classes=3)
-    x, y = torch.randn(16, *sample_shape("dit")), torch.arange(16) % 3
-    guidance = Guidance(omega=1.5, dropout=0.5)
-    loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.25), lam=0.5, paired=paired, guidance=guidance)
+    x, y = torch.randn(32, *sample_shape("dit")), torch.arange(32) % 3
+    times, guidance = TimeSampler(share=0.5), Guidance(omega=1.5, dropout=0.5)
+    loss_fn = MeanFlowLoss(net, times=times, lam=0.5, paired=paired, stochastic=stochastic, guidance=guidance)
 
     def gradient_of(index: int, count: int) -> list[Tensor]:
         rows = slice(index, None, count)
+        torch.rand(1)
         return gradients(loss_fn, x[rows].double(), step=7, part=Part(index, count, seed=3), y=y[rows])
 
     whole, again = gradient_of(0, 1), gradient_of(0, 1)

@@ -2,17 +2,21 @@ import copy
 import math
 import signal
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from data.archives import edm, edm2, pictures, write_zip
 from matplotlib.image import imread
 from torch import Tensor
 
 from mmf_fast import config, models
 from mmf_fast.config import Config, ConfigError
+from mmf_fast.data.prepare import prepare
 from mmf_fast.sampling import sample
 from mmf_fast.training import CheckpointError, NonFiniteError, RunFolderError, Trainer
 from mmf_fast.training.checkpoint import read as read_checkpoint
@@ -43,8 +47,10 @@ def digits(**sections: Any) -> Config:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
+    """What was logged, without what depends on the clock and the memory of the process."""
+    measured = ("_second", "_seconds", "_gib")
     return [
-        {k: v for k, v in record.items() if k != "images_per_second"} for record in read_metrics(run / "metrics.jsonl")
+        {k: v for k, v in record.items() if not k.endswith(measured)} for record in read_metrics(run / "metrics.jsonl")
     ]
 
 
@@ -106,10 +112,10 @@ def test_resuming_is_exact(tmp_path: Path, stop: int) -> None:
     steps = iter(range(stop))
     real = trainer._one_step
 
-    def one_step() -> Any:
+    def one_step(*batch: Any) -> Any:
         if next(steps, None) is None:
             raise KeyboardInterrupt  # as hard as it gets inside one process: nothing is saved
-        return real()
+        return real(*batch)
 
     trainer._one_step = one_step  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -211,15 +217,15 @@ def test_bad_steps_in_a_row_are_counted_across_a_resumption(tmp_path: Path) -> N
 def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     trainer = Trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
-    real = trainer.dataset.batch
+    real = trainer.engine.step
 
-    def batch(step: int, *size: int) -> Any:
+    def engine_step(x: Tensor, step: int, **cond: Tensor) -> Any:
         if step == 6:
             signal.raise_signal(number)
             assert signal.getsignal(number) is before  # a second one is not caught
-        return real(step, *size)
+        return real(x, step, **cond)
 
-    trainer.dataset.batch = batch  # type: ignore[method-assign]
+    trainer.engine.step = engine_step  # type: ignore[method-assign]
     assert not trainer.fit()
     assert trainer.stopped_by == number and trainer.step == 7
     assert signal.getsignal(number) is before
@@ -260,6 +266,34 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path: Pat
         Trainer(other, tmp_path / "run", resume=True)
     assert "\n" not in str(caught.value) and "steps" not in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def prepared_set(folder: Path, seed: int = 0) -> Path:
+    archive = folder.with_suffix(".zip")
+    prepare(write_zip(archive, edm(pictures(24, 8, seed), [i % 3 for i in range(24)])), folder)
+    return folder
+
+
+def test_a_run_goes_on_where_its_data_were_moved_and_not_with_others(tmp_path: Path) -> None:
+    old, validation = prepared_set(tmp_path / "here"), prepared_set(tmp_path / "held", seed=2)
+
+    def images(path: Path, **options: Any) -> Config:
+        return digits(data={"name": "images", "path": str(path), **options})
+
+    run = tmp_path / "run"
+    Trainer(images(old), run).fit()
+    moved = old.rename(tmp_path / "there")
+    for options in ({}, {"validation": str(validation)}, {"verify": True}):
+        assert Trainer(images(moved, **options), run, resume=True).step == 12
+    again = prepared_set(tmp_path / "again")  # the same samples, prepared once more
+    assert Trainer(images(again), run, resume=True).step == 12
+
+    other = prepared_set(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"data\.path \(sha256 \w{16} -> sha256 \w{16}\); set") as caught:
+        Trainer(images(other), run, resume=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"data\.flip \(default -> True\);"):
+        Trainer(images(moved, flip=True), run, resume=True)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_exactly(
@@ -330,3 +364,78 @@ def test_samples_that_are_not_finite_do_not_end_the_run(tmp_path: Path, capsys: 
     trainer.draw()
     assert "not finite" in capsys.readouterr().err
     assert not (tmp_path / "run" / "samples").exists()
+
+
+class Slow:
+    """A dataset whose batches take their time, and one of which may fail."""
+
+    def __init__(self, dataset: Any, seconds: float, fails_at: int | None = None) -> None:
+        self.dataset, self.seconds, self.fails_at = dataset, seconds, fails_at
+        self.shape, self.num_classes, self.name = dataset.shape, dataset.num_classes, dataset.name
+
+    def batch(self, step: int, *rest: int) -> tuple[Tensor, Tensor | None]:
+        if step == self.fails_at:
+            raise OSError("samples.npy: the disk is gone")
+        time.sleep(self.seconds)
+        return self.dataset.batch(step, *rest)
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_the_next_batch_is_made_while_a_step_runs(tmp_path: Path) -> None:
+    """Both take 50 ms, one after the other 100: without it each step would wait 50 ms for its data."""
+    trainer = Trainer(tiny(), tmp_path / "run")
+    trainer.dataset = Slow(trainer.dataset, 0.05)
+    real = trainer.engine.step
+
+    def slow_step(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return real(*arguments, **options)
+
+    trainer.engine.step = slow_step  # type: ignore[method-assign]
+    assert trainer.fit()
+    waits = [record["data_seconds"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(waits[1:]) / len(waits[1:]) < 0.025 and waits[0] > 0.04  # nothing was made before the first
+    assert not threads()
+
+
+def test_an_error_of_the_data_comes_through_and_the_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(tiny(), run)
+    trainer.dataset = Slow(trainer.dataset, 0.0, fails_at=6)
+    with pytest.raises(OSError, match="^samples.npy: the disk is gone$"):
+        trainer.fit()
+    assert trainer.step == 6 and not threads()
+    assert [record["step"] for record in records(run)] == list(range(1, 7))  # the batches before it were used
+    resumed = Trainer(tiny(), run, resume=True)
+    assert resumed.step == 4 and resumed.fit()
+    Trainer(tiny(), tmp_path / "whole").fit()
+    assert records(run) == records(tmp_path / "whole")
+
+
+def test_no_thread_outlives_a_run_however_it_ends(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(), tmp_path / "signal")
+    trainer.stopped_by = signal.SIGTERM
+    assert not trainer.fit() and not threads()
+
+    trainer = Trainer(tiny(), tmp_path / "error")
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    trainer.engine.step = fails  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.fit()
+    assert not threads()
+
+
+def test_latents_train_and_are_not_drawn(tmp_path: Path) -> None:
+    made = np.concatenate([np.zeros((8, 4, 8, 8)), np.ones((8, 4, 8, 8))], 1).astype(np.float32)
+    prepare(write_zip(tmp_path / "a.zip", edm2(made, [0, 1] * 4)), tmp_path / "set")
+    train = {**TINY["train"], "steps": 3, "batch": 4, "sample_every": 1}
+    trainer = Trainer(digits(data={"name": "latents", "path": str(tmp_path / "set")}, train=train), tmp_path / "run")
+    assert trainer.fit()
+    assert not (tmp_path / "run" / "samples").exists()
+    assert "no picture, as latents (4, 8, 8) need" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()

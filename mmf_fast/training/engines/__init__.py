@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mmf_fast.training.phases import Phases
+
 
 class StepResult(NamedTuple):
     """What one step gave. Reading a tensor waits for the device, so the trainer does it only where it logs.
@@ -26,6 +28,7 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    phases: Phases  # of which `step` times its share: "data" (to the device), "loss", "backward", "optimizer"
 
     def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
         """One update on this rank's samples x (B, *shape), rows rank, rank + world_size, ... of the global batch, with

@@ -32,6 +32,7 @@ from mmf_fast.training.ema import move_average
 from mmf_fast.training.engines import StepResult
 from mmf_fast.training.engines.local import learning_rate, parts
 from mmf_fast.training.optimizers import build_optimizer
+from mmf_fast.training.phases import Phases
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -58,6 +59,7 @@ class DeepSpeedEngine:
         self.config, self.steps, self.accumulate, self.seed = optimizer, train.steps, train.accumulate, seed
         self.stage = int(zero.get("zero_optimization", {}).get("stage", 0))
         self.device = _join(train.device)
+        self.phases = Phases(self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = _settings(zero, self.stage, optimizer, train, self.world_size)
         loss_fn = loss_fn.to(self.device).train()
@@ -74,26 +76,31 @@ class DeepSpeedEngine:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
-        x, cond = x.to(self.device), {key: value.to(self.device) for key, value in cond.items()}
+        with self.phases("data"):
+            x = x.to(self.device, non_blocking=True)
+            cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
+        lr = learning_rate(step, self.config, self.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
         found: list[dict[str, Tensor]] = []
         for part, rows in parts(self.accumulate, self.rank, self.world_size, self.seed):
-            output = self.engine(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
-            self.engine.backward(output.loss)
+            with self.phases("loss"):
+                output = self.engine(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
+            with self.phases("backward"):
+                self.engine.backward(output.loss)
             found.append({**output.metrics, "loss": output.loss.detach()})
-            if len(found) == self.accumulate:
-                lr = learning_rate(step, self.config, self.steps)
-                for group in self.engine.optimizer.param_groups:
-                    group["lr"] = lr
-                norm = self._clip() if self.stage == 0 else None
-            self.engine.step()
-        if norm is None:
-            norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
-            norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
-        skipped = ~torch.isfinite(norm)
-        names, fragments = zip(*self._fragments(), strict=True)
-        average, values = [self.ema[name] for name in names], [fragment.value for fragment in fragments]
-        move_average(average, values, self.config.ema, step, skipped)
-        metrics = self._mean(found)
+            with self.phases("optimizer"):
+                norm = self._clip() if self.stage == 0 and len(found) == self.accumulate else None
+                self.engine.step()
+        with self.phases("optimizer"):
+            if norm is None:
+                norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+                norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
+            skipped = ~torch.isfinite(norm)
+            names, fragments = zip(*self._fragments(), strict=True)
+            average, values = [self.ema[name] for name in names], [fragment.value for fragment in fragments]
+            move_average(average, values, self.config.ema, step, skipped)
+            metrics = self._mean(found)
         return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
 
     def _clip(self) -> Tensor:

@@ -12,6 +12,7 @@ from mmf_fast.objective import Part
 from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import EMA
 from mmf_fast.training.engines import StepResult
+from mmf_fast.training.phases import Phases
 
 
 def learning_rate(step: int, config: Optimizer, steps: int) -> float:
@@ -47,6 +48,7 @@ class LocalEngine:
         self.config = optimizer
         self.steps, self.accumulate, self.seed = train.steps, train.accumulate, seed
         self.device = choose_device(train.device)
+        self.phases = Phases(self.device)
         self.loss_fn = loss_fn.to(self.device).train()
         self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
         self.ema = EMA(self.net, optimizer.ema)
@@ -65,14 +67,20 @@ class LocalEngine:
             loss_fn.compile()
 
     def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
-        x = self._move(x)
-        cond = {key: self._move(value) for key, value in cond.items()}
+        with self.phases("data"):
+            x = x.to(self.device, non_blocking=True)
+            cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
         found: list[dict[str, Tensor]] = []
         for part, rows in parts(self.accumulate, 0, 1, self.seed):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            with self.phases("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 output = self.loss_fn(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
-            (output.loss / self.accumulate).backward()
+            with self.phases("backward"):
+                (output.loss / self.accumulate).backward()
             found.append({**output.metrics, "loss": output.loss.detach()})
+        with self.phases("optimizer"):
+            return self._update(found, step)
+
+    def _update(self, found: list[dict[str, Tensor]], step: int) -> StepResult:
         metrics = {key: torch.stack([each[key].detach() for each in found]).mean() for key in found[0]}
         norm = nn.utils.clip_grad_norm_(self.loss_fn.parameters(), self.config.clip or math.inf)
         loss = metrics["loss"]
@@ -90,11 +98,6 @@ class LocalEngine:
 
         metrics |= {"grad_norm": norm.detach(), "lr": torch.tensor(lr, dtype=torch.float64)}
         return StepResult(metrics, bad)
-
-    def _move(self, x: Tensor) -> Tensor:
-        if self.device.type == "cuda" and not x.is_cuda:
-            x = x.pin_memory()  # a copy from pageable memory would wait for the device
-        return x.to(self.device, non_blocking=True)
 
     def averaged(self) -> nn.Module:
         return self.ema.net

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import data, loss_function, optimizer, train
+from launch import ROOT, environment, two_ranks
 
 from mmf_fast.config import ConfigError
 from mmf_fast.training.engines.local import LocalEngine
@@ -18,7 +18,6 @@ from mmf_fast.training.engines.local import LocalEngine
 pytest.importorskip("deepspeed")
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent.parent
 FEW = {  # each stage, each lambda, each kind of tangent, accumulation: what a change is likely to break
     "zero0": {"stage": 0, "lam": 0.0, "paired": False, "steps": 20},
     "zero1": {"stage": 1, "lam": "curriculum", "paired": True, "steps": 20},
@@ -34,18 +33,6 @@ MATRIX = {
     }
     for stage, lam, paired in itertools.product(range(4), (0.0, "curriculum", 1.0), (False, True))
 }  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    found = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**found, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def two_ranks(*command: str, processes: int = 2) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [*launcher, *command], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
 
 
 def results(cases: dict, folder: Path) -> dict[str, dict]:
