@@ -1,6 +1,6 @@
 """Two runs of the same benchmarks: python -m benchmarks.compare OLD.json NEW.json (make bench-compare)
 
-Prints every ratio that changed, and ends with status 1 where one got worse by more than 5 % and by more than its spread.
+Prints every ratio that changed, and ends with status 1 where one got worse by more than 5 % and more than its spread.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _scaling(figure: Figure, run: dict[str, Any]) -> None:
 
 
 def _roofline(figure: Figure, run: dict[str, Any]) -> None:
-    """What operators reach of the machine: memory-bound ones against the copy bandwidth, the others against products."""
+    """What operators reach of the machine: of its copy bandwidth where memory bounds them, else of its products."""
     ax: Axes = figure.subplots()
     machine = run["machine"]
     copy, product = machine["copy GB/s"], machine["product GFLOP/s"]["fp32"]

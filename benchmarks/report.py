@@ -171,8 +171,8 @@ def one_device(path: Path) -> str:
     parts = [
         f"### On {'a CPU' if path.parent.name == 'cpu' else path.parent.name}",
         header(run, path),
-        "A step is loss, backward and fused AdamW, timed in turn with the step of flow matching (same network, PyTorch's "
-        "fused attention, same mode); medians of the ratios. The bound counts network evaluations, a backward being two. "
+        "A step is loss, backward and fused AdamW, timed in turn with the step of flow matching (same network and mode, "
+        "PyTorch's fused attention); medians of the ratios. The bound counts network evaluations, a backward being two. "
         "100 %, 25 %: the share of samples with r < t.",
         steps(run, ours=True),
         "The ways of the field at equal settings (whole batch, conditional tangent), written from the descriptions of "
@@ -184,7 +184,7 @@ def one_device(path: Path) -> str:
         accuracy(run),
         memory(run),
         f"![Scaling](docs/performance_{path.parent.name}_scaling.png)",
-        "<details><summary>Operators, each with its tangent, against the same composed of PyTorch's functions</summary>\n\n"
+        "<details><summary>Operators with their tangents, against the same of PyTorch's functions</summary>\n\n"
         f"{kernels(run)}\n\n![Roofline](docs/performance_{path.parent.name}_roofline.png)\n\n</details>",
         f"Where something else is faster, or we are more than 10 % above the bound:\n\n{losses(run)}",
     ]
