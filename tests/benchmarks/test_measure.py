@@ -1,0 +1,45 @@
+"""What the benchmarks measure with, against cases whose answer is known."""
+
+import os
+
+import pytest
+import torch
+
+from benchmarks.measure import Stopwatch, count_flops, environment, peak_bytes, ratio
+
+
+def test_a_ratio_of_pairs_does_not_see_a_machine_that_slows_down():
+    speed = [1 + 0.5 * i for i in range(21)]  # six times slower at the end
+    found = ratio([1.7 * s for s in speed[1::2]], speed[::2])
+    assert found["ratio"] == pytest.approx(1.7) and found["quartiles"] == pytest.approx([1.7, 1.7])
+    assert found["rounds"] == 10
+    assert ratio([2.0], [1.0, 1.0])["quartiles"] == [2.0, 2.0]
+
+
+def test_peak_bytes_of_known_allocations():
+    def run():
+        a = torch.ones(1 << 20)  # 4 MB
+        b = torch.cat([a, a])  # 8 MB more
+        del a
+        return torch.cat([b, b[:1]])  # 8 MB while b is alive: 16 in all
+
+    assert peak_bytes(run, "cpu") == pytest.approx(16 * 2**20, rel=0.01)
+
+
+def test_flops_of_a_linear_layer_and_its_backward():
+    layer, x = torch.nn.Linear(30, 20), torch.randn(7, 30, requires_grad=True)
+    assert count_flops(lambda: layer(x)) == 2 * 7 * 30 * 20
+    assert count_flops(lambda: layer(x).sum().backward()) == 3 * 2 * 7 * 30 * 20
+
+
+def test_the_environment_comes_back(monkeypatch):
+    monkeypatch.setenv("MMF_FAST_OPS", "native")
+    with environment(MMF_FAST_OPS="reference", MMF_FAST_NEW="1"):
+        assert os.environ["MMF_FAST_OPS"] == "reference"
+    assert os.environ["MMF_FAST_OPS"] == "native" and "MMF_FAST_NEW" not in os.environ
+
+
+def test_a_stopwatch_takes_every_time():
+    watch = Stopwatch(lambda: None, "cpu")
+    watch(), watch()
+    assert len(watch.times) == 2 and min(watch.times) >= 0

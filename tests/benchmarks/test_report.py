@@ -1,0 +1,107 @@
+"""Comparing runs and writing the report, from a run made by hand."""
+
+import copy
+import json
+
+import pytest
+
+from benchmarks import report
+from benchmarks.compare import compare, main, worse
+from benchmarks.plots import draw
+
+
+def step(name, ratio, mode="eager", network="DiT", **more):
+    return {
+        **{"suite": "step", "network": network, "mode": mode, "precision": "fp32", "name": name, "bound": 1.3},
+        **({"ratio": ratio, "quartiles": [0.99 * ratio, 1.01 * ratio]} if ratio else {}),
+        **more,
+    }
+
+
+def kernel(op, ratio):
+    found = {"composed": {"ratio": ratio, "quartiles": [0.98 * ratio, 1.02 * ratio]}}
+    return {
+        **{"suite": "kernels", "op": op, "shape": "(2, 3)", "mode": "dual", "precision": "fp32", "bytes": 100},
+        **{"bytes/s": 5e9, "FLOP/s": 0.0, "seconds": {"fused": 1e-3}, "speedup over": found},
+    }
+
+
+@pytest.fixture
+def run():
+    rows = [
+        step("lambda 0, 100 %", 1.4),
+        step("lambda 1, 100 %", 2.1),
+        step("lambda 0, 100 %", 1.3, "compiled"),
+        step("torch.func.jvp, lambda 0, 100 %", 1.2),
+        step("torch.func.jvp, lambda 1, 100 %", None, "compiled", error="RuntimeError: ZeroTensors are immutable"),
+        step("lambda 0, 100 %", 1.25, network="DiT, 64 tokens"),
+        {"suite": "memory", "network": "DiT, 64 tokens", "name": "lambda 0, 100 %", "over flow matching": 1.01},
+        *(
+            {**{"suite": "accuracy", "network": "DiT", "precision": "fp32", "way": "mmf_fast", "lambda": lam},
+             "errors": {"du/dt": 2e-7, "gradient": 3e-7}}
+            for lam in (0.0, 1.0)
+        ),
+        kernel("sg_loss", 2.5),
+        kernel("interpolate", 0.8),
+    ]  # fmt: skip
+    machine = {"device": "a chip", "threads": 2, "triton": None, "torch": "2.13", "commit": "0" * 40}
+    machine |= {"date": "2026-01-01T00:00", "copy GB/s": 10.0, "product GFLOP/s": {"fp32": 100.0}}
+    return {"machine": machine, "rows": rows}
+
+
+def test_the_same_run_has_no_change(run):
+    rows = compare(run, run)
+    assert len(rows) == 8 and not any(worse(old, new) for _, old, new in rows)
+
+
+@pytest.mark.parametrize(
+    ("what", "factor", "spread", "failed"),
+    [
+        ("ratio", 1.10, 0.01, True),  # a slower step
+        ("ratio", 1.04, 0.01, False),  # within 5 %
+        ("ratio", 0.80, 0.01, False),  # faster
+        ("ratio", 1.10, 0.20, False),  # within its spread
+        ("speedup", 0.80, 0.01, True),  # an operator that lost speed
+        ("speedup", 1.20, 0.01, False),
+    ],
+)
+def test_only_what_got_worse_beyond_its_spread_fails(run, tmp_path, capsys, what, factor, spread, failed):
+    new = copy.deepcopy(run)
+    row = new["rows"][0 if what == "ratio" else -2]
+    found = row if what == "ratio" else row["speedup over"]["composed"]
+    found["ratio"] *= factor
+    found["quartiles"] = [found["ratio"] * (1 - spread), found["ratio"] * (1 + spread)]
+    for name, each in (("old", run), ("new", new)):
+        (tmp_path / name).write_text(json.dumps(each))
+    assert main([str(tmp_path / "old"), str(tmp_path / "new")]) == int(failed)
+    assert ("WORSE" in capsys.readouterr().out) == failed
+
+
+def test_files_that_do_not_compare(run, tmp_path, capsys):
+    (tmp_path / "a").write_text(json.dumps(run))
+    (tmp_path / "b").write_text(json.dumps({"machine": run["machine"], "rows": []}))
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert main([str(tmp_path / "a"), str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_the_report_says_what_fails_and_where_we_lose(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    path = tmp_path / "cpu" / "full.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(run))
+    text = report.one_device(path)
+    assert "| lambda 0, 100 % | 1.33 | 1.30 | 1.40 |" in text
+    assert "| torch.func.jvp, lambda 1, 100 % | 2.00 | fails |  |" in text and "ZeroTensors are immutable" in text
+    assert "- torch.func.jvp, lambda 0, 100 % (DiT, eager, fp32): 1.20 against our 1.40" in text
+    assert "- interpolate (2, 3), dual: 0.80 times as fast as composed" in text
+    assert "| interpolate (2, 3) | dual | 1.00 ms | 0.80 |  | 50% |" in text
+    assert "| mmf_fast, lambda 1 | 2e-07 | 3e-07 |" in text
+    assert "| DiT, 64 tokens | 1.01 |" in text
+
+
+def test_every_plot_is_drawn(run, tmp_path):
+    draw(run, tmp_path, "cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"performance_cpu_{name}.png" for name in ("methods", "scaling", "roofline")
+    }
