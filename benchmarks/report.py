@@ -172,7 +172,7 @@ def one_device(path: Path) -> str:
         f"### On {'a CPU' if path.parent.name == 'cpu' else path.parent.name}",
         header(run, path),
         "A step is loss, backward and fused AdamW, timed in turn with the step of flow matching (same network and "
-        "mode, PyTorch's attention); medians of the ratios. The bound counts network evaluations, a backward being two. "
+        "mode, PyTorch's attention); medians of the ratios. The bound counts network evaluations, a backward being 2. "
         "100 %, 25 %: the share of samples with r < t.",
         steps(run, ours=True),
         "The ways of the field at equal settings (whole batch, conditional tangent), written from the descriptions of "
