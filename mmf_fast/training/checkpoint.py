@@ -67,9 +67,9 @@ class Checkpoints:
             yield draft
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
             draft.unlink(missing_ok=True)
-            reason = str(error).splitlines()[0]
             raise OSError(
-                f"{path}: cannot be written ({reason}); earlier checkpoints are whole; make room, go on with --resume"
+                f"{path}: cannot be written ({_reason(error)}); earlier checkpoints are whole; "
+                "make room, go on with --resume"
             ) from error
 
     def newest_whole(self) -> Path | None:
@@ -140,6 +140,14 @@ def _read(path: Path, expected: str | None, holder: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: missing, though {holder} names it") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said: torch.save then fails on closing its archive, and says that instead."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return str(found or error).splitlines()[0]
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

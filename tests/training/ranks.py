@@ -39,7 +39,7 @@ class Ranks:
             environment = {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             limit = little_room[1] if little_room[0] == rank else None
             work = (path, environment if count > 1 else {}, list(map(str, arguments)), limit)
-            self.all.append(processes.Process(target=_rank, args=work))
+            self.all.append(processes.Process(target=_rank, args=work, daemon=True))
         for each in self.all:
             each.start()
 

@@ -10,16 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from training.ranks import CONFIG, ROOT, Ranks, environment, losses
 
 from mmf_fast.train import main
 
 pytest.importorskip("deepspeed")
+psutil = pytest.importorskip("psutil")
 
 TWO = ("train.zero=zero1.json",)
 SHORT = ("train.steps=12",)
@@ -100,9 +101,9 @@ def test_kills_during_checkpoint_writes_lose_no_checkpoint(
     run, generator, during, saved = tmp_path / "run", random.Random(count), 0, 0
     often = ["train.checkpoint_every=1", *(TWO if count > 1 else ())]
     for kill in range(kills):
-        ranks = Ranks(count, tmp_path / "cut", "--config", config, "--run", run, "--resume", *often)
-        beyond = saved + 1 + generator.randrange(2)
-        ranks.wait_until(lambda: max(losses(run), default=0) >= beyond)  # noqa: B023 (called at once)
+        last = max(losses(run), default=0)
+        ranks = Ranks(count, tmp_path / f"cut{kill}", "--config", config, "--run", run, "--resume", *often)
+        ranks.wait_until(lambda: max(losses(run), default=0) > last)  # noqa: B023 (called at once)
         ranks.wait_until(lambda: any((run / "checkpoints").glob("*.tmp")))
         time.sleep(generator.uniform(0, 0.03))
         ranks.send(signal.SIGKILL, *([] if kill % 2 else [generator.randrange(count)]))
@@ -259,10 +260,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=0"]
 
 
-def ranks_below(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The training processes, in the order of their ranks."""
-    found = [p for p in psutil.Process(launcher.pid).children(recursive=True) if TRAIN[0] in p.cmdline()[:4]]
-    return sorted(found, key=lambda process: process.environ().get("RANK", ""))
+def processes_of(launcher: subprocess.Popen) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """(the launcher and all below it; the training processes among them, in the order of their ranks)"""
+    top = psutil.Process(launcher.pid)
+    found = [top, *top.children(recursive=True)]
+    ranks = [process for process in found if process.environ().get("RANK") and TRAIN[0] in process.cmdline()[:4]]
+    return found, sorted(ranks, key=lambda process: process.environ()["RANK"])
 
 
 @pytest.mark.slow
@@ -275,21 +278,24 @@ def test_launchers_end_all_ranks_and_the_run_goes_on(
     words = [*launcher, *TRAIN, "--config", config, "--run-folder", run, *TWO, "train.steps=100000"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    end = time.monotonic() + 120
+    while len(losses(run)) < 5 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    everything, ranks = processes_of(process)
     try:
-        end = time.monotonic() + 120
-        while len(losses(run)) < 5 and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.01)
-        ranks = ranks_below(process)
         assert len(ranks) == 2, (tmp_path / "log").read_text()
         if fault == "kill":
             ranks[1].kill()
-        else:  # as a cluster or a terminal does
-            subprocess.run(["kill", "-TERM", f"-{process.pid}"], check=True)
+        else:  # as a cluster, or a terminal, does: launcher and ranks all receive it
+            for each in everything:
+                each.terminate()
         assert process.wait(timeout=90) != 0
         gone, alive = psutil.wait_procs(ranks, timeout=30)
         assert not alive, (tmp_path / "log").read_text()
     finally:
-        subprocess.run(["kill", "-KILL", f"-{process.pid}"], capture_output=True)
+        for each in everything:  # by psutil, which knows a process from a later one of the same number
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
     step = max(losses(run))
     saved = fault == "terminate"
     if saved:
