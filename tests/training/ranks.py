@@ -29,10 +29,7 @@ class Ranks:
     """
 
     def __init__(self, count: int, log: Path, *arguments: object, little_room: tuple[int, int] = (-1, 0)) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        common = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         self.logs = [log.with_name(f"{log.name}.{rank}.log") for rank in range(count)]
         self.all = []
         for rank, path in enumerate(self.logs):
@@ -91,6 +88,12 @@ def _rank(log: Path, environment: dict[str, str], arguments: list[str], limit: i
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.exit(main(arguments))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def environment() -> dict[str, str]:

@@ -95,6 +95,48 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(
     assert found is not None and found[1]["step"] == 25
 
 
+def save_both(checkpoints: Checkpoints, step: int) -> None:
+    """As two ranks do."""
+    name, digest = checkpoints.save_share({"rank": 1, "weights": torch.full((300,), -float(step))}, step, 1)
+    checkpoints.save(state(step), step, {name: digest})
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
+def test_a_damaged_share_is_named_and_the_checkpoint_before_it_is_used(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        save_both(checkpoints, step)
+    damage(tmp_path / "step_0000020.rank1.pt")
+    with pytest.warns(UserWarning, match=r"step_0000020\.rank1\.pt: (damaged|missing)"):
+        found = load(checkpoints)
+    assert found is not None and found[1]["step"] == 10
+    assert [share["rank"] for share in found[1]["shares"]] == [1]
+    assert torch.equal(found[1]["shares"][0]["weights"], torch.full((300,), -10.0))
+    save_both(checkpoints, 20)  # the same step again, over the damaged one
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load(checkpoints)
+    assert found is not None and found[1]["step"] == 20
+
+
+def test_shares_go_with_their_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        save_both(checkpoints, step)
+    assert {path.name for path in tmp_path.glob("*rank*")} == {"step_0000020.rank1.pt", "step_0000030.rank1.pt"}
+
+
+def test_the_system_says_why_a_file_cannot_be_written(tmp_path: Path) -> None:
+    """torch.save complains about its archive instead."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    (tmp_path / "step_0000001.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        Checkpoints(tmp_path).save({"weights": torch.zeros(10**6)}, 1)
+
+
 def test_all_damaged_is_an_error_and_not_a_fresh_start(three: Checkpoints) -> None:
     for path in three.folder.glob("*.pt"):
         truncate(path)

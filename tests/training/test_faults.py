@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training.ranks import CONFIG, ROOT, Ranks, environment, losses
+from training.ranks import CONFIG, ROOT, Ranks, environment, free_port, losses
 
 from mmf_fast.train import main
 
@@ -257,7 +257,7 @@ def test_killed_where_a_damaged_checkpoint_is_replaced(six: Path, tmp_path: Path
 
 TRAIN = [str(ROOT / "mmf_fast" / "train.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=0"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2"]
 
 
 def processes_of(launcher: subprocess.Popen) -> tuple[list[psutil.Process], list[psutil.Process]]:
@@ -275,7 +275,8 @@ def test_launchers_end_all_ranks_and_the_run_goes_on(
     launcher: list[str], fault: str, config: Path, tmp_path: Path, whole: dict[int, float]
 ) -> None:
     run = tmp_path / "run"
-    words = [*launcher, *TRAIN, "--config", config, "--run-folder", run, *TWO, "train.steps=100000"]
+    port = [f"--master_port={free_port()}"] if launcher is DEEPSPEED else []
+    words = [*launcher, *port, *TRAIN, "--config", config, "--run-folder", run, *TWO, "train.steps=100000"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     end = time.monotonic() + 120
@@ -283,7 +284,7 @@ def test_launchers_end_all_ranks_and_the_run_goes_on(
         time.sleep(0.01)
     everything, ranks = processes_of(process)
     try:
-        assert len(ranks) == 2, (tmp_path / "log").read_text()
+        assert len(ranks) == 2 and losses(run), (tmp_path / "log").read_text()
         if fault == "kill":
             ranks[1].kill()
         else:  # as a cluster, or a terminal, does: launcher and ranks all receive it
