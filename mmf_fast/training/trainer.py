@@ -268,7 +268,10 @@ class Trainer:
         if self.engine.world_size > 1:
             if self.step % min(self.config.train.log_every, _STOP_EVERY):
                 return False
-            self.stopped_by = next((found for found in self.engine.gather(self.stopped_by) if found), None)
+            found = [each for each in self.engine.gather(self.stopped_by) if each]
+            if found:  # else a signal may just have come to this rank, of which the others hear at the next check
+                self.stopped_by = found[0]
+            return bool(found)
         return self.stopped_by is not None
 
     # ---- start, stop and go on --------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ def test_kills_during_checkpoint_writes_lose_no_checkpoint(
 def test_a_signal_to_any_rank_saves_and_ends_all(
     signals: list[tuple[Any, ...]], config: Path, tmp_path: Path, whole: dict[int, float]
 ) -> None:
-    """Twice to all is what happens where a launcher passes on a signal that the whole process group received."""
+    """Twice to all is what happens where a launcher passes on a signal that the whole process group received. Most of
+    the time ranks are asking each other whether one came: it must not be lost where it comes then."""
     run = tmp_path / "run"
     endless = ["train.steps=100000", "train.checkpoint_every=100000"]
     ranks = Ranks(2, tmp_path / "stopped", "--config", config, "--run", run, *TWO, *endless)
