@@ -107,7 +107,7 @@ class Config:
 
         identity: of the dataset; it replaces the options of `data` that it names.
         """
-        free = {f"train.{f.name}" for f in dataclasses.fields(Train) if f.metadata.get("free")}
+        free = {f"train.{f.name}" for f in dataclasses.fields(Train) if f.metadata.get("free")} | {"model.recompute"}
         tree = {**self.tree(), "data": {**self.tree()["data"], **identity}}
         return {key: value for key, value in _flatten(tree) if key not in free}
 

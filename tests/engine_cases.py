@@ -10,7 +10,9 @@ from mmf_fast.models import DiT
 
 def loss_function(case: dict) -> MeanFlowLoss:
     torch.manual_seed(0)
-    net = DiT(4, channels=1, patch_size=2, width=16, depth=2, heads=2, num_classes=3)
+    net = DiT(
+        4, channels=1, patch_size=2, width=16, depth=2, heads=2, num_classes=3, recompute=case.get("recompute", False)
+    )
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

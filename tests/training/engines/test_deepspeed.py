@@ -23,6 +23,8 @@ FEW = {  # each stage, each lambda, each kind of tangent, accumulation: what a c
     "zero1": {"stage": 1, "lam": "curriculum", "paired": True, "steps": 20},
     "zero2": {"stage": 2, "lam": 1.0, "paired": False, "steps": 20, "accumulate": 2},
     "zero3": {"stage": 3, "lam": 1.0, "paired": True, "steps": 20},
+    "zero2-recompute": {"stage": 2, "lam": 0.0, "paired": False, "steps": 5, "recompute": True},
+    "zero3-recompute": {"stage": 3, "lam": "curriculum", "paired": True, "steps": 5, "recompute": True},
     "bad0": {"stage": 0, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
     "bad2": {"stage": 2, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
     "bad3": {"stage": 3, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
@@ -48,7 +50,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 def check(found: dict, case: dict) -> None:
     x, y = data()
-    engine = LocalEngine(loss_function(case), optimizer(), train({**case, "accumulate": 1}), seed=3)
+    engine = LocalEngine(loss_function({**case, "recompute": False}), optimizer(), train({**case, "accumulate": 1}), 3)
     whole = [engine.step(x, step, y=y).metrics for step in range(case["steps"])]
     for key in ("loss", "grad_norm"):
         torch.testing.assert_close(found[key], [float(each[key]) for each in whole], rtol=1e-5, atol=0)
