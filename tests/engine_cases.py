@@ -1,5 +1,7 @@
 """The problem that engines of all kinds are compared on: a small DiT with classes, guidance and a share of r < t."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,9 @@ def loss_function(case: dict) -> MeanFlowLoss:
     )
 
 
-def optimizer() -> Optimizer:
+def optimizer(kind: Any = "adamw") -> Optimizer:
     # eps: without it Adam blows rounding up to whole steps where the gradient is zero, as that of the keys' bias is.
-    return Optimizer(lr=0.01, warmup=3, clip=0.5, weight_decay=0.1, ema=0.8, eps=1e-4)
+    return Optimizer(kind=kind, lr=0.01, warmup=3, clip=0.5, weight_decay=0.1, ema=0.8, eps=1e-4)
 
 
 def train(case: dict) -> Train:

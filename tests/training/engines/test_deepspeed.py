@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,15 @@ MATRIX = {
     for stage, lam, paired in itertools.product(range(4), (0.0, "curriculum", 1.0), (False, True))
 }  # fmt: skip
 
+OFFLOAD = {
+    "zero1-cpu": {"stage": 1, "lam": 0.0, "paired": True, "steps": 10, "kind": "deepspeed_cpu"},
+    "zero2-offload": {"stage": 2, "lam": 1.0, "paired": True, "steps": 10, "zero": "zero2_offload.json"},
+    "zero3-offload": {"stage": 3, "lam": "curriculum", "paired": True, "steps": 10, "zero": "zero3_offload.json"},
+    "zero2-fused": {"stage": 2, "lam": 1.0, "paired": True, "steps": 10, "kind": "deepspeed_fused"},
+    "bad2-offload": {"stage": 2, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2, "zero": "zero2_offload.json"},
+    "bad3-offload": {"stage": 3, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2, "zero": "zero3_offload.json"},
+}
+
 
 def results(cases: dict, folder: Path) -> dict[str, dict]:
     done = two_ranks(str(HERE / "zero_ranks.py"), json.dumps(cases), str(folder))
@@ -67,11 +77,27 @@ def test_two_ranks_train_as_one_process(name: str, few: dict[str, dict]) -> None
     check(few[name], FEW[name])
 
 
+def check_skipped(found: dict) -> None:
+    assert found["skipped"] == [False, False, True, False]
+    assert math.isfinite(found["loss"][3])
+    assert all(torch.isfinite(average).all() for average in found["average"].values())
+
+
 @pytest.mark.parametrize("name", [name for name in FEW if name.startswith("bad")])
 def test_a_bad_sample_on_one_rank_skips_the_step_on_all(name: str, few: dict[str, dict]) -> None:
-    assert few[name]["skipped"] == [False, False, True, False]
-    assert math.isfinite(few[name]["loss"][3])
-    assert all(torch.isfinite(average).all() for average in few[name]["average"].values())
+    check_skipped(few[name])
+
+
+@pytest.mark.slow  # DeepSpeed compiles its optimizers at first use: two minutes each
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="needs g++ and ninja")
+def test_the_optimizers_of_deepspeed_with_and_without_offload(tmp_path: Path) -> None:
+    cases = {name: {"kind": "deepspeed_cpu", **case} for name, case in OFFLOAD.items()}
+    found = results(cases, tmp_path)
+    for name, case in cases.items():
+        if "bad_step" in case:
+            check_skipped(found[name])
+        else:
+            check(found[name], case)
 
 
 @pytest.mark.slow
