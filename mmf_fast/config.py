@@ -41,8 +41,8 @@ FREE = {"free": True}
 class Optimizer:
     """AdamW, its learning rate, gradient clipping and the moving average of the weights."""
 
-    # The same AdamW from PyTorch (fused), NVIDIA Apex, or DeepSpeed: on GPUs, or on the host where the ZeRO file offloads
-    # the optimizer. All but the first need train.zero.
+    # The same AdamW from PyTorch (fused), NVIDIA Apex, or DeepSpeed: on GPUs, or on the CPU where the
+    # ZeRO file offloads the optimizer. All but the first need train.zero.
     kind: Literal["adamw", "apex", "deepspeed_fused", "deepspeed_cpu"] = field(default="adamw", metadata=FREE)
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)

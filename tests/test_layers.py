@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "config": PARTS,
     "training": FORWARD | PARTS | {"sampling", "evaluation", "pictures", "config", "training"},
     "train": {"config", "training"},
+    "plan": {"dual", "objective", "data", "config", "training"},
     "__init__": FORWARD | PARTS | {"sampling", "evaluation"},
 }
 BELOW_FORWARD = {"torch", "triton", "mmf_fast"}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mmf_fast.dual import DetachedDual, Dual, primal, tangent
+from mmf_fast.rules.common import autocasts
 
 __all__ = ["recomputed"]
 
@@ -97,12 +98,12 @@ class _Again:
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
         self.function, self.device = function, device
-        self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        self.autocast = torch.get_autocast_dtype(device.type) if autocasts(device.type) else None
         self.states = self._states()
 
     def __call__(self, *args: Tensor) -> Tensor:
-        enabled, dtype = self.autocast
-        with self._generators(), torch.enable_grad(), torch.autocast(self.device.type, dtype, enabled):
+        autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
+        with self._generators(), torch.enable_grad(), autocast:
             return self.function(*(x.view_as(x) for x in args))  # hooks on gradients of leaves refuse autograd.grad
 
     @contextmanager
@@ -116,11 +117,11 @@ class _Again:
 
     def _states(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
-        if self.device.type != "cpu":
+        if self.device.type not in ("cpu", "meta"):
             states.append(torch.get_device_module(self.device).get_rng_state(self.device))
         return states
 
     def _set(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
-        if self.device.type != "cpu":
+        if len(states) > 1:
             torch.get_device_module(self.device).set_rng_state(states[1], self.device)

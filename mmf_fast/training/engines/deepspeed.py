@@ -287,8 +287,8 @@ def _build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> t
     except Exception as error:  # of all kinds: no compiler, no ninja, no CUDA toolkit, another version of it, ...
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise ConfigError(
-            f"optimizer.kind={config.kind}: DeepSpeed cannot build it here ({reason}); it takes ninja and a compiler, on "
-            "GPUs nvcc of PyTorch's version; or take optimizer.kind=adamw, without offload"
+            f"optimizer.kind={config.kind}: DeepSpeed cannot build it here ({reason}); it takes ninja and a compiler, "
+            "on GPUs nvcc of PyTorch's version; or take optimizer.kind=adamw, without offload"
         ) from error
     return build_optimizer(parameters, config)
 
