@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ RELEASED = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and stage3_ma
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the plan assumes of the machine. Bandwidths: bytes/s that a GPU sends, within a node and between nodes."""
+    """What the plan assumes of the machine. nvlink, network: bytes/s that a GPU sends within its node and out of it."""
 
     device: str = "H100"
     utilisation: float = 0.4  # share of the peak that the matrix products of a whole step reach
@@ -52,7 +53,7 @@ class Cluster:
 @dataclass(frozen=True)
 class Job:
     """One training step. flops: of the global batch. calls: of the network, in forward and in backward, per pass.
-    weight: bytes of a weight that the network computes with."""
+    share: of the samples that has r < t. weight: bytes of a weight that the network computes with."""
 
     parameters: int
     batch: int
@@ -61,6 +62,12 @@ class Job:
     flops: float
     forwards: float
     calls: tuple[int, int]
+    share: float = 0.0
+
+    def divides(self, batch: int, ranks: int) -> bool:
+        """Whether ranks and accumulated passes can share a batch, and its samples with r < t, equally."""
+        parts = ranks * self.accumulate
+        return batch % parts == 0 and round(self.share * batch) % parts == 0
 
     @property
     def weight(self) -> int:
@@ -68,7 +75,7 @@ class Job:
 
 
 def memory(parameters: int, weight: int, ranks: int, stage: int) -> dict[str, float]:
-    """Bytes that a rank holds between backward and the optimizer's step, in the engine of training/engines/deepspeed.py.
+    """Bytes that a rank holds between backward and the optimizer's step (training/engines/deepspeed.py).
 
     weights: those computed with, of `weight` bytes each. master: float32 weights, of which the optimizer's moments are
     two and the moving average one more copy. Stage 0 trains in float32 only, without a master copy.
@@ -96,11 +103,15 @@ def communication(job: Job, ranks: int, stage: int) -> float:
 
 
 def step_time(job: Job, cluster: Cluster, ranks: int, stage: int) -> tuple[float, float]:
-    """Seconds of computation and of communication in a step. Raises ConfigError for a device of unknown peak."""
+    """Seconds of computation and of communication in a step. Raises ConfigError for a device of unknown peak.
+
+    Between nodes a ring leaves each node once, and NCCL lays one ring for each network card, so that a collective has
+    the bandwidth of all cards of a node.
+    """
     peak = peak_flops(cluster.device, "fp32" if stage == 0 and job.precision == "bf16" else job.precision)
     if peak is None:
         raise config.ConfigError(f"--device {cluster.device}: its peak is not known; mmf_fast/training/devices.py")
-    bandwidth = cluster.nvlink if ranks <= cluster.node else min(cluster.nvlink, cluster.network)
+    bandwidth = cluster.nvlink if ranks <= cluster.node else min(cluster.nvlink, cluster.node * cluster.network)
     compute = job.flops / (ranks * peak * cluster.utilisation)
     return compute, communication(job, ranks, stage) / (bandwidth * cluster.reached)
 
@@ -126,12 +137,13 @@ def job(settings: config.Config, lam: float) -> Job:
         flops=forwards * net.flops(train.batch),
         forwards=forwards,
         calls=(counted.all, counted.with_graph),
+        share=loss_fn.times.share,
     )
 
 
 def activations(settings: config.Config, lam: float, rows: int) -> int:
-    """Bytes that autograd keeps for backward of the loss of `rows` samples, without torch.compile: the distinct storages
-    it saves, weights left out, with fused norms and attention."""
+    """Bytes that autograd keeps for backward of the loss of `rows` samples, without torch.compile: the distinct
+    storages it saves, weights left out, with fused norms and attention."""
     loss_fn, shape = _loss(settings, lam)
     if settings.train.precision == "bf16":
         loss_fn.bfloat16()
@@ -157,7 +169,8 @@ def _loss(settings: config.Config, lam: float) -> tuple[MeanFlowLoss, tuple[int,
             f"{' '.join(str(error).split())}; a plan needs only the shape: add data=synthetic data.shape=[3,64,64]"
         ) from error
     loss = {**settings.loss, "lam": LambdaSchedule(value=lam)}
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a lambda that the configuration does not have
         return build_loss(dataclasses.replace(settings, loss=loss), dataset).train(), tuple(dataset.shape)
 
 
@@ -211,10 +224,10 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
     """The plan as Markdown. Raises ConfigError."""
     steps = {lam: job(settings, lam) for lam in (0.0, 1.0)}
     one, train = steps[0.0], settings.train
-    if train.batch % (ranks * train.accumulate):
+    if not one.divides(train.batch, ranks):
         raise config.ConfigError(
-            f"train.batch={train.batch} is not divisible by {ranks} GPUs x train.accumulate={train.accumulate}: "
-            "choose another batch"
+            f"{ranks} GPUs x train.accumulate={train.accumulate} cannot share train.batch={train.batch} and its "
+            f"samples with r < t (times.share={one.share}) equally: choose another batch"
         )
     rows = train.batch // (ranks * train.accumulate)
     kept = {lam: activations(settings, lam, rows) for lam in steps}
@@ -224,11 +237,11 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
         f"forward and sample; {one.forwards:.2f} forwards a sample at lambda 0, {steps[1.0].forwards:.2f} above; batch "
         f"{train.batch}, {train.precision}.",
         f"Assumed: {cluster.device} at {cluster.utilisation:.0%} of its peak, nodes of {cluster.node}, "
-        f"{cluster.nvlink / 1e9:.0f} GB/s within and {cluster.network / 1e9:.0f} GB/s between them at "
+        f"{cluster.nvlink / 1e9:.0f} GB/s within and {cluster.network / 1e9:.0f} GB/s out of them a GPU, at "
         f"{cluster.reached:.0%}.",
-        f"\nMemory of one of {ranks} GPUs in GB, {rows} samples at a time (activations: estimated, eager mode):\n",
+        f"\nMemory of one of {ranks} GPUs in GB, {rows} samples at a time (kept: activations, estimated):\n",
         _table(
-            "ZeRO weights master gradients moments average activations,lambda=0 lambda>0 sum,lambda=0 lambda>0",
+            "ZeRO weights master gradients moments average gathered kept,lambda=0 lambda>0 sum,lambda=0 lambda>0",
             [_memory_row(one, ranks, stage, kept) for stage in STAGES],
         ),
         f"\nA step on {ranks} GPUs, lambda 0 (time: computation, communication, and the step with and without overlap, "
@@ -237,6 +250,11 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
             "ZeRO sent,GB computation communication overlapped in,turn",
             [[_stage(stage), f"{communication(one, ranks, stage) / 1e9:.3f}", *_times(one, cluster, ranks, stage)]
              for stage in STAGES],
+        ),
+        "\nWithout activations, GB of one GPU by ZeRO stage:\n",
+        _table(
+            "GPUs " + " ".join(_stage(stage).replace(" ", ",") for stage in STAGES),
+            [[str(count)] + [f"{_held(one, count, stage) / 1e9:.3f}" for stage in STAGES] for count in COUNTS],
         ),
         "\nScaling with ZeRO-1; step in ms (overlapped to in turn) and images/s (in turn):\n",
         _table(
@@ -248,14 +266,16 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
 
 
 def _memory_row(one: Job, ranks: int, stage: int, kept: dict[float, int]) -> list[str]:
-    held = memory(one.parameters, one.weight, ranks, stage)
+    parts = memory(one.parameters, one.weight, ranks, stage).values()
+    gathered = one.weight * min(one.parameters, RELEASED) if stage == 3 else 0  # within a pass
     scale = 4 / one.weight if stage == 0 else 1  # stage 0 computes in float32
-    if stage == 3:  # within a pass the gathered weights are there too
-        held["weights"] += one.weight * min(one.parameters, RELEASED)
-    used = [scale * bytes for bytes in kept.values()]
-    return [_stage(stage)] + [
-        f"{x / 1e9:.2f}" for x in (*held.values(), *used, *(sum(held.values()) + x for x in used))
-    ]
+    used = [scale * size for size in kept.values()]
+    sums = [_held(one, ranks, stage) + gathered + size for size in used]
+    return [_stage(stage)] + [f"{size / 1e9:.3f}" for size in (*parts, gathered, *used, *sums)]
+
+
+def _held(one: Job, ranks: int, stage: int) -> float:
+    return sum(memory(one.parameters, one.weight, ranks, stage).values())
 
 
 def _times(one: Job, cluster: Cluster, ranks: int, stage: int) -> list[str]:
@@ -266,11 +286,9 @@ def _times(one: Job, cluster: Cluster, ranks: int, stage: int) -> list[str]:
 def _scaling_rows(steps: dict[float, Job], cluster: Cluster, ranks: int, count: int) -> list[list[str]]:
     """The batch as it is, where that many GPUs can share it, and a batch that grows with them."""
     batch = steps[0.0].batch
-    batches = [batch] if batch % count == 0 else []
-    if batch * count % ranks == 0:
-        batches.append(batch * count // ranks)
+    grown_batch = max(count, batch * count // ranks)
     result = []
-    for each in dict.fromkeys(batches):
+    for each in dict.fromkeys(n for n in (batch, grown_batch) if steps[0.0].divides(n, count)):
         row = [str(count), str(each)]
         for one in steps.values():
             grown = dataclasses.replace(one, batch=each, flops=one.flops * each / batch)

@@ -320,6 +320,8 @@ def _settings(
         raise ConfigError(
             "optimizer.kind=deepspeed_cpu steps on the CPU: take a ZeRO file that offloads, as zero2_offload.json"
         )
+    if stage == 3 and zero["zero_optimization"].get("memory_efficient_linear", True):
+        raise ConfigError("train.zero: its linear layer knows no dual numbers; set memory_efficient_linear to false")
     ours = {
         "train_batch_size": train.batch,
         "train_micro_batch_size_per_gpu": train.batch // (world_size * train.accumulate),
