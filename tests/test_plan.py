@@ -121,6 +121,7 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture) -> None:
     assert plan.main(arguments) == 0
     text = capsys.readouterr().out
     assert "130.6 million parameters" in text and "| 1024 | 32768 |" in text
+    assert text in (HERE.parent / "docs" / "scaling.md").read_text()  # or print it there again
 
 
 @pytest.mark.parametrize(
