@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from mmf_fast import config, data
 from mmf_fast.dual import Dual
 from mmf_fast.objective import LambdaSchedule, MeanFlowLoss
+from mmf_fast.training.build import build_loss
 from mmf_fast.training.devices import peak_flops
-from mmf_fast.training.trainer import build_loss
 
 __all__ = ["Cluster", "Job", "activations", "communication", "job", "main", "memory", "report", "step_time"]
 

@@ -9,7 +9,6 @@ Run folder:
     model.safetensors  model.json                            the averaged weights, for sampling and evaluation
 """
 
-import inspect
 import logging
 import os
 import platform
@@ -32,14 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmf_fast import data, models
-from mmf_fast.config import Config, ConfigError, differences, read_zero
-from mmf_fast.objective import MeanFlowLoss
+from mmf_fast.config import Config, ConfigError, differences
 from mmf_fast.sampling import sample, save_grid
+from mmf_fast.training.build import build_engine, build_loss
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state, write_atomically
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.devices import peak_flops
-from mmf_fast.training.engines import Engine
-from mmf_fast.training.engines.local import LocalEngine
 from mmf_fast.training.logs import RankLog
 from mmf_fast.training.metrics import MetricsLog, plot_curves
 from mmf_fast.training.phases import PHASES, TRACED, WARM_UP, Speed, tracer
@@ -351,44 +348,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
-    """Network and loss of a configuration; shape and class count come from the data where the model has none.
-
-    Raises ConfigError where the model's contradict the data.
-    """
-    shape = dataset.shape
-    implied: dict[str, Any] = {"num_classes": dataset.num_classes}
-    implied |= {"dim": shape[0]} if len(shape) == 1 else {"channels": shape[0], "input_size": shape[-1]}
-    name = config.model["name"]
-    accepted = inspect.signature(models.NETWORKS[name]).parameters
-    if not implied.keys() - {"num_classes"} <= accepted.keys():
-        raise ConfigError(
-            f"model.name={name} does not take samples of shape {shape} (data.name={dataset.name}); choose another model"
-        )
-    for key in implied.keys() & config.model.keys():
-        if config.model[key] != implied[key]:
-            raise ConfigError(
-                f"model.{key} is {config.model[key]}, but that of data.name={dataset.name} is {implied[key]}; "
-                f"leave model.{key} out"
-            )
-    net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
-    loss = {key: value for key, value in config.loss.items() if key != "objective"}
-    return MeanFlowLoss(net, **loss)
-
-
-def build_engine(config: Config, loss_fn: MeanFlowLoss) -> Engine:
-    """The engine that trains the loss, by train.zero. Raises ConfigError where it cannot be had."""
-    if config.train.zero:
-        try:
-            from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
-        except ImportError as error:
-            raise ConfigError("train.zero needs DeepSpeed: pip install --no-build-isolation deepspeed") from error
-        return DeepSpeedEngine(loss_fn, config.optimizer, config.train, read_zero(config.train.zero), config.seed)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("several processes were started: set train.zero, for instance train.zero=zero1.json")
-    return LocalEngine(loss_fn, config.optimizer, config.train, config.seed)
 
 
 def _due(step: int, every: int) -> bool:
