@@ -41,7 +41,9 @@ FREE = {"free": True}
 class Optimizer:
     """AdamW, its learning rate, gradient clipping and the moving average of the weights."""
 
-    kind: Literal["adamw", "apex"] = "adamw"  # torch's fused one, or NVIDIA Apex's
+    # The same AdamW from PyTorch (fused), NVIDIA Apex, or DeepSpeed: on GPUs, or on the CPU where the
+    # ZeRO file offloads the optimizer. All but the first need train.zero.
+    kind: Literal["adamw", "apex", "deepspeed_fused", "deepspeed_cpu"] = field(default="adamw", metadata=FREE)
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -107,7 +109,12 @@ class Config:
 
         identity: of the dataset; it replaces the options of `data` that it names.
         """
-        free = {f"train.{f.name}" for f in dataclasses.fields(Train) if f.metadata.get("free")}
+        free = {"model.recompute"} | {
+            f"{section}.{f.name}"
+            for section, kind in (("optimizer", Optimizer), ("train", Train))
+            for f in dataclasses.fields(kind)
+            if f.metadata.get("free")
+        }
         tree = {**self.tree(), "data": {**self.tree()["data"], **identity}}
         return {key: value for key, value in _flatten(tree) if key not in free}
 

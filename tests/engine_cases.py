@@ -1,5 +1,7 @@
 """The problem that engines of all kinds are compared on: a small DiT with classes, guidance and a share of r < t."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from mmf_fast.models import DiT
 
 def loss_function(case: dict) -> MeanFlowLoss:
     torch.manual_seed(0)
-    net = DiT(4, channels=1, patch_size=2, width=16, depth=2, heads=2, num_classes=3)
+    net = DiT(
+        4, channels=1, patch_size=2, width=16, depth=2, heads=2, num_classes=3, recompute=case.get("recompute", False)
+    )
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -20,9 +24,9 @@ def loss_function(case: dict) -> MeanFlowLoss:
     )
 
 
-def optimizer() -> Optimizer:
+def optimizer(kind: Any = "adamw") -> Optimizer:
     # eps: without it Adam blows rounding up to whole steps where the gradient is zero, as that of the keys' bias is.
-    return Optimizer(lr=0.01, warmup=3, clip=0.5, weight_decay=0.1, ema=0.8, eps=1e-4)
+    return Optimizer(kind=kind, lr=0.01, warmup=3, clip=0.5, weight_decay=0.1, ema=0.8, eps=1e-4)
 
 
 def train(case: dict) -> Train:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +30,24 @@ def network(kind: str, num_classes: int = 0) -> nn.Module:
         for parameter in net.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return net
+
+
+def saved_bytes(function: Callable[..., Any], *args: Any, net: nn.Module, **kwargs: Any) -> int:
+    """Bytes of the distinct storages that autograd saves in a call, the parameters of `net` left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # a freed storage's address could come back
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*args, **kwargs)
+    return sum(storages.values())
 
 
 def sample_shape(kind: str) -> tuple[int, ...]:

@@ -119,6 +119,8 @@ def test_length_and_logging_are_not_part_of_the_fingerprint(toy: Path) -> None:
         {}
     )
     assert config.differences(one, longer) == []
+    same_steps = config.load(toy, ["model=dit", "model.recompute=true", "optimizer.kind=apex"]).fingerprint({})
+    assert config.differences(config.load(toy, ["model=dit"]).fingerprint({}), same_steps) == []
     other = config.load(toy, ["model.width=8", "train.batch=7", "seed=1", "loss.lam=0.5"]).fingerprint({})
     changed = {text.split()[0] for text in config.differences(one, other)}
     assert {"model.width", "train.batch", "seed", "loss.lam"} <= changed

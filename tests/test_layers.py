@@ -23,9 +23,12 @@ MAY_IMPORT = {
     "sampling": FORWARD | {"models", "data", "sampling", "pictures"},
     "classifier": FORWARD | {"models", "data", "classifier"},
     "evaluation": FORWARD | {"models", "data", "sampling", "evaluation", "pictures", "metrics", "classifier"},
+    "feature_statistics": {"data", "pictures"},
+    "fid": {"models", "data", "sampling", "pictures", "metrics", "feature_statistics"},
     "config": PARTS,
     "training": FORWARD | PARTS | {"sampling", "evaluation", "pictures", "config", "training"},
     "train": {"config", "training"},
+    "plan": {"dual", "objective", "data", "config", "training"},
     "__init__": FORWARD | PARTS | {"sampling", "evaluation"},
 }
 BELOW_FORWARD = {"torch", "triton", "mmf_fast"}

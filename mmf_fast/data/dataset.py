@@ -23,6 +23,7 @@ __all__ = [
     "check_split",
     "coins",
     "rank_part",
+    "row_noise",
     "whole",
 ]
 
@@ -137,6 +138,19 @@ def rank_part(step: int, size: int, rank: int, world_size: int) -> slice:
 def coins(seed: int, step: int, size: int) -> Tensor:
     """Fair coins (size,) bool, one for each row of the global batch, whichever rank it belongs to."""
     return torch.from_numpy(np.random.default_rng([seed, step, _COIN]).random(size) < 0.5)
+
+
+def row_noise(key: tuple[int, int], rows: range, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal (len(rows), ...) float32, a function of (key, row) alone, whoever draws it.
+
+    Philox is a cipher of (key, counter), and the counter's last word is the row, so that each row has its own stream.
+    shape: of the result.
+    """
+    noise = np.empty(shape, np.float32)
+    for i, row in enumerate(rows):
+        stream = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, row])
+        np.random.Generator(stream).standard_normal(out=noise[i], dtype=np.float32)
+    return noise
 
 
 def whole(dataset: Dataset, name: Split, splits: Mapping[Split, Stored | None]) -> Stored:

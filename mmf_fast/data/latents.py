@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Epochs, Identity, Split, Stored, coins, rank_part, whole
+from mmf_fast.data.dataset import Batch, Epochs, Identity, Split, Stored, coins, rank_part, row_noise, whole
 from mmf_fast.data.formats.latents import SD_SCALE
 from mmf_fast.data.prepared import PreparedSet, open_pair
 
@@ -65,7 +65,7 @@ class LatentDataset:
         if not self._moments:
             return torch.from_numpy(chosen.astype(np.float32) * np.float32(self.scale))
         mean, std = np.split(chosen, 2, axis=1)
-        x = _noise(key, rows, mean.shape)
+        x = row_noise(key, rows, mean.shape)
         x *= std
         x += mean
         x *= np.float32(self.scale)
@@ -91,14 +91,3 @@ def latents(
     if not scale > 0:
         raise ValueError(f"latents: scale is {scale}; it must be positive, {SD_SCALE} for the SD-VAE")
     return LatentDataset(*open_pair("latents", path, validation, verify), scale, flip, seed)
-
-
-def _noise(key: tuple[int, int], rows: range, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32, row by row: Philox is a cipher of (key, counter), and the counter's last word is the row
-    of the global batch, so that each row has its own stream.
-    """
-    noise = np.empty(shape, np.float32)
-    for i, row in enumerate(rows):
-        stream = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, row])
-        np.random.Generator(stream).standard_normal(out=noise[i], dtype=np.float32)
-    return noise

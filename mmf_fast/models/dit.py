@@ -23,6 +23,7 @@ from mmf_fast.models.layers import (
     total_flops,
     zero_init,
 )
+from mmf_fast.models.recompute import recomputed
 
 __all__ = ["DiT"]
 
@@ -49,8 +50,11 @@ class Block(nn.Module):
     Shifts, scales and gates are linear in c and zero at initialisation, so every block starts as the identity.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float):
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float, recompute: bool = False
+    ):
         super().__init__()
+        self.recompute = recompute
         hidden = int(width * mlp_ratio)
         self.modulation = zero_init(nn.Linear(width, 6 * width))
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -61,6 +65,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        return recomputed(self, self._forward, x_BND, c_BD) if self.recompute else self._forward(x_BND, c_BD)
+
+    def _forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD).unsqueeze(1).chunk(6, dim=-1)
         h_BND = self.attention(modulated_norm(self.norm1, x_BND, shift1, scale1))
         x_BND = x_BND + gate1 * self.dropout(h_BND)
@@ -79,6 +86,7 @@ class DiT(nn.Module):
     width, depth, heads, mlp_ratio: of the transformer; width is divisible by heads and by 4.
     num_classes: 0 for an unconditional network; otherwise labels 0 .. num_classes - 1, num_classes is the null label.
     qk_norm: RMS norm of queries and keys.  dropout: on both branches of a block.
+    recompute: keep only the input of each block for backward and compute the rest again (activation checkpointing).
     Raises ValueError when a size does not fit.
     """
 
@@ -94,6 +102,7 @@ class DiT(nn.Module):
         num_classes: int = 0,
         qk_norm: bool = False,
         dropout: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         check_positive(input_size=input_size, channels=channels, patch_size=patch_size)
@@ -105,6 +114,7 @@ class DiT(nn.Module):
         self.config = dict(
             name="dit", input_size=input_size, channels=channels, patch_size=patch_size, width=width, depth=depth,
             heads=heads, mlp_ratio=mlp_ratio, num_classes=num_classes, qk_norm=qk_norm, dropout=dropout,
+            recompute=recompute,
         )  # fmt: skip
         self.num_classes, self.shape = num_classes, (channels, input_size, input_size)
         self.patch_size, self.grid = patch_size, input_size // patch_size
@@ -112,7 +122,7 @@ class DiT(nn.Module):
         self.register_buffer("positions_ND", positions_2d(self.grid, width), persistent=False)
         self.conditioning = Conditioning(width, num_classes)
         self.input = nn.Linear(patch, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, dropout, recompute) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, patch)

@@ -23,6 +23,7 @@ from mmf_fast.models.layers import (
     total_flops,
     zero_init,
 )
+from mmf_fast.models.recompute import recomputed
 
 __all__ = ["UNet"]
 
@@ -53,12 +54,22 @@ class SpatialAttention(nn.Module):
 class ResBlock(nn.Module):
     """skip(x) + conv_2(silu(modulate(GN(conv_1(silu(GN(x)))), shift(c), scale(c)))), then attention if heads > 0.
 
-    The convolution conv_2 starts at zero. skip is the identity, or 1x1 where the number of channels changes.
+    The convolution conv_2 starts at zero. skip is the identity, or 1x1 where the number of channels changes. On the way
+    up x is followed by the channels of an earlier result.
     """
 
-    def __init__(self, channels_in: int, channels: int, width: int, size: int, heads: int, dropout: float):
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        width: int,
+        size: int,
+        heads: int,
+        dropout: float,
+        recompute: bool = False,
+    ):
         super().__init__()
-        self.size = size
+        self.size, self.recompute = size, recompute
         self.norm1 = group_norm(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.modulation = nn.Linear(width, 2 * channels)
@@ -68,7 +79,13 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
         self.attention = SpatialAttention(channels, heads, size) if heads else None
 
-    def forward(self, x_BCYX: Tensor, c_BD: Tensor) -> Tensor:
+    def forward(self, x_BCYX: Tensor, c_BD: Tensor, *earlier_BCYX: Tensor) -> Tensor:
+        inputs = (x_BCYX, c_BD, *earlier_BCYX)
+        return recomputed(self, self._forward, *inputs) if self.recompute else self._forward(*inputs)
+
+    def _forward(self, x_BCYX: Tensor, c_BD: Tensor, *earlier_BCYX: Tensor) -> Tensor:
+        if earlier_BCYX:
+            x_BCYX = torch.cat([x_BCYX, *earlier_BCYX], dim=1)
         shift, scale = self.modulation(c_BD).unsqueeze(-1).unsqueeze(-1).chunk(2, dim=1)
         h_BCYX = self.conv1(F.silu(self.norm1(x_BCYX)))
         h_BCYX = self.conv2(self.dropout(F.silu(modulate(self.norm2(h_BCYX), shift, scale))))
@@ -108,6 +125,8 @@ class UNet(nn.Module):
     attention_resolutions: sizes in pixels at which blocks attend, with `heads` heads; unless it is empty, the middle
     of the network attends too.  dropout: within residual blocks.
     num_classes: 0 for an unconditional network; otherwise labels 0 .. num_classes - 1, num_classes is the null label.
+    recompute: keep only the inputs of residual blocks for backward and compute the rest again (activation
+    checkpointing).
     Raises ValueError when a size does not fit, or a resolution never occurs.
     """
 
@@ -122,6 +141,7 @@ class UNet(nn.Module):
         heads: int = 4,
         num_classes: int = 0,
         dropout: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         check_positive(input_size=input_size, channels=channels, blocks=blocks, heads=heads)
@@ -144,7 +164,7 @@ class UNet(nn.Module):
         self.config = dict(
             name="unet", input_size=input_size, channels=channels, base_channels=base_channels,
             channel_mults=list(channel_mults), blocks=blocks, attention_resolutions=list(attention_resolutions),
-            heads=heads, num_classes=num_classes, dropout=dropout,
+            heads=heads, num_classes=num_classes, dropout=dropout, recompute=recompute,
         )  # fmt: skip
         self.num_classes, self.shape = num_classes, (channels, input_size, input_size)
         width = 4 * base_channels
@@ -152,7 +172,7 @@ class UNet(nn.Module):
         self.input = nn.Conv2d(channels, base_channels, 3, padding=1)
 
         def block(channels_in: int, channels_out: int, size: int, attend: bool) -> ResBlock:
-            return ResBlock(channels_in, channels_out, width, size, heads if attend else 0, dropout)
+            return ResBlock(channels_in, channels_out, width, size, heads if attend else 0, dropout, recompute)
 
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         current, skips = base_channels, [base_channels]  # channels of x and of the results kept for the way up
@@ -188,9 +208,8 @@ class UNet(nn.Module):
         for layer in self.middle:
             x_BCYX = layer(x_BCYX, c_BD)
         for layer in self.up:
-            if isinstance(layer, ResBlock):
-                x_BCYX = torch.cat([x_BCYX, skips.pop()], dim=1)
-            x_BCYX = layer(x_BCYX, c_BD)
+            earlier = [skips.pop()] if isinstance(layer, ResBlock) else []
+            x_BCYX = layer(x_BCYX, c_BD, *earlier)
         return self.output(F.silu(self.norm(x_BCYX))).to(z.dtype)
 
     def flops(self, batch: int = 1) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmf_fast.dual import missing_rule, primal, register_rule, tangent, tangent_scope
 from mmf_fast.ops.attention import attention as dual_attention
 from mmf_fast.ops.attention import attention_tangent, serves
-from mmf_fast.rules.common import keeps_tangent
+from mmf_fast.rules.common import autocasts, keeps_tangent
 
 __all__ = ["attention", "attention_weights"]
 
@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
 
 def _as_autocast(x: Any) -> Any:
     """x as PyTorch's attention takes it where autocast is on: in the dtype of autocast, unless it is float64."""
-    if x is None or x.dtype in (torch.bool, torch.float64) or not torch.is_autocast_enabled(x.device.type):
+    if x is None or x.dtype in (torch.bool, torch.float64) or not autocasts(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 

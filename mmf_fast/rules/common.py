@@ -109,10 +109,14 @@ def keeps_tangent(*args: Any) -> bool:
     return not any(isinstance(x, DetachedDual) for x in args)
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; torch.is_autocast_enabled refuses to say for "meta"."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def as_autocast(x: Any) -> Any:
     """x, a Dual, a tensor or None, in float32 where autocast is on, as for PyTorch's own norms."""
-    device = None if x is None else primal(x).device.type
-    return x.float() if device is not None and torch.is_autocast_enabled(device) else x
+    return x.float() if x is not None and autocasts(primal(x).device.type) else x
 
 
 def in_place(function: Any) -> Exception:

@@ -67,13 +67,13 @@ class Checkpoints:
             yield draft
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
             draft.unlink(missing_ok=True)
-            reason = str(error).splitlines()[0]
             raise OSError(
-                f"{path}: cannot be written ({reason}); earlier checkpoints are whole; make room, go on with --resume"
+                f"{path}: cannot be written ({_reason(error)}); earlier checkpoints are whole; "
+                "make room, go on with --resume"
             ) from error
 
-    def load(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, on the CPU; None where there is none at all.
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose files are all whole, to be read with check=False; None where there is none.
 
         A damaged one is named in a warning and the one before it is used.
         Raises CheckpointError when all of them are damaged.
@@ -81,12 +81,12 @@ class Checkpoints:
         damaged = []
         for path in reversed(_found(self.folder)):
             try:
-                state = read(path)
+                read(path)
             except CheckpointError as error:
                 damaged.append(path)
                 warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
                 continue
-            return path, state
+            return path
         if damaged:
             names = ", ".join(path.name for path in damaged)
             raise CheckpointError(
@@ -113,29 +113,41 @@ class Checkpoints:
             leftover.unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Checks the checksums and loads one checkpoint to the CPU, with "shares" as a list: those of ranks 1, 2, ...
+def read(path: Path, check: bool = True) -> dict[str, Any]:
+    """Loads one checkpoint to the CPU, with "shares" as a list: those of ranks 1, 2, ...
 
+    check: compares the checksums, which reads every byte of it. Many ranks let one of them do that.
     Raises CheckpointError if it is not what was written.
     """
-    try:
-        expected = _sidecar(path).read_text().split()[0]
-    except (OSError, IndexError) as error:
-        raise CheckpointError(f"{path}: its checksum {_sidecar(path).name} is missing") from error
+    expected = None
+    if check:
+        try:
+            expected = _sidecar(path).read_text().split()[0]
+        except (OSError, IndexError) as error:
+            raise CheckpointError(f"{path}: its checksum {_sidecar(path).name} is missing") from error
     state = _read(path, expected, _sidecar(path).name)
-    state["shares"] = [_read(path.parent / name, digest, path.name) for name, digest in state["shares"].items()]
+    shares = state["shares"].items()
+    state["shares"] = [_read(path.parent / name, digest if check else None, path.name) for name, digest in shares]
     return state
 
 
-def _read(path: Path, expected: str, holder: str) -> dict[str, Any]:
+def _read(path: Path, expected: str | None, holder: str) -> dict[str, Any]:
     try:
-        if _digest(path) != expected:
+        if expected is not None and _digest(path) != expected:
             raise CheckpointError(f"{path}: damaged (its sha256 is not the one in {holder})")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing, though {holder} names it") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said: torch.save then fails on closing its archive, and says that instead."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return str(found or error).splitlines()[0]
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,23 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Non-finite values become null: JSON has no NaN."""
         plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self.file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
-        for key, value in values.items():
-            self.board.add_scalar(key, value, step)
+        try:
+            self.file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
+        except OSError as error:
+            raise OSError(
+                f"{self.path.parent}: step {step} cannot be recorded ({error.strerror or error}); "
+                "checkpoints are whole; make room, go on with --resume"
+            ) from error
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-        self.board.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for part in (self.file, self.board):
+            with suppress(OSError) if error else nullcontext():  # a full disk is named once, and by who met it first
+                part.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

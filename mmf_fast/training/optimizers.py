@@ -1,4 +1,4 @@
-"""The optimizers a configuration may name."""
+"""The AdamW that a configuration may name; DeepSpeed's own are built in its engine."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,19 +8,18 @@ from torch import nn
 
 from mmf_fast.config import ConfigError, Optimizer
 
-__all__ = ["build_optimizer"]
+__all__ = ["adam_options", "build_optimizer"]
+
+
+def adam_options(config: Optimizer) -> dict[str, Any]:
+    """What all kinds take, under the same names."""
+    return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
-    """AdamW of `config.kind`. Raises ConfigError, naming what to install, for a kind that is not here."""
-    common: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
+    """PyTorch's AdamW or Apex's, by `config.kind`. Raises ConfigError, naming what to install, if it is not here."""
     if config.kind == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **common)
+        return torch.optim.AdamW(parameters, fused=True, **adam_options(config))
     try:
         from apex.optimizers import FusedAdam  # NVIDIA's; the "apex" of PyPI is another project
     except ImportError as error:
@@ -28,4 +27,4 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> to
             "optimizer.kind=apex needs NVIDIA Apex, built from github.com/NVIDIA/apex (the PyPI package apex is "
             "another project); or take optimizer.kind=adamw"
         ) from error
-    return FusedAdam(parameters, adam_w_mode=True, **common)
+    return FusedAdam(parameters, adam_w_mode=True, **adam_options(config))

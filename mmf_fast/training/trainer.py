@@ -9,7 +9,6 @@ Run folder:
     model.safetensors  model.json                            the averaged weights, for sampling and evaluation
 """
 
-import inspect
 import logging
 import os
 import platform
@@ -19,11 +18,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,18 +31,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmf_fast import data, models
-from mmf_fast.config import Config, ConfigError, differences, read_zero
-from mmf_fast.objective import MeanFlowLoss
+from mmf_fast.config import Config, ConfigError, differences
 from mmf_fast.sampling import sample, save_grid
+from mmf_fast.training.build import build_engine, build_loss
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state, write_atomically
+from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.devices import peak_flops
-from mmf_fast.training.engines import Engine
-from mmf_fast.training.engines.local import LocalEngine
 from mmf_fast.training.logs import RankLog
 from mmf_fast.training.metrics import MetricsLog, plot_curves
 from mmf_fast.training.phases import PHASES, TRACED, WARM_UP, Speed, tracer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_EVERY = 10  # steps: launchers kill after 30 s what has not ended on SIGTERM
+_Result = TypeVar("_Result")
 
 
 class RunFolderError(ValueError):
@@ -153,7 +153,8 @@ class Trainer:
         """Writes a checkpoint, of which every rank holds a share, then exports the averaged weights."""
         start = time.perf_counter()
         share, rank = self.engine.state_dict(), self.engine.rank
-        shares = self.engine.gather(None if rank == 0 else self.checkpoints.save_share(share, self.step, rank))
+        written = self._together(lambda: self.checkpoints.save_share(share, self.step, rank) if rank else None)
+        shares = self.engine.gather(written)
         state = {
             "step": self.step,
             "skipped": int(self.skipped),
@@ -163,10 +164,13 @@ class Trainer:
             "engine": share,
         }
         net = self.engine.averaged()
-        if self.is_main:
+
+        def write() -> None:
             self.checkpoints.save(state, self.step, dict(shares[1:]))
             extra = {"data": self.config.tree()["data"], "step": self.step}
             models.save_pretrained(self.run, net, extra)  # type: ignore[arg-type]  # any nn.Module with a config
+
+        self._together(write if self.is_main else lambda: None)
         self.log.info("step %d: checkpoint written in %.1f s", self.step, time.perf_counter() - start)
 
     def draw(self) -> None:
@@ -257,11 +261,14 @@ class Trainer:
         )
 
     def _must_stop(self) -> bool:
-        """Whether a signal came; several processes ask each other, so rarely, and stop at the same step."""
+        """Whether a signal came; several processes ask each other, so not at each step, and stop at the same one."""
         if self.engine.world_size > 1:
-            if self.step % self.config.train.log_every:
+            if self.step % min(self.config.train.log_every, _STOP_EVERY):
                 return False
-            self.stopped_by = next((found for found in self.engine.gather(self.stopped_by) if found), None)
+            found = [each for each in self.engine.gather(self.stopped_by) if each]
+            if found:  # else a signal may just have come to this rank, of which the others hear at the next check
+                self.stopped_by = found[0]
+            return bool(found)
         return self.stopped_by is not None
 
     # ---- start, stop and go on --------------------------------------------------------------------------------------
@@ -280,13 +287,14 @@ class Trainer:
     def _restore(self) -> None:
         with warnings.catch_warnings(record=True) as damaged:
             warnings.simplefilter("always")
-            found = self.checkpoints.load()
+            chosen = self._together(lambda: self.checkpoints.newest_whole() if self.is_main else None)
+        path = self.engine.gather(chosen)[0]  # rank 0 compared the checksums; all go on from what it chose
         for warning in damaged:
             self.log.say(str(warning.message), logging.WARNING)
-        if found is None:
+        if path is None:
             self.log.say(f"{self.run}: no checkpoint yet, starting at step 0")
             return
-        path, state = found
+        state = self._together(lambda: read_checkpoint(path, check=False))
         changed = differences(state["fingerprint"], self.fingerprint)
         if changed:
             raise CheckpointError(
@@ -302,13 +310,27 @@ class Trainer:
         set_rng_state(state["rng"])  # rank 0's, see the end of __init__
         self.log.say(f"{self.run}: going on from {path.name}")
 
+    def _together(self, work: Callable[[], _Result]) -> _Result:
+        """work() on every rank. What goes wrong with the files of one is raised on all of them, so that none waits."""
+        result, problem = None, None
+        try:
+            result = work()
+        except (OSError, ValueError) as error:
+            problem = error
+        for each in self.engine.gather(problem):
+            if each is not None:
+                raise each
+        return result  # type: ignore[return-value]
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the current step; a second one ends the process at once."""
+        """SIGINT and SIGTERM end the run after the current step; a second one ends the process at once, except where
+        several train: their launcher passes on what they have received already, and kills them if it takes too long."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.stopped_by = signal.Signals(number)
-            signal.signal(number, before[self.stopped_by] or signal.SIG_DFL)
+            if self.engine.world_size == 1:
+                signal.signal(number, before[self.stopped_by] or signal.SIG_DFL)
 
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
@@ -328,44 +350,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
-    """Network and loss of a configuration; shape and class count come from the data where the model has none.
-
-    Raises ConfigError where the model's contradict the data.
-    """
-    shape = dataset.shape
-    implied: dict[str, Any] = {"num_classes": dataset.num_classes}
-    implied |= {"dim": shape[0]} if len(shape) == 1 else {"channels": shape[0], "input_size": shape[-1]}
-    name = config.model["name"]
-    accepted = inspect.signature(models.NETWORKS[name]).parameters
-    if not implied.keys() - {"num_classes"} <= accepted.keys():
-        raise ConfigError(
-            f"model.name={name} does not take samples of shape {shape} (data.name={dataset.name}); choose another model"
-        )
-    for key in implied.keys() & config.model.keys():
-        if config.model[key] != implied[key]:
-            raise ConfigError(
-                f"model.{key} is {config.model[key]}, but that of data.name={dataset.name} is {implied[key]}; "
-                f"leave model.{key} out"
-            )
-    net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
-    loss = {key: value for key, value in config.loss.items() if key != "objective"}
-    return MeanFlowLoss(net, **loss)
-
-
-def build_engine(config: Config, loss_fn: MeanFlowLoss) -> Engine:
-    """The engine that trains the loss, by train.zero. Raises ConfigError where it cannot be had."""
-    if config.train.zero:
-        try:
-            from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
-        except ImportError as error:
-            raise ConfigError("train.zero needs DeepSpeed: pip install --no-build-isolation deepspeed") from error
-        return DeepSpeedEngine(loss_fn, config.optimizer, config.train, read_zero(config.train.zero), config.seed)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("several processes were started: set train.zero, for instance train.zero=zero1.json")
-    return LocalEngine(loss_fn, config.optimizer, config.train, config.seed)
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -380,6 +364,8 @@ def _check_run_folder(run: Path, resume: bool) -> None:
 def _prepare_run_folder(run: Path, config: Config) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
+        for leftover in run.glob("model.*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
         write_atomically(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.tree())))
     except OSError as error:
         raise RunFolderError(f"{run}: cannot be written ({error.strerror}); pass another --run") from error

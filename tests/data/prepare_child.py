@@ -1,6 +1,5 @@
 """What tests/data/test_prepare.py runs in processes that it kills: each a function of its own, found by name there."""
 
-import multiprocessing
 import os
 import resource
 import time
@@ -8,20 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clean_server import processes
+
 from mmf_fast.data import writer
 from mmf_fast.data.formats import DataError
 from mmf_fast.data.prepare import prepare
-
-# Forked from a server without threads: a fork of the tests' own process inherits locks that its threads hold, and waits
-# for them for ever.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["mmf_fast.data.prepare"])
 
 
 def in_child(work: Callable[..., None], *arguments: Any, until: Callable[[], bool] = lambda: False) -> int:
     """Runs work(*arguments) in a process of its own, kills it with SIGKILL once until() holds; its exit status, -9 if
     killed."""
-    child, deadline = _processes.Process(target=work, args=arguments), time.monotonic() + 120
+    child, deadline = processes.Process(target=work, args=arguments), time.monotonic() + 120
     child.start()
     while child.is_alive() and not until():
         if time.monotonic() > deadline:

@@ -15,6 +15,9 @@ from mmf_fast.objective import Part
 CASES = {
     f"{wrapper}-{lam}-{'paired' if paired else 'predicted'}": {"wrapper": wrapper, "lam": lam, "paired": paired}
     for wrapper, lam, paired in itertools.product(("ddp", "fsdp2"), (0.0, 1.0), (False, True))
+} | {
+    f"{wrapper}-{lam}-recompute": {"wrapper": wrapper, "lam": lam, "paired": True, "recompute": True}
+    for wrapper, lam in itertools.product(("ddp", "fsdp2"), (0.0, 1.0))
 }
 
 
@@ -28,7 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_leave_the_gradients_of_one_process(name: str, found: dict[str, dict], float64: None) -> None:
-    loss_fn = loss_function(CASES[name])
+    loss_fn = loss_function({**CASES[name], "recompute": False})
     expected = steps(loss_fn, loss_fn.net, Part(seed=SEED))
     assert len(found[name]["steps"]) == STEPS
     assert found[name]["kinds"] == (["DTensor"] if name.startswith("fsdp2") else ["Parameter"])

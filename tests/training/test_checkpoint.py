@@ -18,6 +18,11 @@ def state(step: int) -> dict[str, Any]:
     return {"step": step, "weights": torch.full((300,), float(step)), "nested": [{"a": (1, 2.5, None, "x")}]}
 
 
+def load(checkpoints: Checkpoints) -> tuple[Path, dict[str, Any]] | None:
+    path = checkpoints.newest_whole()
+    return None if path is None else (path, read(path, check=False))
+
+
 @pytest.fixture
 def three(tmp_path: Path) -> Checkpoints:
     """Checkpoints of steps 10, 20, 30."""
@@ -28,7 +33,7 @@ def three(tmp_path: Path) -> Checkpoints:
 
 
 def test_what_is_saved_is_loaded(three: Checkpoints) -> None:
-    found = three.load()
+    found = load(three)
     assert found is not None
     path, loaded = found
     assert path.name == "step_0000030.pt"
@@ -45,7 +50,7 @@ def test_the_checksum_is_that_of_sha256sum(three: Checkpoints) -> None:
 
 
 def test_none_where_there_is_none(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path / "absent").load() is None
+    assert load(Checkpoints(tmp_path / "absent")) is None
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -81,13 +86,55 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(
 ) -> None:
     damage(three.folder / "step_0000030.pt")
     with pytest.warns(UserWarning, match=r"step_0000030\.pt.*(damaged|missing)"):
-        found = three.load()
+        found = load(three)
     assert found is not None and found[1]["step"] == 20
     three.save(state(25), 25)  # going on from 20: the damaged one must not come back as the newest
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = three.load()
+        found = load(three)
     assert found is not None and found[1]["step"] == 25
+
+
+def save_both(checkpoints: Checkpoints, step: int) -> None:
+    """As two ranks do."""
+    name, digest = checkpoints.save_share({"rank": 1, "weights": torch.full((300,), -float(step))}, step, 1)
+    checkpoints.save(state(step), step, {name: digest})
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
+def test_a_damaged_share_is_named_and_the_checkpoint_before_it_is_used(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        save_both(checkpoints, step)
+    damage(tmp_path / "step_0000020.rank1.pt")
+    with pytest.warns(UserWarning, match=r"step_0000020\.rank1\.pt: (damaged|missing)"):
+        found = load(checkpoints)
+    assert found is not None and found[1]["step"] == 10
+    assert [share["rank"] for share in found[1]["shares"]] == [1]
+    assert torch.equal(found[1]["shares"][0]["weights"], torch.full((300,), -10.0))
+    save_both(checkpoints, 20)  # the same step again, over the damaged one
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load(checkpoints)
+    assert found is not None and found[1]["step"] == 20
+
+
+def test_shares_go_with_their_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        save_both(checkpoints, step)
+    assert {path.name for path in tmp_path.glob("*rank*")} == {"step_0000020.rank1.pt", "step_0000030.rank1.pt"}
+
+
+def test_the_system_says_why_a_file_cannot_be_written(tmp_path: Path) -> None:
+    """torch.save complains about its archive instead."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    (tmp_path / "step_0000001.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        Checkpoints(tmp_path).save({"weights": torch.zeros(10**6)}, 1)
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(three: Checkpoints) -> None:
@@ -95,7 +142,7 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(three: Checkpoints) -> No
         truncate(path)
     with warnings.catch_warnings(), pytest.raises(CheckpointError, match="all checkpoints are damaged"):
         warnings.simplefilter("ignore")
-        three.load()
+        load(three)
 
 
 def test_an_object_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -137,7 +184,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
             crashed = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = three.load()
+        found = load(three)
     assert found is not None
     assert found[1]["step"] in ((30, 40) if crashed else (40,))
     assert torch.equal(found[1]["weights"], state(found[1]["step"])["weights"])
@@ -154,7 +201,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(three: Checkpoints, monkeypat
         three.save(state(40), 40)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
-    found = three.load()
+    found = load(three)
     assert found is not None and found[1]["step"] == 30
     assert not list(three.folder.glob("*.tmp"))
 

@@ -235,6 +235,24 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals)
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
+def test_a_signal_that_comes_while_ranks_ask_each_other_is_not_lost(tmp_path: Path) -> None:
+    trainer = Trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
+    trainer.engine.world_size = 2  # of the other rank nothing else is seen: it answers as this one
+    asked = []
+
+    def gather(value: Any) -> list[Any]:
+        asked.append(value)
+        if trainer.step == 5 and len(asked) == 6:  # once per step, and this question is on its way already
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # the launcher's copy
+        return [value]
+
+    trainer.engine.gather = gather  # type: ignore[method-assign]
+    assert not trainer.fit()
+    assert trainer.stopped_by == signal.SIGTERM and trainer.step == 6
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")] == ["step_0000006.pt"]
+
+
 def test_training_works_in_a_thread_where_signals_cannot_be_caught(tmp_path: Path) -> None:
     done = []
     thread = threading.Thread(target=lambda: done.append(Trainer(tiny(), tmp_path / "run").fit()))

@@ -32,7 +32,7 @@ def load_dict(file: BinaryIO, name: str) -> dict[str, Any]:
         raise DataError(f"{name}: damaged or truncated, or no pickle ({reason}); fetch it again") from error
     if not isinstance(value, dict):
         raise DataError(f"{name}: holds a {type(value).__name__}, not a dict with data and labels; pass another file")
-    return {_text(key): _plain(item) for key, item in value.items()}
+    return _plain(value, depth=2)
 
 
 class _Unpickler(pickle._Unpickler):  # the one in Python: a damaged memo index makes that in C allocate any size
@@ -108,5 +108,8 @@ def _text(value: Any) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int) -> Any:
+    """depth: of dicts in dicts; deeper ones are left, for a pickle may hold one that contains itself."""
+    if isinstance(value, dict) and depth:
+        return {_text(key): _plain(item, depth - 1) for key, item in value.items()}
     return value.value if isinstance(value, _Array) else value

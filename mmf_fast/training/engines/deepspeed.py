@@ -12,12 +12,13 @@ goes on with another number of ranks or another stage.
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -31,7 +32,7 @@ from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import move_average
 from mmf_fast.training.engines import StepResult
 from mmf_fast.training.engines.local import learning_rate, parts
-from mmf_fast.training.optimizers import build_optimizer
+from mmf_fast.training.optimizers import adam_options, build_optimizer
 from mmf_fast.training.phases import Phases
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -61,11 +62,11 @@ class DeepSpeedEngine:
         self.device = _join(train.device)
         self.phases = Phases(self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        settings = _settings(zero, self.stage, optimizer, train, self.world_size)
+        settings = _settings(zero, self.stage, optimizer, train, self.world_size, self.device)
         loss_fn = loss_fn.to(self.device).train()
         if train.compile:
             loss_fn.compile()
-        base = build_optimizer(loss_fn.parameters(), optimizer)
+        base = _build_optimizer(loss_fn.parameters(), optimizer)
         net: nn.Module = loss_fn.net  # type: ignore[assignment]
         self.shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
         self.whole = copy.deepcopy(net).cpu().eval().requires_grad_(False) if self.rank == 0 else None
@@ -97,11 +98,15 @@ class DeepSpeedEngine:
                 norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
                 norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
             skipped = ~torch.isfinite(norm)
-            names, fragments = zip(*self._fragments(), strict=True)
-            average, values = [self.ema[name] for name in names], [fragment.value for fragment in fragments]
-            move_average(average, values, self.config.ema, step, skipped)
+            self._move_average(step, skipped)
             metrics = self._mean(found)
         return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
+
+    def _move_average(self, step: int, skipped: Tensor) -> None:
+        fragments = dict(self._fragments())
+        average, values = [self.ema[name] for name in fragments], [fragment.value for fragment in fragments.values()]
+        if average:  # a rank may own nothing; what an offloaded optimizer owns is on the CPU
+            move_average(average, values, self.config.ema, step, skipped.to(average[0].device))
 
     def _clip(self) -> Tensor:
         """Stage 0 leaves clipping to us: as LocalEngine, with a skip that does not wait for the host."""
@@ -272,8 +277,24 @@ def _join(device: str) -> torch.device:
     return chosen
 
 
+def _build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer of `config.kind`. Raises ConfigError for one that is not here or cannot be built."""
+    try:
+        if config.kind == "deepspeed_cpu":
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **adam_options(config))
+        if config.kind == "deepspeed_fused":
+            return FusedAdam(parameters, adam_w_mode=True, **adam_options(config))
+    except Exception as error:  # of all kinds: no compiler, no ninja, no CUDA toolkit, another version of it, ...
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ConfigError(
+            f"optimizer.kind={config.kind}: DeepSpeed cannot build it here ({reason}); it takes ninja and a compiler, "
+            "on GPUs nvcc of PyTorch's version; or take optimizer.kind=adamw, without offload"
+        ) from error
+    return build_optimizer(parameters, config)
+
+
 def _settings(
-    zero: Mapping[str, Any], stage: int, optimizer: Optimizer, train: Train, world_size: int
+    zero: Mapping[str, Any], stage: int, optimizer: Optimizer, train: Train, world_size: int, device: torch.device
 ) -> dict[str, Any]:
     """DeepSpeed's configuration: the ZeRO file and what the YAML file says."""
     if train.batch % (world_size * train.accumulate):
@@ -290,6 +311,17 @@ def _settings(
         raise ConfigError(
             "train.precision=bf16 needs the float32 weights of ZeRO stage 1, 2 or 3; take configs/zero1.json"
         )
+    offloads = zero.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if optimizer.kind != "adamw" and stage == 0:  # it could not skip a step whose gradient is not finite
+        raise ConfigError(f"optimizer.kind={optimizer.kind} needs ZeRO stage 1, 2 or 3; take configs/zero1.json")
+    if offloads and optimizer.kind != "deepspeed_cpu":
+        raise ConfigError("train.zero: it offloads the optimizer to the CPU; set optimizer.kind=deepspeed_cpu")
+    if optimizer.kind == "deepspeed_cpu" and not offloads and device.type != "cpu":
+        raise ConfigError(
+            "optimizer.kind=deepspeed_cpu steps on the CPU: take a ZeRO file that offloads, as zero2_offload.json"
+        )
+    if stage == 3 and zero["zero_optimization"].get("memory_efficient_linear", True):
+        raise ConfigError("train.zero: its linear layer knows no dual numbers; set memory_efficient_linear to false")
     ours = {
         "train_batch_size": train.batch,
         "train_micro_batch_size_per_gpu": train.batch // (world_size * train.accumulate),

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.config import Optimizer, Train
+from mmf_fast.config import ConfigError, Optimizer, Train
 from mmf_fast.objective import Part
 from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import EMA
 from mmf_fast.training.engines import StepResult
+from mmf_fast.training.optimizers import adam_options
 from mmf_fast.training.phases import Phases
 
 
@@ -45,6 +46,8 @@ class LocalEngine:
     world_size = 1
 
     def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, seed: int = 0) -> None:
+        if optimizer.kind != "adamw":  # the others cannot skip a step without waiting for the host
+            raise ConfigError(f"optimizer.kind={optimizer.kind} needs train.zero, for instance train.zero=zero1.json")
         self.config = optimizer
         self.steps, self.accumulate, self.seed = train.steps, train.accumulate, seed
         self.device = choose_device(train.device)
@@ -52,14 +55,7 @@ class LocalEngine:
         self.loss_fn = loss_fn.to(self.device).train()
         self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
         self.ema = EMA(self.net, optimizer.ema)
-        self.optimizer = torch.optim.AdamW(
-            loss_fn.parameters(),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self.optimizer = torch.optim.AdamW(loss_fn.parameters(), fused=True, **adam_options(optimizer))
         self.autocast = train.precision == "bf16"
         if train.precision != "fp32" and self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from engine_cases import data, loss_function, optimizer, train
 from launch import ROOT, environment, two_ranks
 
-from mmf_fast.config import ConfigError
+from mmf_fast.config import ConfigError, read_zero
 from mmf_fast.training.engines.local import LocalEngine
 
 pytest.importorskip("deepspeed")
@@ -23,6 +24,8 @@ FEW = {  # each stage, each lambda, each kind of tangent, accumulation: what a c
     "zero1": {"stage": 1, "lam": "curriculum", "paired": True, "steps": 20},
     "zero2": {"stage": 2, "lam": 1.0, "paired": False, "steps": 20, "accumulate": 2},
     "zero3": {"stage": 3, "lam": 1.0, "paired": True, "steps": 20},
+    "zero2-recompute": {"stage": 2, "lam": 0.0, "paired": False, "steps": 5, "recompute": True},
+    "zero3-recompute": {"stage": 3, "lam": "curriculum", "paired": True, "steps": 5, "recompute": True},
     "bad0": {"stage": 0, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
     "bad2": {"stage": 2, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
     "bad3": {"stage": 3, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
@@ -33,6 +36,17 @@ MATRIX = {
     }
     for stage, lam, paired in itertools.product(range(4), (0.0, "curriculum", 1.0), (False, True))
 }  # fmt: skip
+
+OFFLOAD = {
+    "zero1-cpu": {"stage": 1, "lam": 0.0, "paired": True, "steps": 10, "kind": "deepspeed_cpu"},
+    "zero2-offload": {"stage": 2, "lam": 1.0, "paired": True, "steps": 10, "zero": "zero2_offload.json"},
+    "zero3-offload": {"stage": 3, "lam": "curriculum", "paired": True, "steps": 10, "zero": "zero3_offload.json"},
+    "zero2-fused": {"stage": 2, "lam": 1.0, "paired": True, "steps": 10, "kind": "deepspeed_fused"},
+    "bad2-offload": {"stage": 2, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2, "zero": "zero2_offload.json"},
+    "bad3-offload": {"stage": 3, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2, "zero": "zero3_offload.json"},
+}
+SMALL = ["train.batch=64", "train.log_every=1", "train.checkpoint_every=100", "train.sample_every=0", "model.width=16"]
+compiles = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="needs g++ and ninja")
 
 
 def results(cases: dict, folder: Path) -> dict[str, dict]:
@@ -48,7 +62,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 def check(found: dict, case: dict) -> None:
     x, y = data()
-    engine = LocalEngine(loss_function(case), optimizer(), train({**case, "accumulate": 1}), seed=3)
+    engine = LocalEngine(loss_function({**case, "recompute": False}), optimizer(), train({**case, "accumulate": 1}), 3)
     whole = [engine.step(x, step, y=y).metrics for step in range(case["steps"])]
     for key in ("loss", "grad_norm"):
         torch.testing.assert_close(found[key], [float(each[key]) for each in whole], rtol=1e-5, atol=0)
@@ -65,11 +79,27 @@ def test_two_ranks_train_as_one_process(name: str, few: dict[str, dict]) -> None
     check(few[name], FEW[name])
 
 
+def check_skipped(found: dict) -> None:
+    assert found["skipped"] == [False, False, True, False]
+    assert math.isfinite(found["loss"][3])
+    assert all(torch.isfinite(average).all() for average in found["average"].values())
+
+
 @pytest.mark.parametrize("name", [name for name in FEW if name.startswith("bad")])
 def test_a_bad_sample_on_one_rank_skips_the_step_on_all(name: str, few: dict[str, dict]) -> None:
-    assert few[name]["skipped"] == [False, False, True, False]
-    assert math.isfinite(few[name]["loss"][3])
-    assert all(torch.isfinite(average).all() for average in few[name]["average"].values())
+    check_skipped(few[name])
+
+
+@pytest.mark.slow  # DeepSpeed compiles its optimizers at first use: two minutes each
+@compiles
+def test_the_optimizers_of_deepspeed_with_and_without_offload(tmp_path: Path) -> None:
+    cases = {name: {"kind": "deepspeed_cpu", **case} for name, case in OFFLOAD.items()}
+    found = results(cases, tmp_path)
+    for name, case in cases.items():
+        if "bad_step" in case:
+            check_skipped(found[name])
+        else:
+            check(found[name], case)
 
 
 @pytest.mark.slow
@@ -86,14 +116,7 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_stage_and_number_of_ranks(tmp_path: Path) -> None:
-    small = [
-        "train.batch=64",
-        "train.log_every=1",
-        "train.checkpoint_every=100",
-        "train.sample_every=0",
-        "model.width=16",
-    ]
-    common = [str(ROOT / "mmf_fast" / "train.py"), "--config", str(ROOT / "configs" / "two_moons.yaml"), *small]
+    common = [str(ROOT / "mmf_fast" / "train.py"), "--config", str(ROOT / "configs" / "two_moons.yaml"), *SMALL]
     one = subprocess.run([sys.executable, *common, "--run", str(tmp_path / "one"), "train.steps=16"], env=environment())
     assert one.returncode == 0
     for processes, stage, steps in ((2, 1, 4), (1, 3, 8), (2, 0, 12), (2, 2, 16)):
@@ -104,13 +127,48 @@ def test_a_run_goes_on_with_another_stage_and_number_of_ranks(tmp_path: Path) ->
     assert found == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
+@compiles
+def test_a_run_goes_on_with_and_without_offload(tmp_path: Path) -> None:
+    common = [str(ROOT / "mmf_fast" / "train.py"), "--config", str(ROOT / "configs" / "two_moons.yaml"), *SMALL]
+    one = subprocess.run([sys.executable, *common, "--run", str(tmp_path / "one"), "train.steps=16"], env=environment())
+    assert one.returncode == 0
+    parts = (("zero2_offload", "deepspeed_cpu"), ("zero1", "adamw"), ("zero3_offload", "deepspeed_cpu"))
+    parts += (("zero2", "deepspeed_fused"),)
+    for part, (zero, kind) in enumerate(parts, start=1):
+        options = [f"train.steps={4 * part}", f"train.zero={zero}.json", f"optimizer.kind={kind}", "--resume"]
+        done = two_ranks(*common, "--run-folder", str(tmp_path / "many"), *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
 def test_settings_that_do_not_fit_are_one_line_errors() -> None:
     from mmf_fast.training.engines.deepspeed import _settings
 
     for settings, words in (
         ({"train": train({"steps": 1}), "world_size": 5}, "train.batch=32"),
         ({"zero": {"gradient_clipping": 1.0}}, "gradient_clipping"),
+        ({"zero": {"zero_optimization": {"stage": 3}}, "stage": 3}, "memory_efficient_linear"),
+        ({"zero": read_zero("zero2_offload.json")}, "set optimizer.kind=deepspeed_cpu"),
+        ({"optimizer": optimizer("deepspeed_cpu"), "device": torch.device("cuda")}, "zero2_offload.json"),
+        ({"optimizer": optimizer("deepspeed_fused"), "stage": 0}, "stage 1, 2 or 3"),
     ):
         options = {"zero": {}, "stage": 1, "optimizer": optimizer(), "train": train({"steps": 1}), "world_size": 2}
+        options["device"] = torch.device("cpu")
         with pytest.raises(ConfigError, match=words):
             _settings(**{**options, **settings})
+
+
+def test_an_optimizer_that_is_not_here_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmf_fast.training.engines import deepspeed
+
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("Ninja is required\nto load C++ extensions")
+
+    monkeypatch.setattr(deepspeed, "FusedAdam", fail)
+    for kind, words in (("deepspeed_fused", "Ninja is required to load"), ("apex", "github.com/NVIDIA/apex")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            deepspeed._build_optimizer([torch.nn.Parameter(torch.zeros(2))], optimizer(kind))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="train.zero=zero1.json"):
+        LocalEngine(loss_function(FEW["zero0"]), optimizer("deepspeed_fused"), train(FEW["zero0"]))

@@ -16,7 +16,8 @@ from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
 
 
 def run(case: dict, folder: Path, name: str) -> None:
-    engine = DeepSpeedEngine(loss_function(case), optimizer(), train(case), read_zero(f"zero{case['stage']}.json"), 3)
+    zero = read_zero(case.get("zero", f"zero{case['stage']}.json"))
+    engine = DeepSpeedEngine(loss_function(case), optimizer(case.get("kind", "adamw")), train(case), zero, 3)
     x, y = data()
     rows = slice(engine.rank, None, engine.world_size)
     found: dict[str, list] = {"loss": [], "grad_norm": [], "skipped": []}
