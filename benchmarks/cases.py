@@ -139,4 +139,4 @@ GPU_NETWORKS = {
 TOKENS = {
     f"DiT, {n} tokens": dit(batch=4096 // n, tokens=n, width=256, depth=2, heads=4) for n in (64, 256, 1024, 4096)
 }
-WIDTHS = {f"DiT, width {w}": dit(batch=32, tokens=64, width=w, depth=2, heads=w // 64) for w in (128, 256, 512, 1024)}
+WIDTHS = {f"DiT, width {w}": dit(batch=32, tokens=64, width=w, depth=2, heads=w // 64) for w in (128, 512, 1024)}
