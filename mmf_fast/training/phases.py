@@ -122,8 +122,12 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA the most that torch's tensors took at once on `device`, else the largest resident set so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would start from the peak of the process that started this one
+        lines = status.read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else 1024 * peak  # the others count in KiB
 
 
 def tracer(path: Path) -> profile:
