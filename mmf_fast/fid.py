@@ -34,8 +34,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmf_fast.data.dataset import row_noise
-from mmf_fast.data.prepared import MANIFEST, PreparedSet, digest, open_prepared
+from mmf_fast.data.prepared import MANIFEST, PreparedSet, open_prepared
 from mmf_fast.feature_statistics import Statistics, Sums, read_statistics, write_statistics
+from mmf_fast.files import digest
 from mmf_fast.metrics import gaussian_frechet
 from mmf_fast.models import Network, load_pretrained
 from mmf_fast.pictures import writing

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmf_fast.data.formats.common import DataError
+from mmf_fast.files import digest
 
 __all__ = [
     "LABELS",
@@ -30,12 +29,10 @@ __all__ = [
     "SAMPLES",
     "Manifest",
     "PreparedSet",
-    "digest",
     "open_pair",
     "open_prepared",
     "read_manifest",
     "verify",
-    "write_atomically",
 ]
 
 SAMPLES, LABELS, MANIFEST = "samples.npy", "labels.npy", "manifest.json"
@@ -176,31 +173,3 @@ def verify(folder: str | Path) -> Manifest:
         if found != expected["sha256"]:
             raise DataError(f"{folder / name}: damaged, its sha256 is not the one in {MANIFEST}; {_AGAIN}")
     return manifest
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, with a progress bar that goes away, on the first of several ranks."""
-    result = hashlib.sha256()
-    size = path.stat().st_size
-    other = int(os.environ.get("RANK", 0)) > 0
-    bar = tqdm(desc=f"checking {path.name}", total=size, unit="B", unit_scale=True, leave=False, delay=1, disable=other)
-    with open(path, "rb") as file, bar:
-        while block := file.read(2**20):
-            result.update(block)
-            bar.update(len(block))
-    return result.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a crash leaves either the old content or the new, never a part."""
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

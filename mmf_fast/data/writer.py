@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmf_fast.data.formats import DataError, Item, Source
-from mmf_fast.data.prepared import LABELS, MANIFEST, SAMPLES, Manifest, digest, write_atomically
+from mmf_fast.data.prepared import LABELS, MANIFEST, SAMPLES, Manifest
+from mmf_fast.files import digest, write_atomically
 
 __all__ = ["Writer"]
 

@@ -10,7 +10,6 @@ A file is written under a temporary name, flushed to disk and renamed; its check
 the final name is whole, and what is damaged later is known by its checksum.
 """
 
-import hashlib
 import os
 import pickle
 import random
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from mmf_fast.files import digest, flush, flush_folder, write_atomically
 
 
 class CheckpointError(ValueError):
@@ -43,9 +44,9 @@ class Checkpoints:
         with self._writing(path) as draft:
             _write(draft, {**state, "shares": dict(shares or {})})
             path.unlink(missing_ok=True)  # a damaged one of an earlier attempt: the checksum below is not its own
-            write_atomically(_sidecar(path), f"{_digest(draft)}  {path.name}\n")
+            write_atomically(_sidecar(path), f"{digest(draft)}  {path.name}\n")
             os.replace(draft, path)
-            _flush_folder(self.folder)
+            flush_folder(self.folder)
             write_atomically(self.folder / "latest", path.name + "\n")
             self._prune(step)
         return path
@@ -55,9 +56,9 @@ class Checkpoints:
         path = self.folder / f"step_{step:07d}.rank{rank}.pt"
         with self._writing(path) as draft:
             _write(draft, share)
-            digest = _digest(draft)
+            found = digest(draft)
             os.replace(draft, path)
-        return path.name, digest
+        return path.name, found
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[Path]:
@@ -133,7 +134,7 @@ def read(path: Path, check: bool = True) -> dict[str, Any]:
 
 def _read(path: Path, expected: str | None, holder: str) -> dict[str, Any]:
     try:
-        if expected is not None and _digest(path) != expected:
+        if expected is not None and digest(path) != expected:
             raise CheckpointError(f"{path}: damaged (its sha256 is not the one in {holder})")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
@@ -153,7 +154,7 @@ def _reason(error: BaseException) -> str:
 def _write(path: Path, state: dict[str, Any]) -> None:
     with open(path, "wb") as file:
         torch.save(state, file)
-        _flush(file)
+        flush(file)
 
 
 def rng_state() -> dict[str, Any]:
@@ -179,16 +180,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a crash leaves either the old content or the new, never a part."""
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w") as file:
-        file.write(text)
-        _flush(file)
-    os.replace(draft, path)
-    _flush_folder(path.parent)
-
-
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
@@ -200,21 +191,3 @@ def _step(path: Path) -> int:
 def _found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted((path for path in folder.glob("step_*.pt") if re.fullmatch(r"step_\d+", path.stem)), key=_step)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

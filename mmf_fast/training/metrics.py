@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from mmf_fast.files import write_atomically
 from mmf_fast.pictures import writing
-from mmf_fast.training.checkpoint import write_atomically
 
 CURVES = {"loss": "weighted loss", "mse": "raw error", "lam": "lambda", "grad_norm": "gradient norm"}
 

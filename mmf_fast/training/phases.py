@@ -122,8 +122,13 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA the most that torch's tensors took at once on `device`, else the largest resident set so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM"):  # getrusage would start from the peak of the process that started this one
+            return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else 1024 * peak  # the others count in KiB
 
 
 def tracer(path: Path) -> profile:

@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 from mmf_fast import data, models
 from mmf_fast.config import Config, ConfigError, differences
+from mmf_fast.files import write_atomically
 from mmf_fast.sampling import sample, save_grid
 from mmf_fast.training.build import build_engine, build_loss
-from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state, write_atomically
+from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.devices import peak_flops
 from mmf_fast.training.logs import RankLog
