@@ -14,7 +14,7 @@ residual are those of mmf_fast, so equal seeds give equal losses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,11 @@ def finite_differences(u: Velocity, z: Tensor, t: Tensor, v: Tensor, exact: bool
     return value, derivative
 
 
-class Way(NamedTuple):
-    """A way to (u, du/dt). passes: network evaluations per sample of a step, a backward being two; those of lambda = 1
-    where they differ."""
-
-    pair: Callable[[Velocity, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-    passes: tuple[float, float]
-
-
-WAYS = {
-    "torch.func.jvp": Way(forward_mode, (4, 6)),
-    "second forward": Way(second_forward, (5, 5)),
-    "double backward": Way(double_backward, (7, 9)),
-    "finite differences": Way(finite_differences, (5, 5)),
+WAYS: dict[str, Callable[[Velocity, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]] = {
+    "torch.func.jvp": forward_mode,
+    "second forward": second_forward,
+    "double backward": double_backward,
+    "finite differences": finite_differences,
 }
 
 
@@ -79,7 +71,7 @@ class FieldLoss(nn.Module):
         self, net: nn.Module, way: str, times: TimeSampler, exact: bool = False, p: float = 1.0, c: float = 1e-3
     ) -> None:
         super().__init__()
-        self.net, self.pair, self.times, self.exact, self.p, self.c = net, WAYS[way].pair, times, exact, p, c
+        self.net, self.pair, self.times, self.exact, self.p, self.c = net, WAYS[way], times, exact, p, c
 
     def forward(self, x: Tensor, step: int = 0, **given: Any) -> Tensor:
         """given: noise and times, drawn when absent."""

@@ -101,7 +101,7 @@ def measured(net: nn.Module, loss_fn: nn.Module, way: str, inputs: Inputs) -> tu
         return net(z, r, t)
 
     if way in WAYS:
-        _, du = WAYS[way].pair(u, z, t, v, False)
+        _, du = WAYS[way](u, z, t, v, False)
     else:
         _, du = jvp(u, (z, t), (v, torch.ones_like(t)), False, "func" if way == "func" else "dual")
     output = loss_fn(x, noise=noise, times=(r, t))

@@ -146,7 +146,7 @@ def test_step(
     net, x, baseline, base = workloads(network, mode, precision)
     row = benchmark.extra_info
     row |= {"batch": list(x.shape), "parameters": sum(p.numel() for p in net.parameters()), "bound": case.bound()}
-    row |= {"evaluations": case.evaluations(), "share": case.share, "way": case.way, "loss": case.loss}
+    row |= {"share": case.share, "way": case.way, "loss": case.loss}
     benchmark.group = f"{network}, {mode}, {precision}"
 
     loss_fn = case.build(net)
