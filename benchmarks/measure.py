@@ -46,12 +46,17 @@ def seconds(run: Run, device: str) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+BLOCK = 3  # timed runs of a version in a row
+
+
 def ratio(times: list[float], baseline: list[float]) -> dict[str, Any]:
-    """Median and quartiles of times over the mean of the two baselines around each: baseline, run, ..., baseline.
+    """Median and quartiles of each run over the baselines around it, where the two took turns by blocks of BLOCK runs:
+    baseline, run, baseline, ..., baseline.
 
     A machine that slows down for a while slows both, so pairs tell more than two medians do.
     """
-    pairs = [t / ((a + b) / 2) for t, a, b in zip(times, baseline, baseline[1:], strict=False)]
+    around = [statistics.median(baseline[i : i + BLOCK]) for i in range(0, len(baseline), BLOCK)]
+    pairs = [t / ((around[i // BLOCK] + around[i // BLOCK + 1]) / 2) for i, t in enumerate(times)]
     low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
     return {
         "ratio": middle,

@@ -16,7 +16,7 @@ def draw(run: dict[str, Any], folder: Path, device: str) -> None:
     for name, function, size in (
         ("methods", _methods, (11, 4.2)),
         ("scaling", _scaling, (11, 3.6)),
-        ("roofline", _roofline, (6, 4.5)),
+        ("roofline", _roofline, (8, 4.5)),
     ):
         figure = Figure(figsize=size, layout="constrained")
         function(figure, run)
@@ -68,7 +68,7 @@ def _methods(figure: Figure, run: dict[str, Any]) -> None:
                 *zip((0, 1), *points, strict=True), style, color=colour, markersize=4, label=f"lambda {lam}, {mode}"
             )
         right.plot([0, 100], [1, 4 / 3 if lam == 0 else 2], color="black", linestyle=":", linewidth=1)
-    right.set(xlabel="share of samples with r < t [%]", title="dotted: the bounds")
+    right.set(xlabel="share of samples with r < t [%]", ylabel="step over flow matching", title="dotted: the bounds")
     right.legend(fontsize=8)
 
 
@@ -102,17 +102,15 @@ def _scaling(figure: Figure, run: dict[str, Any]) -> None:
 def _roofline(figure: Figure, run: dict[str, Any]) -> None:
     """What operators reach of the machine: of its copy bandwidth where memory bounds them, else of its products."""
     ax: Axes = figure.subplots()
-    machine = run["machine"]
-    copy, product = machine["copy GB/s"], machine["product GFLOP/s"]["fp32"]
-    rows = [r for r in _rows(run, "kernels") if r["precision"] == "fp32"]
-    labels, shares, colours = [], [], []
-    for r in rows:
-        bound_by_memory = bool(r["bytes"])
-        labels.append(f"{r['op']} {r['shape']}, {r['mode']}")
-        shares.append(r["bytes/s"] / 1e9 / copy if bound_by_memory else r["FLOP/s"] / 1e9 / product)
-        colours.append("C0" if bound_by_memory else "C1")
-    ax.barh(range(len(rows)), shares, color=colours)
+    copy, product = run["machine"]["copy GB/s"], run["machine"]["product GFLOP/s"]
+    rows = _rows(run, "kernels")
+    for y, r in enumerate(rows):
+        share = r["bytes/s"] / copy if r["bytes"] else r["FLOP/s"] / product[r["precision"]]
+        ax.barh(y, share / 1e9, color="C0" if r["bytes"] else "C1")
+    ax.barh(0, 0, color="C0", label=f"of a copy, {copy:.0f} GB/s")
+    ax.barh(0, 0, color="C1", label=f"of a product, {product['fp32']:.0f} GFLOP/s")
     ax.axvline(1, color="black", linestyle=":")
-    ax.set_yticks(range(len(rows)), labels, fontsize=6)
+    ax.set_yticks(range(len(rows)), [f"{r['op']} {r['shape']}, {r['mode']}" for r in rows], fontsize=6)
     ax.invert_yaxis()
-    ax.set(xlabel="share of the roof", title=f"copy {copy:.0f} GB/s (blue), product {product:.0f} GFLOP/s (orange)")
+    ax.set(xlabel="share of the roof")
+    ax.legend(fontsize=7, loc="lower right")

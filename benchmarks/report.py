@@ -101,25 +101,18 @@ def _error(row: Row | None, what: str) -> str:
 
 
 def kernels(run: dict[str, Any]) -> str:
-    copy = run["machine"]["copy GB/s"] * 1e9
+    copy, product = run["machine"]["copy GB/s"], run["machine"]["product GFLOP/s"]
     body = []
     for r in rows_of(run, "kernels"):
         over = {name: f"{found['ratio']:.2f}" for name, found in r["speedup over"].items()}
-        share = f"{r['bytes/s'] / copy:.0%}" if r["bytes"] else f"{r['FLOP/s'] / 1e9:.0f} GFLOP/s"
+        share = r["bytes/s"] / copy if r["bytes"] else r["FLOP/s"] / product[r["precision"]]
         others = ", ".join(f"{ratio} ({name})" for name, ratio in over.items() if name != "composed")
         precise = "" if r["precision"] == "fp32" else f", {r['precision']}"
-        body.append(
-            [
-                f"{r['op']} {r['shape']}{precise}",
-                r["mode"],
-                _time(r["seconds"]["fused"]),
-                over["composed"],
-                others,
-                share,
-            ]
-        )
-    heads = ["operator", "pass", "time", "times as fast as composed", "as others", "share of copy bandwidth, or rate"]
-    return table(heads, body)
+        name = f"{r['op']} {r['shape']}{precise}"
+        body.append([name, r["mode"], _time(r["seconds"]["fused"]), over["composed"], others, f"{share / 1e9:.0%}"])
+    roof = ", ".join([f"copy {copy:.0f} GB/s", *(f"product {rate:.0f} GFLOP/s {p}" for p, rate in product.items())])
+    heads = ["operator", "pass", "time", "times as fast as composed", "as others", "share of the roof"]
+    return f"{table(heads, body)}\n\nThe roof, measured in the same run: {roof}."
 
 
 def _time(seconds: float) -> str:

@@ -5,15 +5,22 @@ import os
 import pytest
 import torch
 
-from benchmarks.measure import Stopwatch, count_flops, environment, peak_bytes, ratio
+from benchmarks.measure import BLOCK, Stopwatch, count_flops, environment, peak_bytes, ratio
 
 
-def test_a_ratio_of_pairs_does_not_see_a_machine_that_slows_down():
-    speed = [1 + 0.5 * i for i in range(21)]  # six times slower at the end
-    found = ratio([1.7 * s for s in speed[1::2]], speed[::2])
+def test_a_ratio_does_not_see_a_machine_that_slows_down():
+    """Blocks in turn: baseline, run, baseline, ...; the last is six times as slow as the first."""
+    blocks = [1 + 0.5 * i for i in range(11)]
+    baseline = [s for s in blocks[::2] for _ in range(BLOCK)]
+    times = [1.7 * s for s in blocks[1::2] for _ in range(BLOCK)]
+    found = ratio(times, baseline)
     assert found["ratio"] == pytest.approx(1.7) and found["quartiles"] == pytest.approx([1.7, 1.7])
-    assert found["rounds"] == 10
-    assert ratio([2.0], [1.0, 1.0])["quartiles"] == [2.0, 2.0]
+    assert found["rounds"] == 5 * BLOCK
+
+
+def test_a_ratio_does_not_see_one_slow_baseline():
+    found = ratio([2.0] * BLOCK, [1.0, 9.0, *[1.0] * (2 * BLOCK - 2)])
+    assert found["quartiles"] == [2.0, 2.0]
 
 
 def test_peak_bytes_of_known_allocations():
