@@ -73,30 +73,29 @@ def _methods(figure: Figure, run: dict[str, Any]) -> None:
 
 
 def _scaling(figure: Figure, run: dict[str, Any]) -> None:
-    """Overhead against tokens and against width, and peak memory against tokens."""
-    tokens, width, memory = figure.subplots(1, 3)
+    """Overhead against tokens and against width, and peak memory against tokens, as far as they were measured."""
     names = ["lambda 0, 100 %", "lambda 1, 100 %", "torch.func.jvp, lambda 0, 100 %", "torch.func.jvp, lambda 1, 100 %"]
-    for ax, suite, kind, key in (
-        (tokens, "step", "tokens", "ratio"),
-        (width, "step", "width", "ratio"),
-        (memory, "memory", "tokens", "over flow matching"),
-    ):
-        for name in names:
-            points = sorted(
-                (float("".join(filter(str.isdigit, r["network"]))), r[key])
-                for r in _rows(run, suite, name=name)
-                if f"{kind}" in r["network"] and key in r
-            )
-            if points:
-                style = "-o" if CASES[name].way == OURS else "--s"
-                ax.plot(
-                    *zip(*points, strict=True), style, markersize=4, color=f"C{2 + int(CASES[name].lam)}", label=name
-                )
-        ax.set(xscale="log", xlabel=kind, ylim=(0, None))
-    tokens.set(title="step over flow matching, eager")
-    width.set(title="step over flow matching, eager")
-    memory.set(title="peak memory over flow matching")
-    tokens.legend(fontsize=7)
+    wanted = [
+        ("step", "tokens", "ratio", "step over flow matching, eager"),
+        ("step", "width", "ratio", "step over flow matching, eager"),
+        ("memory", "tokens", "over flow matching", "peak memory over flow matching, eager"),
+    ]
+    lines: dict[tuple[str, ...], dict[str, list[tuple[float, float]]]] = {}
+    for suite, kind, key, title in wanted:
+        for r in _rows(run, suite):
+            if kind in r["network"] and key in r and r["name"] in names:
+                point = (float("".join(filter(str.isdigit, r["network"]))), r[key])
+                lines.setdefault((kind, title), {}).setdefault(r["name"], []).append(point)
+    axes = figure.subplots(1, max(len(lines), 1), squeeze=False)[0]
+    for ax, ((kind, title), found) in zip(axes, lines.items(), strict=False):
+        for name, points in found.items():
+            style = "-o" if CASES[name].way == OURS else "--s"
+            ours = "mmf_fast, " if CASES[name].way == OURS else ""
+            colour = f"C{2 + int(CASES[name].lam)}"
+            label = ours + name.removesuffix(", 100 %")
+            ax.plot(*zip(*sorted(points), strict=True), style, markersize=4, color=colour, label=label)
+        ax.set(xscale="log", xlabel=kind, ylim=(0, None), title=title)
+        ax.legend(fontsize=7)
 
 
 def _roofline(figure: Figure, run: dict[str, Any]) -> None:
