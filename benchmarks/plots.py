@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.cases import CASES, OURS
+from benchmarks.report import rows_of, share_of_roof
 
 
 def draw(run: dict[str, Any], folder: Path, device: str) -> None:
@@ -23,18 +24,14 @@ def draw(run: dict[str, Any], folder: Path, device: str) -> None:
         figure.savefig(folder / f"performance_{device}_{name}.png", dpi=110)
 
 
-def _rows(run: dict[str, Any], suite: str, **fixed: Any) -> list[dict[str, Any]]:
-    return [r for r in run["rows"] if r["suite"] == suite and all(r.get(k) == v for k, v in fixed.items())]
-
-
 def _methods(figure: Figure, run: dict[str, Any]) -> None:
     """Left: step over flow matching of each way, the first network, eager and compiled. Right: against the share."""
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    network = _rows(run, "step")[0]["network"]
+    network = rows_of(run, "step")[0]["network"]
     names = [n for n, c in CASES.items() if c.share == 1 and c.lam in (0, 1)]
     names.sort(key=lambda n: (CASES[n].lam, CASES[n].way != OURS))
     for offset, mode in ((-0.2, "eager"), (0.2, "compiled")):
-        found = {r["name"]: r for r in _rows(run, "step", network=network, mode=mode, precision="fp32")}
+        found = {r["name"]: r for r in rows_of(run, "step", network=network, mode=mode, precision="fp32")}
         for y, name in enumerate(names):
             row = found.get(name, {})
             colour = {"eager": "C0", "compiled": "C1"}[mode]
@@ -46,7 +43,7 @@ def _methods(figure: Figure, run: dict[str, Any]) -> None:
                 left.text(0.05, y + offset, f"{mode}: fails", va="center", fontsize=8, color=colour)
     for lam in (0, 1):
         ys = [y for y, n in enumerate(names) if CASES[n].lam == lam]
-        bound = 4 / 3 if lam == 0 else 2
+        bound = CASES[f"lambda {lam}, 100 %"].bound()
         left.plot(
             [bound, bound], [min(ys) - 0.5, max(ys) + 0.5], color="black", linestyle=":", label="bound" if lam else None
         )
@@ -60,14 +57,14 @@ def _methods(figure: Figure, run: dict[str, Any]) -> None:
     left.legend(fontsize=8)
     for lam, colour in ((0, "C2"), (1, "C3")):
         for mode, style in (("compiled", "-o"), ("eager", "--s")):
-            rows = {r["name"]: r for r in _rows(run, "step", network=network, mode=mode, precision="fp32")}
+            rows = {r["name"]: r for r in rows_of(run, "step", network=network, mode=mode, precision="fp32")}
             points = [
                 (s, rows[n]["ratio"]) for s in (25, 50, 100) if "ratio" in rows.get(n := f"lambda {lam}, {s} %", {})
             ]
             right.plot(
                 *zip((0, 1), *points, strict=True), style, color=colour, markersize=4, label=f"lambda {lam}, {mode}"
             )
-        right.plot([0, 100], [1, 4 / 3 if lam == 0 else 2], color="black", linestyle=":", linewidth=1)
+        right.plot([0, 100], [1, CASES[f"lambda {lam}, 100 %"].bound()], color="black", linestyle=":", linewidth=1)
     right.set(xlabel="share of samples with r < t [%]", ylabel="step over flow matching", title="dotted: the bounds")
     right.legend(fontsize=8)
 
@@ -82,7 +79,7 @@ def _scaling(figure: Figure, run: dict[str, Any]) -> None:
     ]
     lines: dict[tuple[str, ...], dict[str, list[tuple[float, float]]]] = {}
     for suite, kind, key, title in wanted:
-        for r in _rows(run, suite):
+        for r in rows_of(run, suite):
             if kind in r["network"] and key in r and r["name"] in names:
                 point = (float("".join(filter(str.isdigit, r["network"]))), r[key])
                 lines.setdefault((kind, title), {}).setdefault(r["name"], []).append(point)
@@ -102,10 +99,9 @@ def _roofline(figure: Figure, run: dict[str, Any]) -> None:
     """What operators reach of the machine: of its copy bandwidth where memory bounds them, else of its products."""
     ax: Axes = figure.subplots()
     copy, product = run["machine"]["copy GB/s"], run["machine"]["product GFLOP/s"]
-    rows = _rows(run, "kernels")
+    rows = rows_of(run, "kernels")
     for y, r in enumerate(rows):
-        share = r["bytes/s"] / copy if r["bytes"] else r["FLOP/s"] / product[r["precision"]]
-        ax.barh(y, share / 1e9, color="C0" if r["bytes"] else "C1")
+        ax.barh(y, share_of_roof(run, r), color="C0" if r["bytes"] else "C1")
     ax.barh(0, 0, color="C0", label=f"of a copy, {copy:.0f} GB/s")
     ax.barh(0, 0, color="C1", label=f"of a product, {product['fp32']:.0f} GFLOP/s")
     ax.axvline(1, color="black", linestyle=":")

@@ -115,7 +115,8 @@ class Config:
             for f in dataclasses.fields(kind)
             if f.metadata.get("free")
         }
-        tree = {**self.tree(), "data": {**self.tree()["data"], **identity}}
+        tree = self.tree()
+        tree["data"] |= identity
         return {key: value for key, value in _flatten(tree) if key not in free}
 
 
