@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmf_fast import TimeSampler
+from mmf_fast.objective.loss import LossOutput
 from mmf_fast.objective.points import Points, column, draw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +63,7 @@ WAYS: dict[str, Callable[[Velocity, Tensor, Tensor, Tensor, bool], tuple[Tensor,
 
 
 class FieldLoss(nn.Module):
-    """The MeanFlow loss of net(z, r, t) by one of WAYS, called as loss_fn(x, step) -> 0-d tensor.
+    """The MeanFlow loss of net(z, r, t) by one of WAYS, called as loss_fn(x, step), as MeanFlowLoss is.
 
     exact: whether gradients flow through du/dt (lambda = 1) or not (lambda = 0).  p, c: as in MeanFlowLoss.
     """
@@ -73,10 +74,11 @@ class FieldLoss(nn.Module):
         super().__init__()
         self.net, self.pair, self.times, self.exact, self.p, self.c = net, WAYS[way], times, exact, p, c
 
-    def forward(self, x: Tensor, step: int = 0, **given: Any) -> Tensor:
+    def forward(self, x: Tensor, step: int = 0, **given: Any) -> LossOutput:
         """given: noise and times, drawn when absent."""
         d = draw(x, given.get("noise"), given.get("times"), {}, self.times)
-        return self._compute(*d.on_path())
+        per_sample = self._compute(*d.on_path())
+        return LossOutput(per_sample.mean(), per_sample.detach(), {})
 
     def compile(self, **kwargs: Any) -> None:
         self._compute = torch.compile(self._compute, dynamic=False, **kwargs)  # type: ignore[method-assign]
@@ -85,4 +87,4 @@ class FieldLoss(nn.Module):
         z, r, t, _ = points
         u, du = self.pair(lambda z, t: self.net(z, r, t), z, t, v, self.exact)
         square = (u + column(t - r, u) * du - v).square().flatten(1).sum(1)
-        return (square * (square.detach() + self.c) ** -self.p).mean()
+        return square * (square.detach() + self.c) ** -self.p

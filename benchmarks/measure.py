@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -84,6 +85,13 @@ def peak_bytes(run: Run, device: str) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def take_gradient(net: nn.Module) -> Tensor:
+    """The gradient in all weights as one vector, taken away from them."""
+    gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    net.zero_grad(set_to_none=True)
+    return gradient
 
 
 class _Counter(TorchDispatchMode):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import OURS, Case, Network, dit, unet
 from benchmarks.field import WAYS
+from benchmarks.measure import take_gradient
 from mmf_fast import jvp
 from mmf_fast.models import MLP
 from mmf_fast.objective.points import column
@@ -104,8 +105,5 @@ def measured(net: nn.Module, loss_fn: nn.Module, way: str, inputs: Inputs) -> tu
         _, du = WAYS[way](u, z, t, v, False)
     else:
         _, du = jvp(u, (z, t), (v, torch.ones_like(t)), False, "func" if way == "func" else "dual")
-    output = loss_fn(x, noise=noise, times=(r, t))
-    (output if isinstance(output, Tensor) else output.loss).backward()
-    gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-    net.zero_grad(set_to_none=True)
-    return du.detach().double(), gradient.double()
+    loss_fn(x, noise=noise, times=(r, t)).loss.backward()
+    return du.detach().double(), take_gradient(net).double()

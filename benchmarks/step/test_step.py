@@ -27,7 +27,7 @@ from benchmarks.cases import (
     Case,
     Network,
 )
-from benchmarks.measure import BLOCK, Run, Stopwatch, count_flops, peak_bytes, ratio
+from benchmarks.measure import BLOCK, Run, Stopwatch, count_flops, peak_bytes, ratio, take_gradient
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NETWORKS = {**(CPU_NETWORKS if DEVICE == "cpu" else GPU_NETWORKS), **TOKENS, **WIDTHS}
@@ -50,8 +50,7 @@ def step(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> Run:
 
 def loss(loss_fn: nn.Module, x: Tensor, precision: str, step: int = 0) -> Tensor:
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        output = loss_fn(x, step=step)
-    return output if isinstance(output, Tensor) else output.loss
+        return loss_fn(x, step=step).loss
 
 
 def value_and_gradient(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> tuple[float, Tensor]:
@@ -59,9 +58,7 @@ def value_and_gradient(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision:
     torch.manual_seed(0)
     value = loss(loss_fn, x, precision)
     value.backward()
-    gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-    net.zero_grad(set_to_none=True)
-    return value.item(), gradient
+    return value.item(), take_gradient(net)
 
 
 def errors(net: nn.Module, case: Case, loss_fn: nn.Module, x: Tensor, mode: str, precision: str) -> dict[str, float]:
