@@ -94,10 +94,8 @@ def serves(*tensors: Tensor | None, mask: Tensor | None = None) -> bool:
     if any(x.dtype != floats[0].dtype for x in floats) or (mask is not None and mask.requires_grad):
         return False
     kind = kind_for("attention", floats[0].device.type, floats[0].dtype)
-    if kind == "reference" or (kind == "triton" and not attention_triton.fits(*floats[:3])):
+    if kind == "triton" and not attention_triton.fits(*floats[:3]):
         return False
-    if torch.compiler.is_compiling():
-        return all(x.layout == torch.strided for x in present)
     return fused("attention", *present)
 
 

@@ -40,6 +40,10 @@ KINDS = ("reference", "native", "triton")
 OPERATORS: dict[str, dict[str, Callable[..., Any]]] = {}  # name -> kind -> implementation; native is looked up late
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
+# Inductor cannot fuse the two products of attention, and its composed group norm with tangent takes four times as long
+# as the C++ kernel (benchmarks/LOG.md). The others it fuses with their surroundings.
+BEATS_INDUCTOR = {("attention", "native"), ("attention", "triton"), ("group_norm_silu", "native")}
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 _library = torch.library.Library("mmf_fast", "FRAGMENT")
@@ -108,14 +112,17 @@ def kind_for(name: str, device: str, dtype: torch.dtype) -> str:
 def fused(name: str, *args: Any) -> bool:
     """Whether a rule should call the operator on these arguments rather than compose it of torch functions.
 
-    Not while torch.compile traces (inductor fuses elementwise work itself), not inside functorch transforms (an
-    operator there would lose its tangent), and not where only the reference would serve.
+    Not where only the reference would serve, not inside functorch transforms (an operator there would lose its
+    tangent), and not while torch.compile traces, unless the kernel beats what inductor makes of the composition.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
     tensors = [a for a in args if isinstance(a, Tensor)]
-    plain = all(type(a) in (Tensor, torch.nn.Parameter) and a.layout == torch.strided for a in tensors)
-    return plain and choose(name, tensors) != "reference"
+    kind = choose(name, tensors)
+    if kind == "reference" or any(a.layout != torch.strided for a in tensors):
+        return False
+    if torch.compiler.is_compiling():
+        return (name, kind) in BEATS_INDUCTOR
+    inside_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return not inside_functorch and all(type(a) in (Tensor, torch.nn.Parameter) for a in tensors)
 
 
 def register_affine_norm(operator: Any, backward_operator: Any) -> None:

@@ -81,25 +81,6 @@ def test_autocast_takes_the_operator_to_its_dtype(calls):
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=4e-3)  # SDPA keeps its weights in bfloat16
 
 
-@needs_native
-def test_the_operator_compiles_into_one_graph(calls):
-    arguments = [x.detach() for x in draw(6, torch.float32)]
-
-    def run(q, k, v, *tangents):
-        return tuple(mmf_fast.attention(*map(Dual, (q, k, v), tangents)))
-
-    nodes = []
-
-    def backend(graph, _):
-        nodes.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    compiled = torch.compile(run, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(*arguments), run(*arguments))
-    assert "mmf_fast.attention.default" in nodes
-    torch.compiler.reset()
-
-
 def test_plain_tensors_are_pytorchs_attention():
     q, k, v = draw(3)
     for options in ({}, {"is_causal": True}, {"scale": 0.1}, {"attn_mask": torch.rand(9, 9) < 0.9}):
