@@ -164,11 +164,6 @@ class DeepSpeedEngine:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def gather(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
-        return found
-
     def state_dict(self) -> dict[str, Any]:
         moments = {key: dict(self._fragments(key)) for key in MOMENTS} if self._moments() else {}
         share = {

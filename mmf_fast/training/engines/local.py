@@ -98,9 +98,6 @@ class LocalEngine:
     def averaged(self) -> nn.Module:
         return self.ema.net
 
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "net": self.net.state_dict(),
