@@ -32,7 +32,7 @@ from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import move_average
 from mmf_fast.training.engines import StepResult
 from mmf_fast.training.engines.local import learning_rate, parts
-from mmf_fast.training.optimizers import adam_options, build_optimizer
+from mmf_fast.training.optimizers import adam_options, build_optimizer, clip_or_skip
 from mmf_fast.training.phases import Phases
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -91,13 +91,16 @@ class DeepSpeedEngine:
                 self.engine.backward(output.loss)
             found.append({**output.metrics, "loss": output.loss.detach()})
             with self.phases("optimizer"):
-                norm = self._clip() if self.stage == 0 and len(found) == self.accumulate else None
+                if self.stage == 0 and len(found) == self.accumulate:  # DeepSpeed's own skip would wait for the host
+                    norm, skipped = clip_or_skip(
+                        self.engine.module.parameters(), self.engine.optimizer, self.config.clip
+                    )
                 self.engine.step()
         with self.phases("optimizer"):
-            if norm is None:
+            if self.stage > 0:
                 norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
                 norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
-            skipped = ~torch.isfinite(norm)
+                skipped = ~torch.isfinite(norm)
             self._move_average(step, skipped)
             metrics = self._mean(found)
         return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
@@ -107,12 +110,6 @@ class DeepSpeedEngine:
         average, values = [self.ema[name] for name in fragments], [fragment.value for fragment in fragments.values()]
         if average:  # a rank may own nothing; what an offloaded optimizer owns is on the CPU
             move_average(average, values, self.config.ema, step, skipped.to(average[0].device))
-
-    def _clip(self) -> Tensor:
-        """Stage 0 leaves clipping to us: as LocalEngine, with a skip that does not wait for the host."""
-        norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.config.clip or torch.inf)
-        self.engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        return norm.detach()
 
     def _mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Metrics over accumulation steps and ranks, in one reduction."""
