@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmf_fast.data.dataset import row_noise
-from mmf_fast.data.prepared import MANIFEST, PreparedSet, open_prepared
+from mmf_fast.data.prepared import MANIFEST, SAMPLES, PreparedSet, open_prepared
 from mmf_fast.feature_statistics import Statistics, Sums, read_statistics, write_statistics
 from mmf_fast.files import digest
 from mmf_fast.metrics import gaussian_frechet
@@ -174,14 +174,15 @@ def evaluate_fid(
     if target == torch.device("cuda"):
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
-    def prepare() -> tuple[Network, dict[str, Any], Inception, Statistics | PreparedSet]:
+    def prepare() -> tuple[Network, dict[str, Any], Inception, Statistics | PreparedSet, str]:
         _check_numbers(count, batch, steps, seed)
         net, extra = load_pretrained(run)
         _check_images(net, extra, run)
         features = Inception(inception, target)
-        return net.to(target), extra, features, _open(reference, net, features, save_reference)
+        found = _open(reference, net, features, save_reference)
+        return net.to(target), extra, features, found, _checksum(reference, found)
 
-    net, extra, features, found = together(prepare)
+    net, extra, features, found, checksum = together(prepare)
     real = found if isinstance(found, Statistics) else set_statistics(found, features, batch)
     rank, ranks = rank_and_count()
     if save_reference is not None:
@@ -193,7 +194,7 @@ def evaluate_fid(
         "seed": seed,
         "rounding": f"{rounding}: {ROUNDINGS[rounding]}",
         "features": {**features.file, "dimension": features.dim, "backend": f"TorchScript, torch {torch.__version__}"},
-        "reference": str(reference),
+        "reference": {"path": str(reference), "sha256": checksum},
         "batch": batch,
         "ranks": ranks,
         "device": target.type,
@@ -267,6 +268,11 @@ def _line(error: Exception) -> str:
     """The last line of a message: TorchScript puts its reason there."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _checksum(reference: str | Path, found: Statistics | PreparedSet) -> str:
+    """sha256 of the file of statistics; of a set that of its samples, which its manifest holds."""
+    return found.manifest.files[SAMPLES]["sha256"] if isinstance(found, PreparedSet) else digest(Path(reference))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
