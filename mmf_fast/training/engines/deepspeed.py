@@ -46,6 +46,37 @@ class Fragment(NamedTuple):
     value: Tensor
 
 
+class Saved:
+    """The shares of all ranks that saved. They lie in mapped files, of which only what is asked for is read.
+
+    Raises ValueError where they are not the whole of the parameters of these names and shapes.
+    """
+
+    def __init__(self, shares: list[dict[str, Any]], shapes: Mapping[str, torch.Size]) -> None:
+        self.steps, self.shapes = shares[0]["steps"], shapes
+        self.fragments: dict[str, list[dict[str, Any]]] = {name: [] for name in shapes}
+        for share in shares:
+            for name, fragment in share["fragments"].items():
+                self.fragments[name].append(fragment)
+        for name, shape in shapes.items():
+            if sum(fragment["weight"].numel() for fragment in self.fragments[name]) != shape.numel():
+                raise ValueError(f"it holds only a part of {name}")
+
+    def part(self, name: str, key: str, start: int, size: int) -> Tensor:
+        """Elements start, start + 1, ... of a parameter's "weight", "average" or moment, (size,); zeros beyond it."""
+        result = torch.zeros(size)
+        for fragment in self.fragments[name]:
+            first, value = fragment["start"] - start, fragment[key]
+            low, high = max(0, first), min(size, first + value.numel())
+            if low < high:
+                result[low:high] = value[low - first : high - first]
+        return result
+
+    def whole(self, name: str, key: str) -> Tensor:
+        shape = self.shapes[name]
+        return self.part(name, key, 0, shape.numel()).view(shape)
+
+
 class DeepSpeedEngine:
     """Implements `mmf_fast.training.engines.Engine` on DeepSpeed.
 
@@ -174,57 +205,41 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
         """Takes the shares of all ranks that saved, however many they were."""
-        whole = {name: torch.empty(shape.numel()) for name, shape in self.shapes.items()}
-
-        def assemble(key: str) -> dict[str, Tensor]:
-            covered = dict.fromkeys(whole, 0)
-            for share in shares:
-                for name, fragment in share["fragments"].items():
-                    part = fragment[key]
-                    whole[name][fragment["start"] : fragment["start"] + part.numel()] = part
-                    covered[name] += part.numel()
-            missing = [name for name, count in covered.items() if count != whole[name].numel()]
-            if missing:
-                raise ValueError(f"it holds only a part of {missing[0]}")
-            return whole
-
-        steps = shares[0]["steps"]
-        self._set_weights(assemble("weight"))
-        if steps:
-            self._make_moments(steps)
+        saved = Saved(shares, self.shapes)
+        self._set_weights(saved)
+        if saved.steps:
+            self._make_moments(saved.steps)
             for key in MOMENTS:
-                self._set(assemble(key), key)
-        average = assemble("average")
+                self._set(saved, key)
         for name, (start, value) in self._fragments():
-            self.ema[name].copy_(average[name][start : start + value.numel()])
+            self.ema[name].copy_(saved.part(name, "average", start, value.numel()))
 
-    def _set_weights(self, whole: Mapping[str, Tensor]) -> None:
+    def _set_weights(self, saved: Saved) -> None:
         for name, parameter in self.net.named_parameters():
             if self.stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     if self.rank == 0:
-                        parameter.data.copy_(whole[name].view(self.shapes[name]))
+                        parameter.data.copy_(saved.whole(name, "weight"))
             else:
-                parameter.data.copy_(whole[name].view(self.shapes[name]))
-        self._set(whole, None)
+                parameter.data.copy_(saved.whole(name, "weight"))
+        self._set(saved, None)
 
-    def _set(self, whole: Mapping[str, Tensor], key: str | None) -> None:
+    def _set(self, saved: Saved, key: str | None) -> None:
         """Writes this rank's fragments of the float32 weights, or of a moment; at stage 0 it has them whole."""
         parameter: Any
+        of = key or "weight"
         if self.stage == 0:
             for name, parameter in self.net.named_parameters():
                 tensor = parameter.data if key is None else self.engine.optimizer.state[parameter][key]
-                tensor.copy_(whole[name].view(self.shapes[name]))
+                tensor.copy_(saved.whole(name, of))
             return
         if self.stage < 3:
             for name, (start, value) in self._fragments(key):
-                value.copy_(whole[name][start : start + value.numel()])
+                value.copy_(saved.part(name, of, start, value.numel()))
             return
         for name, parameter in self.net.named_parameters():
             size = parameter.ds_tensor.numel()
-            padded = torch.zeros(size, device=self.device)
-            mine = whole[name][self.rank * size : (self.rank + 1) * size]
-            padded[: mine.numel()] = mine
+            padded = saved.part(name, of, self.rank * size, size).to(self.device)
             if key is None:
                 safe_set_local_fp32_param(parameter, padded)
             else:
