@@ -60,6 +60,7 @@ def native_build() -> dict[str, Any]:
             extra_compile_args=[
                 "-O3",
                 "-g0",
+                "-fvisibility=hidden",  # calls between functions of ours need no table, and no other library meets them
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 f"-DCPU_CAPABILITY={name.upper()}",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, OURS
+from mmf_fast.plan import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -34,10 +35,6 @@ def share_of_roof(run: dict[str, Any], row: Row) -> float:
     if row["bytes"]:
         return row["bytes/s"] / 1e9 / machine["copy GB/s"]
     return row["FLOP/s"] / 1e9 / machine["product GFLOP/s"][row["precision"]]
-
-
-def table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *body))
 
 
 def crossed(rows: list[Row], line: Callable[[Row], str], column: Callable[[Row], str]) -> dict[str, dict[str, Row]]:

@@ -6,6 +6,7 @@
 namespace mmf {
 namespace {
 
+using Two = std::tuple<at::Tensor, at::Tensor>;
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -61,41 +62,43 @@ Four forward(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, c
   return {loss, per_sample, square, error};
 }
 
-// g_u = 2 g e_b / (B (s_b + c)^p) and g_du = lam (t - r) g_u, with e = error(b, index, lanes) in registers of T's kind.
-template <typename T, typename E>
-void write_cotangents(const at::Tensor& g, const E& error, const at::Tensor& square, const at::Tensor& interval,
-                      const at::Tensor& lam, double p, double c, at::Tensor& g_u, at::Tensor& g_du) {
-  using L = Lanes<T>;
-  using A = typename L::A;
-  const int64_t batch = g_u.size(0), size = g_u.size(1);
-  const A *ps = square.const_data_ptr<A>(), *pt = interval.const_data_ptr<A>();
+// g_u = 2 g e_b / (B (s_b + c)^p) and g_du = lam (t - r) g_u (empty without tangent_grad), of the given type and shaped
+// like u. error_of(T()): a function of (sample, index, lanes) that gives e in registers of T's kind.
+template <class F>
+Two cotangents(const at::Tensor& g, F error_of, at::ScalarType dtype, at::IntArrayRef shape, const at::Tensor& square,
+               const at::Tensor& interval, const at::Tensor& lam, double p, double c, bool tangent_grad) {
+  const int64_t batch = shape[0], size = shape[1];
   const double scale = g.item<double>() * 2 / batch, share = lam.item<double>();
-  T *out = g_u.data_ptr<T>(), *dout = g_du.numel() ? g_du.data_ptr<T>() : nullptr;
-  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const double k = scale * std::pow(ps[b] + c, -p);
-      const typename L::V of_u(static_cast<A>(k)), of_du(static_cast<A>(k * share * pt[b]));
-      for_lanes<L::width>(size, [&](int64_t i, int64_t n) {
-        const auto e = error(b, b * size + i, n);
-        L::store(out + b * size + i, of_u * e, n);
-        if (dout) L::store(dout + b * size + i, of_du * e, n);
-      });
-    }
-  });
-}
-
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& g, const at::Tensor& error, const at::Tensor& square,
-                                            const at::Tensor& interval, const at::Tensor& lam, double p, double c,
-                                            bool tangent_grad, at::ScalarType dtype) {
-  at::Tensor g_u = at::empty(error.sizes(), error.options().dtype(dtype));
+  at::Tensor g_u = at::empty(shape, square.options().dtype(dtype));
   at::Tensor g_du = tangent_grad ? at::empty_like(g_u) : at::empty({0}, g_u.options());
   MMF_DISPATCH(g_u, "sg_loss_backward", [&] {
     using L = Lanes<scalar_t>;
-    const auto* kept = error.const_data_ptr<typename L::A>();
-    const auto load = [&](int64_t, int64_t at, int64_t n) { return Lanes<typename L::A>::load(kept + at, n); };
-    write_cotangents<scalar_t>(g, load, square, interval, lam, p, c, g_u, g_du);
+    using A = typename L::A;
+    const auto error = error_of(scalar_t());
+    const A *ps = square.const_data_ptr<A>(), *pt = interval.const_data_ptr<A>();
+    scalar_t *out = g_u.data_ptr<scalar_t>(), *dout = tangent_grad ? g_du.data_ptr<scalar_t>() : nullptr;
+    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const double k = scale * std::pow(ps[b] + c, -p);
+        const typename L::V of_u(static_cast<A>(k)), of_du(static_cast<A>(k * share * pt[b]));
+        for_lanes<L::width>(size, [&](int64_t i, int64_t n) {
+          const auto e = error(b, b * size + i, n);
+          L::store(out + b * size + i, of_u * e, n);
+          if (dout) L::store(dout + b * size + i, of_du * e, n);
+        });
+      }
+    });
   });
   return {g_u, g_du};
+}
+
+Two backward(const at::Tensor& g, const at::Tensor& error, const at::Tensor& square, const at::Tensor& interval,
+             const at::Tensor& lam, double p, double c, bool tangent_grad, at::ScalarType dtype) {
+  const auto kept = [&](auto type) {
+    using A = typename Lanes<decltype(type)>::A;
+    return [e = error.const_data_ptr<A>()](int64_t, int64_t at, int64_t n) { return Lanes<A>::load(e + at, n); };
+  };
+  return cotangents(g, kept, dtype, error.sizes(), square, interval, lam, p, c, tangent_grad);
 }
 
 // The same with its derivative, for eager mode: at this size an operator whose derivative is registered from Python
@@ -123,15 +126,16 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
     const auto saved = ctx->get_saved_variables();
     const auto maybe = [](const at::Tensor& a) { return a.defined() ? MaybeTensor(a) : MaybeTensor(); };
     const at::Tensor &u = saved[0], &interval = saved[4];
+    const auto again = [&](auto type) {
+      return Error<decltype(type)>(u, maybe(saved[1]), maybe(saved[2]), saved[3], interval);
+    };
+    const bool tangent_grad = ctx->saved_data["tangent_grad"].toBool();
+    auto [g_u, g_du] =
+        cotangents(grads[0], again, u.scalar_type(), u.sizes(), saved[6], interval, saved[5],
+                   ctx->saved_data["p"].toDouble(), ctx->saved_data["c"].toDouble(), tangent_grad);
     Tensors all(9);
-    all[0] = at::empty_like(u);
-    at::Tensor g_du = ctx->saved_data["tangent_grad"].toBool() ? at::empty_like(u) : at::empty({0}, u.options());
-    MMF_DISPATCH(u, "sg_loss_backward", [&] {
-      const Error<scalar_t> error(u, maybe(saved[1]), maybe(saved[2]), saved[3], interval);
-      write_cotangents<scalar_t>(grads[0], error, saved[6], interval, saved[5], ctx->saved_data["p"].toDouble(),
-                                 ctx->saved_data["c"].toDouble(), all[0], g_du);
-    });
-    if (ctx->saved_data["tangent_grad"].toBool()) all[1] = g_du;
+    all[0] = g_u;
+    if (tangent_grad) all[1] = g_du;
     return all;
   }
 };

@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 # A field so marked may differ between a run and its resumption: it says how long and where to run and what to record,
-# and no training step depends on it.
+# and no training step depends on it. An argument of a network says the same by Annotated[type, "free"].
 FREE = {"free": True}
 
 
@@ -105,15 +105,19 @@ class Config:
         return _plain(self)
 
     def fingerprint(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Flat {dotted key: value} of everything a training step depends on (all but the fields marked FREE).
+        """Flat {dotted key: value} of everything a training step depends on (all but what is marked free).
 
         identity: of the dataset; it replaces the options of `data` that it names.
         """
-        free = {"model.recompute"} | {
+        free = {
             f"{section}.{f.name}"
             for section, kind in (("optimizer", Optimizer), ("train", Train))
             for f in dataclasses.fields(kind)
             if f.metadata.get("free")
+        } | {
+            f"model.{name}"
+            for name, hint in _hints(models.NETWORKS[self.model["name"]], include_extras=True).items()
+            if get_origin(hint) is Annotated and "free" in hint.__metadata__
         }
         tree = self.tree()
         tree["data"] |= identity
@@ -223,9 +227,13 @@ def _arguments(
 ) -> dict[str, Any]:
     """Converts `given` to keyword arguments of `target` by its signature's annotations."""
     parameters = [name for name in inspect.signature(target).parameters if name not in without]
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = _hints(target)
     _known(given, [*extra, *parameters], section)
     return {key: convert(value, hints.get(key, Any), f"{section}.{key}") for key, value in given.items()}
+
+
+def _hints(target: Callable[..., Any], include_extras: bool = False) -> dict[str, Any]:
+    return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=include_extras)
 
 
 # ---- conversion ------------------------------------------------------------------------------------------------------

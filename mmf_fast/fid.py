@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,12 +34,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmf_fast.data.dataset import row_noise
-from mmf_fast.data.prepared import MANIFEST, PreparedSet, open_prepared
+from mmf_fast.data.prepared import MANIFEST, SAMPLES, PreparedSet, open_prepared
 from mmf_fast.feature_statistics import Statistics, Sums, read_statistics, write_statistics
 from mmf_fast.files import digest
 from mmf_fast.metrics import gaussian_frechet
 from mmf_fast.models import Network, load_pretrained
 from mmf_fast.pictures import writing
+from mmf_fast.ranks import rank_and_count, together
 from mmf_fast.sampling import choose_device, sample
 
 __all__ = ["Inception", "evaluate_fid", "sample_statistics", "set_statistics", "to_uint8"]
@@ -48,7 +49,6 @@ Rounding = Literal["round", "floor"]
 ROUNDINGS: dict[str, str] = {"round": "trunc(127.5 x + 128)", "floor": "trunc((x + 1) / 2 * 255)"}
 
 _NOISE_KEY = 2**64 - 2  # second word of the random key of the noise; data use the first ones, and 2**64 - 1
-_Result = TypeVar("_Result")
 
 
 class Inception:
@@ -138,7 +138,7 @@ def _statistics(
     images: Callable[[range], Tensor], count: int, batch: int, features: Inception, title: str
 ) -> Statistics:
     """images(rows) -> (len(rows), C, H, W) uint8, called for the rows of this rank, `batch` at a time."""
-    rank, ranks = _rank()
+    rank, ranks = rank_and_count()
     sums = Sums(features.dim, features.device)
     rows = range(rank, count, ranks)
     with tqdm(total=count, desc=title, unit="image", disable=rank > 0) as bar:
@@ -174,16 +174,17 @@ def evaluate_fid(
     if target == torch.device("cuda"):
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
-    def prepare() -> tuple[Network, dict[str, Any], Inception, Statistics | PreparedSet]:
+    def prepare() -> tuple[Network, dict[str, Any], Inception, Statistics | PreparedSet, str]:
         _check_numbers(count, batch, steps, seed)
         net, extra = load_pretrained(run)
         _check_images(net, extra, run)
         features = Inception(inception, target)
-        return net.to(target), extra, features, _open(reference, net, features, save_reference)
+        found = _open(reference, net, features, save_reference)
+        return net.to(target), extra, features, found, _checksum(reference, found)
 
-    net, extra, features, found = together(prepare)
+    net, extra, features, found, checksum = together(prepare)
     real = found if isinstance(found, Statistics) else set_statistics(found, features, batch)
-    rank, ranks = _rank()
+    rank, ranks = rank_and_count()
     if save_reference is not None:
         together(lambda: write_statistics(save_reference, real) if rank == 0 else None)
     fake = sample_statistics(net, features, count, steps, seed, batch, rounding)
@@ -193,7 +194,7 @@ def evaluate_fid(
         "seed": seed,
         "rounding": f"{rounding}: {ROUNDINGS[rounding]}",
         "features": {**features.file, "dimension": features.dim, "backend": f"TorchScript, torch {torch.__version__}"},
-        "reference": str(reference),
+        "reference": {"path": str(reference), "sha256": checksum},
         "batch": batch,
         "ranks": ranks,
         "device": target.type,
@@ -247,30 +248,6 @@ def _open(
     return statistics
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def _rank() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def together(work: Callable[[], _Result]) -> _Result:
-    """work() on every rank; raises ValueError on all of them where it fails with one on any, so that nobody waits."""
-    result, problem = None, None
-    try:
-        result = work()
-    except ValueError as error:
-        problem = _line(error)
-    problems = [problem]
-    if dist.is_initialized():
-        problems *= dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for each in problems:
-        if each is not None:
-            raise ValueError(each)
-    return result  # type: ignore[return-value]
-
-
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
     """Joins the processes that torchrun or deepspeed started, if any: gloo on CPUs, nccl on CUDA."""
@@ -291,6 +268,11 @@ def _line(error: Exception) -> str:
     """The last line of a message: TorchScript puts its reason there."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _checksum(reference: str | Path, found: Statistics | PreparedSet) -> str:
+    """sha256 of the file of statistics; of a set that of its samples, which its manifest holds."""
+    return found.manifest.files[SAMPLES]["sha256"] if isinstance(found, PreparedSet) else digest(Path(reference))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

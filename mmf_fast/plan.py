@@ -13,7 +13,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from mmf_fast.objective import LambdaSchedule, MeanFlowLoss
 from mmf_fast.training.build import build_loss
 from mmf_fast.training.devices import peak_flops
 
-__all__ = ["Cluster", "Job", "activations", "communication", "job", "main", "memory", "report", "step_time"]
+__all__ = ["Cluster", "Job", "activations", "communication", "job", "main", "memory", "report", "step_time", "table"]
 
 COUNTS = (1, 8, 64, 256, 1024)
 STAGES = (0, 1, 2, 3)
@@ -240,25 +240,26 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
         f"{cluster.nvlink / 1e9:.0f} GB/s within and {cluster.network / 1e9:.0f} GB/s out of them a GPU, at "
         f"{cluster.reached:.0%}.",
         f"\nMemory of one of {ranks} GPUs in GB, {rows} samples at a time (kept: activations, estimated):\n",
-        _table(
-            "ZeRO weights master gradients moments average gathered kept,lambda=0 lambda>0 sum,lambda=0 lambda>0",
+        table(
+            ["ZeRO", "weights", "master", "gradients", "moments", "average", "gathered",
+             "kept lambda 0", "lambda > 0", "sum lambda 0", "lambda > 0"],
             [_memory_row(one, ranks, stage, kept) for stage in STAGES],
         ),
         f"\nA step on {ranks} GPUs, lambda 0 (time: computation, communication, and the step with and without overlap, "
         "ms):\n",
-        _table(
-            "ZeRO sent,GB computation communication overlapped in,turn",
+        table(
+            ["ZeRO", "sent GB", "computation", "communication", "overlapped", "in turn"],
             [[_stage(stage), f"{communication(one, ranks, stage) / 1e9:.3f}", *_times(one, cluster, ranks, stage)]
              for stage in STAGES],
         ),
         "\nWithout activations, GB of one GPU by ZeRO stage:\n",
-        _table(
-            "GPUs " + " ".join(_stage(stage).replace(" ", ",") for stage in STAGES),
+        table(
+            ["GPUs", *map(_stage, STAGES)],
             [[str(count)] + [f"{_held(one, count, stage) / 1e9:.3f}" for stage in STAGES] for count in COUNTS],
         ),
         "\nScaling with ZeRO-1; step in ms (overlapped to in turn) and images/s (in turn):\n",
-        _table(
-            "GPUs batch lambda=0 images/s lambda>0 images/s",
+        table(
+            ["GPUs", "batch", "lambda 0", "images/s", "lambda > 0", "images/s"],
             [row for count in COUNTS for row in _scaling_rows(steps, cluster, ranks, count)],
         ),
     ]  # fmt: skip
@@ -305,10 +306,9 @@ def _stage(stage: int) -> str:
     return f"{stage} (fp32)" if stage == 0 else str(stage)
 
 
-def _table(header: str, rows: list[list[str]]) -> str:
-    names = [name.replace(",", " ").replace("=", " ").replace(">", " > ") for name in header.split()]
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -118,10 +118,14 @@ def test_a_run_has_scipys_distance_of_its_own_features(
     assert result["fid"] == pytest.approx(by_scipy(features, statistics()), rel=1e-6)
     written = json.loads((run / "fid.json").read_text())
     assert written == result
-    digest = subprocess.run(["sha256sum", inception], capture_output=True, text=True).stdout.split()[0]
-    assert written["features"]["file"] == "inception.pt" and written["features"]["sha256"] == digest
+    assert written["features"]["file"] == "inception.pt" and written["features"]["sha256"] == sha256sum(inception)
+    assert written["reference"] == {"path": str(reference), "sha256": sha256sum(reference)}
     assert written["rounding"] == "round: trunc(127.5 x + 128)"
     assert [written[key] for key in ("samples", "steps", "seed", "ranks", "training_step")] == [101, 1, 3, 1, 5]
+
+
+def sha256sum(path: Path) -> str:
+    return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def test_two_ranks_and_another_batch_give_the_same_figure(run: Path, reference: Path, inception: Path) -> None:
@@ -314,7 +318,10 @@ def test_statistics_of_a_prepared_set_are_computed_and_kept(
     kept = np.load(tmp_path / "kept.npz")
     np.testing.assert_allclose(kept["mu"], features.mean(0), rtol=1e-6)
     np.testing.assert_allclose(kept["sigma"], np.cov(features, rowvar=False), rtol=1e-5, atol=1e-8)
-    assert evaluate_fid(run, tmp_path / "kept.npz", inception, count=20)["fid"] == pytest.approx(result["fid"])
+    assert result["reference"] == {"path": str(prepared), "sha256": sha256sum(prepared / "samples.npy")}
+    again = evaluate_fid(run, tmp_path / "kept.npz", inception, count=20)
+    assert again["fid"] == pytest.approx(result["fid"])
+    assert again["reference"]["sha256"] == sha256sum(tmp_path / "kept.npz")
 
 
 # ---- errors of the command line --------------------------------------------------------------------------------------

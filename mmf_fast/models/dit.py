@@ -7,7 +7,7 @@ Shape legend:  B batch   C channels   Y, X image rows and columns   N tokens   P
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ class DiT(nn.Module):
         num_classes: int = 0,
         qk_norm: bool = False,
         dropout: float = 0.0,
-        recompute: bool = False,
+        recompute: Annotated[bool, "free"] = False,  # see mmf_fast/config.py
     ):
         super().__init__()
         check_positive(input_size=input_size, channels=channels, patch_size=patch_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +142,7 @@ class UNet(nn.Module):
         heads: int = 4,
         num_classes: int = 0,
         dropout: float = 0.0,
-        recompute: bool = False,
+        recompute: Annotated[bool, "free"] = False,  # see mmf_fast/config.py
     ):
         super().__init__()
         check_positive(input_size=input_size, channels=channels, blocks=blocks, heads=heads)

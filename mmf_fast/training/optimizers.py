@@ -1,14 +1,15 @@
-"""The AdamW that a configuration may name; DeepSpeed's own are built in its engine."""
+"""The AdamW that a configuration may name (DeepSpeed's own are built in its engine), and what precedes its step."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmf_fast.config import ConfigError, Optimizer
 
-__all__ = ["adam_options", "build_optimizer"]
+__all__ = ["adam_options", "build_optimizer", "clip_or_skip"]
 
 
 def adam_options(config: Optimizer) -> dict[str, Any]:
@@ -28,3 +29,18 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> to
             "another project); or take optimizer.kind=adamw"
         ) from error
     return FusedAdam(parameters, adam_w_mode=True, **adam_options(config))
+
+
+def clip_or_skip(
+    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, largest: float, *losses: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales the whole gradient down to the norm `largest` (0: leaves it), or has the fused AdamW skip its next step.
+
+    Returns the norm before, and whether it or one of `losses` is not finite: 0-d tensors, float and bool. The decision
+    stays on the device: AdamW leaves weights and moments alone where found_inf is 1 (the protocol of
+    torch.amp.GradScaler), so no step waits for the host to look.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf).detach()
+    bad = ~torch.stack([x.isfinite() for x in (norm, *losses)]).all()
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    return norm, bad

@@ -18,11 +18,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from mmf_fast import data, models
 from mmf_fast.config import Config, ConfigError, differences
 from mmf_fast.files import write_atomically
+from mmf_fast.ranks import gather, together
 from mmf_fast.sampling import sample, save_grid
 from mmf_fast.training.build import build_engine, build_loss
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
@@ -44,7 +45,6 @@ from mmf_fast.training.phases import PHASES, TRACED, WARM_UP, Speed, tracer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOP_EVERY = 10  # steps: launchers kill after 30 s what has not ended on SIGTERM
-_Result = TypeVar("_Result")
 
 
 class RunFolderError(ValueError):
@@ -154,8 +154,8 @@ class Trainer:
         """Writes a checkpoint, of which every rank holds a share, then exports the averaged weights."""
         start = time.perf_counter()
         share, rank = self.engine.state_dict(), self.engine.rank
-        written = self._together(lambda: self.checkpoints.save_share(share, self.step, rank) if rank else None)
-        shares = self.engine.gather(written)
+        written = together(lambda: self.checkpoints.save_share(share, self.step, rank) if rank else None)
+        shares = gather(written)
         state = {
             "step": self.step,
             "skipped": int(self.skipped),
@@ -171,7 +171,7 @@ class Trainer:
             extra = {"data": self.config.tree()["data"], "step": self.step}
             models.save_pretrained(self.run, net, extra)  # type: ignore[arg-type]  # any nn.Module with a config
 
-        self._together(write if self.is_main else lambda: None)
+        together(write if self.is_main else lambda: None)
         self.log.info("step %d: checkpoint written in %.1f s", self.step, time.perf_counter() - start)
 
     def draw(self) -> None:
@@ -266,7 +266,7 @@ class Trainer:
         if self.engine.world_size > 1:
             if self.step % min(self.config.train.log_every, _STOP_EVERY):
                 return False
-            found = [each for each in self.engine.gather(self.stopped_by) if each]
+            found = [each for each in gather(self.stopped_by) if each]
             if found:  # else a signal may just have come to this rank, of which the others hear at the next check
                 self.stopped_by = found[0]
             return bool(found)
@@ -288,14 +288,14 @@ class Trainer:
     def _restore(self) -> None:
         with warnings.catch_warnings(record=True) as damaged:
             warnings.simplefilter("always")
-            chosen = self._together(lambda: self.checkpoints.newest_whole() if self.is_main else None)
-        path = self.engine.gather(chosen)[0]  # rank 0 compared the checksums; all go on from what it chose
+            chosen = together(lambda: self.checkpoints.newest_whole() if self.is_main else None)
+        path = gather(chosen)[0]  # rank 0 compared the checksums; all go on from what it chose
         for warning in damaged:
             self.log.say(str(warning.message), logging.WARNING)
         if path is None:
             self.log.say(f"{self.run}: no checkpoint yet, starting at step 0")
             return
-        state = self._together(lambda: read_checkpoint(path, check=False))
+        state = together(lambda: read_checkpoint(path, check=False))
         changed = differences(state["fingerprint"], self.fingerprint)
         if changed:
             raise CheckpointError(
@@ -310,18 +310,6 @@ class Trainer:
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
         set_rng_state(state["rng"])  # rank 0's, see the end of __init__
         self.log.say(f"{self.run}: going on from {path.name}")
-
-    def _together(self, work: Callable[[], _Result]) -> _Result:
-        """work() on every rank. What goes wrong with the files of one is raised on all of them, so that none waits."""
-        result, problem = None, None
-        try:
-            result = work()
-        except (OSError, ValueError) as error:
-            problem = error
-        for each in self.engine.gather(problem):
-            if each is not None:
-                raise each
-        return result  # type: ignore[return-value]
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -39,10 +39,6 @@ class Engine(Protocol):
         """The network with its averaged weights, in eval mode, whole on rank 0."""
         ...
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order, on each; nobody goes on before all have come."""
-        ...
-
     def state_dict(self) -> dict[str, Any]:
         """This rank's share of weights, average and optimizer, as tensors and plain containers only: it must load with
         weights_only=True."""

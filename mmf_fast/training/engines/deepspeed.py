@@ -32,7 +32,7 @@ from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import move_average
 from mmf_fast.training.engines import StepResult
 from mmf_fast.training.engines.local import learning_rate, parts
-from mmf_fast.training.optimizers import adam_options, build_optimizer
+from mmf_fast.training.optimizers import adam_options, build_optimizer, clip_or_skip
 from mmf_fast.training.phases import Phases
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,6 +44,37 @@ class Fragment(NamedTuple):
 
     start: int
     value: Tensor
+
+
+class Saved:
+    """The shares of all ranks that saved. They lie in mapped files, of which only what is asked for is read.
+
+    Raises ValueError where they are not the whole of the parameters of these names and shapes.
+    """
+
+    def __init__(self, shares: list[dict[str, Any]], shapes: Mapping[str, torch.Size]) -> None:
+        self.steps, self.shapes = shares[0]["steps"], shapes
+        self.fragments: dict[str, list[dict[str, Any]]] = {name: [] for name in shapes}
+        for share in shares:
+            for name, fragment in share["fragments"].items():
+                self.fragments[name].append(fragment)
+        for name, shape in shapes.items():
+            if sum(fragment["weight"].numel() for fragment in self.fragments[name]) != shape.numel():
+                raise ValueError(f"it holds only a part of {name}")
+
+    def part(self, name: str, key: str, start: int, size: int) -> Tensor:
+        """Elements start, start + 1, ... of a parameter's "weight", "average" or moment, (size,); zeros beyond it."""
+        result = torch.zeros(size)
+        for fragment in self.fragments[name]:
+            first, value = fragment["start"] - start, fragment[key]
+            low, high = max(0, first), min(size, first + value.numel())
+            if low < high:
+                result[low:high] = value[low - first : high - first]
+        return result
+
+    def whole(self, name: str, key: str) -> Tensor:
+        shape = self.shapes[name]
+        return self.part(name, key, 0, shape.numel()).view(shape)
 
 
 class DeepSpeedEngine:
@@ -91,13 +122,16 @@ class DeepSpeedEngine:
                 self.engine.backward(output.loss)
             found.append({**output.metrics, "loss": output.loss.detach()})
             with self.phases("optimizer"):
-                norm = self._clip() if self.stage == 0 and len(found) == self.accumulate else None
+                if self.stage == 0 and len(found) == self.accumulate:  # DeepSpeed's own skip would wait for the host
+                    norm, skipped = clip_or_skip(
+                        self.engine.module.parameters(), self.engine.optimizer, self.config.clip
+                    )
                 self.engine.step()
         with self.phases("optimizer"):
-            if norm is None:
+            if self.stage > 0:
                 norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
                 norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
-            skipped = ~torch.isfinite(norm)
+                skipped = ~torch.isfinite(norm)
             self._move_average(step, skipped)
             metrics = self._mean(found)
         return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
@@ -107,12 +141,6 @@ class DeepSpeedEngine:
         average, values = [self.ema[name] for name in fragments], [fragment.value for fragment in fragments.values()]
         if average:  # a rank may own nothing; what an offloaded optimizer owns is on the CPU
             move_average(average, values, self.config.ema, step, skipped.to(average[0].device))
-
-    def _clip(self) -> Tensor:
-        """Stage 0 leaves clipping to us: as LocalEngine, with a skip that does not wait for the host."""
-        norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.config.clip or torch.inf)
-        self.engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        return norm.detach()
 
     def _mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Metrics over accumulation steps and ranks, in one reduction."""
@@ -164,11 +192,6 @@ class DeepSpeedEngine:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def gather(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
-        return found
-
     def state_dict(self) -> dict[str, Any]:
         moments = {key: dict(self._fragments(key)) for key in MOMENTS} if self._moments() else {}
         share = {
@@ -182,57 +205,41 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
         """Takes the shares of all ranks that saved, however many they were."""
-        whole = {name: torch.empty(shape.numel()) for name, shape in self.shapes.items()}
-
-        def assemble(key: str) -> dict[str, Tensor]:
-            covered = dict.fromkeys(whole, 0)
-            for share in shares:
-                for name, fragment in share["fragments"].items():
-                    part = fragment[key]
-                    whole[name][fragment["start"] : fragment["start"] + part.numel()] = part
-                    covered[name] += part.numel()
-            missing = [name for name, count in covered.items() if count != whole[name].numel()]
-            if missing:
-                raise ValueError(f"it holds only a part of {missing[0]}")
-            return whole
-
-        steps = shares[0]["steps"]
-        self._set_weights(assemble("weight"))
-        if steps:
-            self._make_moments(steps)
+        saved = Saved(shares, self.shapes)
+        self._set_weights(saved)
+        if saved.steps:
+            self._make_moments(saved.steps)
             for key in MOMENTS:
-                self._set(assemble(key), key)
-        average = assemble("average")
+                self._set(saved, key)
         for name, (start, value) in self._fragments():
-            self.ema[name].copy_(average[name][start : start + value.numel()])
+            self.ema[name].copy_(saved.part(name, "average", start, value.numel()))
 
-    def _set_weights(self, whole: Mapping[str, Tensor]) -> None:
+    def _set_weights(self, saved: Saved) -> None:
         for name, parameter in self.net.named_parameters():
             if self.stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     if self.rank == 0:
-                        parameter.data.copy_(whole[name].view(self.shapes[name]))
+                        parameter.data.copy_(saved.whole(name, "weight"))
             else:
-                parameter.data.copy_(whole[name].view(self.shapes[name]))
-        self._set(whole, None)
+                parameter.data.copy_(saved.whole(name, "weight"))
+        self._set(saved, None)
 
-    def _set(self, whole: Mapping[str, Tensor], key: str | None) -> None:
+    def _set(self, saved: Saved, key: str | None) -> None:
         """Writes this rank's fragments of the float32 weights, or of a moment; at stage 0 it has them whole."""
         parameter: Any
+        of = key or "weight"
         if self.stage == 0:
             for name, parameter in self.net.named_parameters():
                 tensor = parameter.data if key is None else self.engine.optimizer.state[parameter][key]
-                tensor.copy_(whole[name].view(self.shapes[name]))
+                tensor.copy_(saved.whole(name, of))
             return
         if self.stage < 3:
             for name, (start, value) in self._fragments(key):
-                value.copy_(whole[name][start : start + value.numel()])
+                value.copy_(saved.part(name, of, start, value.numel()))
             return
         for name, parameter in self.net.named_parameters():
             size = parameter.ds_tensor.numel()
-            padded = torch.zeros(size, device=self.device)
-            mine = whole[name][self.rank * size : (self.rank + 1) * size]
-            padded[: mine.numel()] = mine
+            padded = saved.part(name, of, self.rank * size, size).to(self.device)
             if key is None:
                 safe_set_local_fp32_param(parameter, padded)
             else:

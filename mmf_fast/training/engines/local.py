@@ -12,7 +12,7 @@ from mmf_fast.objective import Part
 from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import EMA
 from mmf_fast.training.engines import StepResult
-from mmf_fast.training.optimizers import adam_options
+from mmf_fast.training.optimizers import adam_options, clip_or_skip
 from mmf_fast.training.phases import Phases
 
 
@@ -78,28 +78,19 @@ class LocalEngine:
 
     def _update(self, found: list[dict[str, Tensor]], step: int) -> StepResult:
         metrics = {key: torch.stack([each[key].detach() for each in found]).mean() for key in found[0]}
-        norm = nn.utils.clip_grad_norm_(self.loss_fn.parameters(), self.config.clip or math.inf)
-        loss = metrics["loss"]
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-
-        # The decision to skip stays on the device: fused AdamW leaves weights and moments alone where found_inf is 1
-        # (the protocol of torch.amp.GradScaler), so no step waits for the host to look at the loss.
+        norm, bad = clip_or_skip(self.loss_fn.parameters(), self.optimizer, self.config.clip, metrics["loss"])
         lr = learning_rate(step, self.config, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.net, step, skip=bad)
 
-        metrics |= {"grad_norm": norm.detach(), "lr": torch.tensor(lr, dtype=torch.float64)}
+        metrics |= {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}
         return StepResult(metrics, bad)
 
     def averaged(self) -> nn.Module:
         return self.ema.net
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
     def state_dict(self) -> dict[str, Any]:
         return {

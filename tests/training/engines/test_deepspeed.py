@@ -142,6 +142,43 @@ def test_a_run_goes_on_with_and_without_offload(tmp_path: Path) -> None:
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [1, 3, 7])
+def test_of_what_was_saved_only_what_is_asked_for_is_read(ranks: int) -> None:
+    """Tensors on the meta device have no content: reading one of them raises."""
+    from mmf_fast.training.engines.deepspeed import Saved
+
+    values = {"a": torch.randn(5, 4), "b": torch.randn(3)}  # b: the last ranks own nothing of it
+    shapes = {name: value.shape for name, value in values.items()}
+    cuts = {name: torch.linspace(0, value.numel(), ranks + 1).long().tolist() for name, value in values.items()}
+
+    def share(rank: int, readable: bool) -> dict:
+        fragments = {}
+        for name, value in values.items():
+            low, high = cuts[name][rank], cuts[name][rank + 1]
+            if low < high:
+                part = value.flatten()[low:high]
+                fragments[name] = {"start": low, "weight": part if readable else part.to("meta")}
+        return {"steps": 3.0, "fragments": fragments}
+
+    every = [share(rank, True) for rank in range(ranks)]
+    saved = Saved(every, shapes)
+    for name, value in values.items():
+        assert torch.equal(saved.whole(name, "weight"), value)
+        padded = torch.cat([value.flatten(), torch.zeros(9)])
+        for start, size in ((0, 2), (1, value.numel()), (2, 0), (value.numel() - 1, 6), (value.numel() + 2, 3)):
+            assert torch.equal(saved.part(name, "weight", start, size), padded[start : start + size])
+    for rank in range(ranks):
+        own = Saved([share(other, other == rank) for other in range(ranks)], shapes)
+        for name, fragment in every[rank]["fragments"].items():
+            size = fragment["weight"].numel()
+            assert torch.equal(own.part(name, "weight", fragment["start"], size), fragment["weight"])
+        if ranks > 1:
+            with pytest.raises(NotImplementedError, match="meta"):
+                own.whole("a", "weight")
+            with pytest.raises(ValueError, match="only a part of a"):
+                Saved(every[:rank] + every[rank + 1 :], shapes)
+
+
 def test_settings_that_do_not_fit_are_one_line_errors() -> None:
     from mmf_fast.training.engines.deepspeed import _settings
 
