@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import signal
 from typing import Any
 
 import pytest
@@ -33,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: measured by --full only")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A run that is ended, by timeout(1) say, finishes the case it is at and writes the rows it has."""
+    signal.signal(signal.SIGTERM, lambda *_: setattr(session, "shouldstop", "ended by SIGTERM"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

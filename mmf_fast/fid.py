@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with process_group(options["device"]):
             result = evaluate_fid(**options)
-    except ValueError as error:  # the same on all ranks
+    except (OSError, ValueError) as error:  # the same on all ranks
         if os.environ.get("RANK", "0") == "0":
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
