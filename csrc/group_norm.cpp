@@ -35,10 +35,8 @@ struct Image {
   const Shape& shape;
   std::vector<A> numbers;      // (13, channels), as in Channel
   std::vector<double> totals;  // (5, channels)
-  std::vector<A> partial;      // (5, channels)
 
-  explicit Image(const Shape& s)
-      : shape(s), numbers(kinds * s.channels), totals(5 * s.channels), partial(s.channels_last ? 5 * s.channels : 0) {}
+  explicit Image(const Shape& s) : shape(s), numbers(kinds * s.channels), totals(5 * s.channels) {}
 
   A* number(int k) { return numbers.data() + k * shape.channels; }
   double* sum(int k) { return totals.data() + k * shape.channels; }
@@ -55,6 +53,17 @@ struct Image {
     return channel([&](int k) { return LA::load(number(k) + c, n); });
   }
 
+  // f(first channel, n, first pixel, last) for all of channels-last images, by tiles of one vector of channels, whose
+  // numbers stay in registers, and as many pixels as leave the other vectors of the same pixels in the cache.
+  template <class F>
+  void tiles(int64_t from, int64_t to, F f) {
+    constexpr int64_t block = 32;
+    for (int64_t start = 0; start < shape.pixels; start += block)
+      for_lanes<L::width>(to - from, [&](int64_t i, int64_t n) {
+        f(from + i, n, start, std::min(start + block, shape.pixels));
+      });
+  }
+
   // f(offset, n, channel) for all pixels of the channels [from, to).
   template <class F>
   void each(int64_t from, int64_t to, F f) {
@@ -64,10 +73,10 @@ struct Image {
         for_lanes<L::width>(shape.pixels, [&](int64_t i, int64_t n) { f(c * shape.pixels + i, n, channel); });
       }
     } else {
-      for (int64_t p = 0; p < shape.pixels; ++p)
-        for_lanes<L::width>(to - from, [&](int64_t i, int64_t n) {
-          f(p * shape.channels + from + i, n, at_channels(from + i, n));
-        });
+      tiles(from, to, [&](int64_t c, int64_t n, int64_t start, int64_t stop) {
+        const auto channel = at_channels(c, n);
+        for (int64_t p = start; p < stop; ++p) f(p * shape.channels + c, n, channel);
+      });
     }
   }
 
@@ -84,19 +93,17 @@ struct Image {
       return;
     }
     for (size_t k = 0; k < K; ++k) std::fill(sum(k) + from, sum(k) + to, 0.0);
-    constexpr int64_t block = 256;
-    for (int64_t start = 0; start < shape.pixels; start += block) {
-      std::fill(partial.begin(), partial.end(), A(0));
-      for (int64_t p = start; p < std::min(start + block, shape.pixels); ++p)
-        for_lanes<L::width>(to - from, [&](int64_t i, int64_t n) {
-          std::array<V, K> s;
-          for (size_t k = 0; k < K; ++k) s[k] = LA::load(partial.data() + k * shape.channels + from + i, n);
-          f(p * shape.channels + from + i, n, at_channels(from + i, n), s);
-          for (size_t k = 0; k < K; ++k) LA::store(partial.data() + k * shape.channels + from + i, s[k], n);
-        });
-      for (size_t k = 0; k < K; ++k)
-        for (int64_t c = from; c < to; ++c) sum(k)[c] += partial[k * shape.channels + c];
-    }
+    tiles(from, to, [&](int64_t c, int64_t n, int64_t start, int64_t stop) {
+      const auto channel = at_channels(c, n);
+      std::array<V, K> s;
+      s.fill(V(0));
+      for (int64_t p = start; p < stop; ++p) f(p * shape.channels + c, n, channel, s);
+      for (size_t k = 0; k < K; ++k) {
+        std::array<A, L::width> lanes;
+        s[k].store(lanes.data());
+        for (int64_t i = 0; i < n; ++i) sum(k)[c + i] += lanes[i];
+      }
+    });
   }
 
   // f(first channel, last, sum over the group of each of K channel sums)

@@ -56,7 +56,7 @@ inline typename V::value_type total(V v) {
   return at::vec::vec_reduce_all<typename V::value_type>([](V& a, V& b) { return a + b; }, v);
 }
 
-// K sums over size elements: f(i, n, sums) adds to std::array<V, K>. Each block of 1024 vectors goes into a double, so
+// K sums over size elements: f(i, n, sums) adds to std::array<V, K>. Each block of 256 vectors goes into a double, so
 // that long rows lose nothing.
 template <class V, size_t K, class F>
 inline __attribute__((always_inline)) std::array<double, K> row_sums(int64_t size, F f) {
