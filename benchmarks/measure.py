@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -107,9 +108,9 @@ class _Counter(TorchDispatchMode):
 
 
 def count_flops(run: Run) -> int:
-    """FLOPs of matrix products and convolutions in one eager run, 2 per multiply-add; fused operators are composed of
-    PyTorch's for the count, which sees these alone."""
-    with environment(MMF_FAST_OPS="reference"), _Counter() as counter:
+    """FLOPs of matrix products and convolutions in one eager run, 2 per multiply-add; fused operators and attention are
+    composed of PyTorch's for the count, which sees these alone and what the algorithm needs, nothing recomputed."""
+    with environment(MMF_FAST_OPS="reference"), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
         run()
     return counter.flops
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.measure import BLOCK, Stopwatch, count_flops, environment, peak_bytes, ratio
 
@@ -31,6 +32,13 @@ def test_peak_bytes_of_known_allocations():
         return torch.cat([b, b[:1]])  # 8 MB while b is alive: 16 in all
 
     assert peak_bytes(run, "cpu") == pytest.approx(16 * 2**20, rel=0.01)
+
+
+def test_flops_of_attention_are_those_of_its_two_products_and_their_four_in_backward():
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
+    products = 2 * 2 * 3 * 5 * 7 * 8
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * products
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == 6 * products
 
 
 def test_flops_of_a_linear_layer_and_its_backward():
