@@ -42,6 +42,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "/kernels/" not in item.path.as_posix())  # the short ones first, in memory yet unused
     if config.getoption("--full"):
         return
     left_out = [item for item in items if item.get_closest_marker("full")]
