@@ -76,8 +76,15 @@ def _ratio(row: Row | None) -> str:
 
 def failures(run: dict[str, Any]) -> str:
     """What the rows that fail say."""
-    said = {r["error"]: (r["name"], r["mode"]) for r in rows_of(run, "step") if "error" in r}
-    return "\n".join(f"- {name}, {mode}: `{error[:110]}`" for error, (name, mode) in said.items())
+    said: dict[str, list[str]] = {}
+    for row in rows_of(run, "step"):
+        if "error" in row:
+            said.setdefault(row["error"], []).append(_title(row))
+    return "\n".join(f"- {', '.join(titles)}: `{error[:110]}`" for error, titles in said.items())
+
+
+def _title(row: Row) -> str:
+    return f"{row['name']} ({row['network']}, {row['mode']}, {row['precision']})"
 
 
 def memory(run: dict[str, Any]) -> str:
@@ -138,16 +145,14 @@ def losses(run: dict[str, Any]) -> str:
         same = {key: r[key] for key in ("network", "mode", "precision")}
         for ours in rows_of(run, "step", name=name, **same):
             if ours["quartiles"][0] > r["quartiles"][1]:
-                where = f"{r['network']}, {r['mode']}, {r['precision']}"
-                found.append(f"{r['name']} ({where}): {r['ratio']:.2f} against our {ours['ratio']:.2f}")
+                found.append(f"{_title(r)}: {r['ratio']:.2f} against our {ours['ratio']:.2f}")
     for r in rows_of(run, "kernels"):
         for other, speedup in r["speedup over"].items():
             if speedup["quartiles"][1] < 1 and "no tangent" not in other:
                 found.append(f"{r['op']} {r['shape']}, {r['mode']}: {speedup['ratio']:.2f} times as fast as {other}")
     for r in rows_of(run, "step"):
         if CASES[r["name"]].way == OURS and "ratio" in r and r["quartiles"][0] > 1.1 * r["bound"]:
-            where = f"{r['network']}, {r['mode']}, {r['precision']}"
-            found.append(f"{r['name']} ({where}): {r['ratio'] / r['bound']:.2f} times its bound")
+            found.append(f"{_title(r)}: {r['ratio'] / r['bound']:.2f} times its bound")
     return "\n".join(f"- {line}" for line in found)
 
 
@@ -171,7 +176,8 @@ def one_device(path: Path) -> str:
         f"### On {'a CPU' if path.parent.name == 'cpu' else path.parent.name}",
         header(run, path),
         "A step is loss, backward and fused AdamW, timed in turn with the step of flow matching (same network and "
-        "mode, PyTorch's attention); medians of the ratios. The bound counts network evaluations, a backward being 2. "
+        "mode, PyTorch's attention); medians of the ratios. The bound counts network evaluations, a backward being 2; "
+        "attention's tangent takes twice the products of attention, so FLOPs (in the file) exceed it with many tokens. "
         "100 %, 25 %: the share of samples with r < t.",
         steps(run, ours=True),
         "The ways of the field at equal settings (whole batch, conditional tangent), written from the descriptions of "

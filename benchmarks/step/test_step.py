@@ -9,6 +9,7 @@ compared with those of an independent implementation; a way of the field that fa
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,13 @@ def flops(net: nn.Module, case: Case, x: Tensor, precision: str) -> float:
     """Of a step on x, by those of its first samples."""
     few = x[:COUNTED]
     return count_flops(step(net, case.build(net), few, precision)) * len(x) / len(few)
+
+
+def reason(error: Exception) -> str:
+    """Kind and message in a line. Dynamo's own messages tell where; why is what they quote."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    quoted = re.search(r": got (\w+)\(['\"](.*)", said)
+    return (f"{quoted[1]}: {quoted[2]}" if quoted else said)[:200]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +171,7 @@ def test_step(
     except Exception as error:
         if case.way == OURS:
             raise
-        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        row["error"] = reason(error)
         benchmark.pedantic(lambda: None)
         return
     if case.way == OURS and max(row["errors"].values()) > TOLERANCE[precision]:
