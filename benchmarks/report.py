@@ -180,6 +180,9 @@ def one_device(path: Path) -> str:
         "attention's tangent takes twice the products of attention, so FLOPs (in the file) exceed it with many tokens. "
         "100 %, 25 %: the share of samples with r < t.",
         steps(run, ours=True),
+        "A ratio below 1: PyTorch's attention, which only flow matching runs, is slow there (benchmarks/LOG.md)."
+        if any(r.get("ratio", 1) < 1 for r in rows_of(run, "step"))
+        else "",
         "The ways of the field at equal settings (whole batch, conditional tangent), written from the descriptions of "
         "public code (benchmarks/field.py):",
         steps(run, ours=False),
