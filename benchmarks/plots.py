@@ -91,7 +91,11 @@ def _scaling(figure: Figure, run: dict[str, Any]) -> None:
             colour = f"C{2 + int(CASES[name].lam)}"
             label = ours + name.removesuffix(", 100 %")
             ax.plot(*zip(*sorted(points), strict=True), style, markersize=4, color=colour, label=label)
-        ax.set(xscale="log", xlabel=kind, ylim=(0, None), title=title)
+        ax.set(xscale="log", xlabel=kind, ylim=(0, None))
+        ax.set_title(title, fontsize=10)
+        sizes = sorted({size for points in found.values() for size, _ in points})
+        ax.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+        ax.set_xticks([], minor=True)
         ax.legend(fontsize=7)
 
 
