@@ -29,7 +29,7 @@ keep_freed_memory()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="benchmarks: every case, more rounds (about an hour)")
-    parser.addoption("--length", type=float, default=None, help="benchmarks: seconds of timing per case (6; full: 8)")
+    parser.addoption("--length", type=float, default=None, help="benchmarks: seconds of timing per case (5; full: 8)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,7 +58,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def length(request: pytest.FixtureRequest, full: bool) -> float:
     """Seconds of timing per case."""
-    return request.config.getoption("--length") or (8.0 if full else 6.0)
+    return request.config.getoption("--length") or (8.0 if full else 5.0)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
