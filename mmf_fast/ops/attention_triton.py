@@ -172,6 +172,6 @@ CONFIGS: dict[tuple[str, str, bool], list[Config]] = {
         Config(32, 64, 4, 2),
     ],
     ("query", "16 bits", True): [Config(32, 64, 8, 2), Config(32, 32, 8, 2)],
-    ("query", "tf32", False): [Config(32, 32, 8, 1), Config(32, 16, 4, 1)],
+    ("query", "tf32", False): [Config(32, 16, 8, 1), Config(16, 32, 4, 1), Config(32, 32, 8, 1)],
     ("query", "tf32", True): [Config(32, 16, 8, 1), Config(16, 32, 8, 1)],
 }  # fmt: skip
