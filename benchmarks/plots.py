@@ -49,9 +49,7 @@ def _methods(figure: Figure, run: dict[str, Any]) -> None:
         )
     for mode, colour in (("eager", "C0"), ("compiled", "C1")):
         left.barh(0, 0, color=colour, label=mode)
-    left.set_yticks(
-        range(len(names)), [("mmf_fast, " if CASES[n].way == OURS else "") + n.removesuffix(", 100 %") for n in names]
-    )
+    left.set_yticks(range(len(names)), [*map(_label, names)])
     left.invert_yaxis()
     left.set(xlabel="step over flow matching", title=f"{network}, all samples with r < t, fp32")
     left.legend(fontsize=8)
@@ -67,6 +65,10 @@ def _methods(figure: Figure, run: dict[str, Any]) -> None:
         right.plot([0, 100], [1, CASES[f"lambda {lam}, 100 %"].bound()], color="black", linestyle=":", linewidth=1)
     right.set(xlabel="share of samples with r < t [%]", ylabel="step over flow matching", title="dotted: the bounds")
     right.legend(fontsize=8)
+
+
+def _label(name: str) -> str:
+    return ("mmf_fast, " if CASES[name].way == OURS else "") + name.removesuffix(", 100 %")
 
 
 def _scaling(figure: Figure, run: dict[str, Any]) -> None:
@@ -87,10 +89,8 @@ def _scaling(figure: Figure, run: dict[str, Any]) -> None:
     for ax, ((kind, title), found) in zip(axes, lines.items(), strict=False):
         for name, points in found.items():
             style = "-o" if CASES[name].way == OURS else "--s"
-            ours = "mmf_fast, " if CASES[name].way == OURS else ""
             colour = f"C{2 + int(CASES[name].lam)}"
-            label = ours + name.removesuffix(", 100 %")
-            ax.plot(*zip(*sorted(points), strict=True), style, markersize=4, color=colour, label=label)
+            ax.plot(*zip(*sorted(points), strict=True), style, markersize=4, color=colour, label=_label(name))
         ax.set(xscale="log", xlabel=kind, ylim=(0, None))
         ax.set_title(title, fontsize=10)
         sizes = sorted({size for points in found.values() for size, _ in points})

@@ -85,9 +85,8 @@ def attention(
 def serves(*tensors: Tensor | None, mask: Tensor | None = None) -> bool:
     """Whether a rule should call the operator on these q, k, v, their tangents and mask rather than compose it.
 
-    Wherever a kernel serves, since no composition was faster: also under torch.compile, which cannot fuse the matrix
-    products. Not inside functorch transforms, where an operator would lose its tangent, not for a mask that wants a
-    gradient, and not for tensors of several dtypes.
+    Where `fused` says so and a kernel takes their sizes; not for a mask that wants a gradient, and not for tensors of
+    several dtypes.
     """
     present = [x for x in (*tensors, mask) if x is not None]
     floats = [x for x in present if x.is_floating_point()]
