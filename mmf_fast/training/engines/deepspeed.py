@@ -222,7 +222,8 @@ class DeepSpeedEngine:
                         parameter.data.copy_(saved.whole(name, "weight"))
             else:
                 parameter.data.copy_(saved.whole(name, "weight"))
-        self._set(saved, None)
+        if self.stage > 0:  # at stage 0 the optimizer steps on the parameters themselves
+            self._set(saved, None)
 
     def _set(self, saved: Saved, key: str | None) -> None:
         """Writes this rank's fragments of the float32 weights, or of a moment; at stage 0 it has them whole."""
@@ -230,8 +231,7 @@ class DeepSpeedEngine:
         of = key or "weight"
         if self.stage == 0:
             for name, parameter in self.net.named_parameters():
-                tensor = parameter.data if key is None else self.engine.optimizer.state[parameter][key]
-                tensor.copy_(saved.whole(name, of))
+                self.engine.optimizer.state[parameter][key].copy_(saved.whole(name, of))
             return
         if self.stage < 3:
             for name, (start, value) in self._fragments(key):
