@@ -29,8 +29,8 @@ $(READY): $(FIRST) pyproject.toml setup.py
 # A run that was interrupted goes on where it stopped; a finished one is only drawn and evaluated again.
 train: $(READY)
 	$(BIN)/python mmf_fast/train.py --config $(CONFIG) --run $(RUN) --resume
-	$(BIN)/python -m mmf_fast.sampling --run $(RUN) --steps 1 --out $(RUN)/grid.png
-	$(BIN)/python -m mmf_fast.evaluation --run $(RUN)
+	$(BIN)/python -m mmf_fast sample --run $(RUN) --steps 1 --out $(RUN)/grid.png
+	$(BIN)/python -m mmf_fast evaluate --run $(RUN)
 	@echo "One evaluation of the network per picture: $(RUN)/grid.png (curves: $(RUN)/curves.png)"
 
 test: $(READY)

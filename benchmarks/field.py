@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmf_fast import TimeSampler
+from mmf_fast.objective.draws import Points, column, draw
 from mmf_fast.objective.loss import LossOutput
-from mmf_fast.objective.points import Points, column, draw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 STEP = 0.005  # of the finite differences, TiM's

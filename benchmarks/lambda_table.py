@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from mmf_fast import config, sample
 from mmf_fast.data import load
-from mmf_fast.metrics import sliced_wasserstein
+from mmf_fast.evaluation.distances import sliced_wasserstein
 from mmf_fast.models import load_pretrained
 from mmf_fast.training import Trainer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, OURS
-from mmf_fast.plan import table
+from mmf_fast.planning import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -16,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
     with_act(name, [&](auto act) {
       at::parallel_for(0, x.numel(), grain, [&](int64_t begin, int64_t end) {
         for_lanes<L::width>(end - begin, [&](int64_t i, int64_t n) {
-          const auto f = curve<act.value>(L::load(px + begin + i, n));
+          const auto f = value_and_slopes<act.value>(L::load(px + begin + i, n));
           L::store(py + begin + i, f.value, n);
           L::store(pdy + begin + i, f.slope * L::load(pdx + begin + i, n), n);
         });
@@ -40,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor> backward(const MaybeTensor& g, const at::Tens
       at::parallel_for(0, x.numel(), grain, [&](int64_t begin, int64_t end) {
         for_lanes<L::width>(end - begin, [&](int64_t i, int64_t n) {
           i += begin;
-          const auto f = curve<act.value>(L::load(px + i, n));
+          const auto f = value_and_slopes<act.value>(L::load(px + i, n));
           const V v = L::load(ph + i, n);
           V to_x = f.curvature * L::load(pdx + i, n) * v;
           if (pg) to_x = at::vec::fmadd(f.slope, L::load(pg + i, n), to_x);

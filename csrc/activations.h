@@ -8,20 +8,20 @@ namespace mmf {
 enum class Act { none, silu, gelu, gelu_tanh };
 
 template <class V>
-struct Curve {
+struct ValueAndSlopes {
   V value, slope, curvature;
 };
 
 // f = x s(q(x)) with the sigmoid s:  f' = s + x s (1 - s) q',  f'' = s (1 - s) (2 q' + x ((1 - 2 s) q'^2 + q'')).
 // SiLU: q = x.  GELU (tanh): q = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 template <class V>
-inline Curve<V> sigmoid_gated(V x, V near, V q, V q1, V q2) {
+inline ValueAndSlopes<V> sigmoid_gated(V x, V near, V q, V q1, V q2) {
   const V one(1), s = one / (one + q.neg().exp()), ss = s * (one - s);
   return {x * s, s + near * ss * q1, ss * (V(2) * q1 + near * ((one - V(2) * s) * q1 * q1 + q2))};
 }
 
 template <Act act, class V>
-inline Curve<V> curve(V x) {
+inline ValueAndSlopes<V> value_and_slopes(V x) {
   if constexpr (act == Act::silu) {
     return sigmoid_gated(x, x, x, V(1), V(0));
   } else if constexpr (act == Act::gelu_tanh) {

@@ -196,7 +196,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const MaybeTenso
         image.statistics(px, pdx, from, to, eps);
         image.each(from, to, [&](int64_t at, int64_t n, const auto& k) {
           const auto p = point(px, pdx, at, n, k);
-          const auto f = curve<act.value>(p.u);
+          const auto f = value_and_slopes<act.value>(p.u);
           L::store(out + base + at, f.value, n);
           if (dout) L::store(dout + base + at, f.slope * p.du, n);
         });
@@ -231,7 +231,7 @@ Six backward(const MaybeTensor& g, const MaybeTensor& h, const at::Tensor& x, co
           image.statistics(px, pdx, from, to, eps);
           // Cotangents of u and u'.
           const auto cotangents = [&](const Point<V>& p, int64_t at, int64_t n, V& gu, V& hu) {
-            const auto f = curve<act.value>(p.u);
+            const auto f = value_and_slopes<act.value>(p.u);
             gu = pg ? f.slope * L::load(pg + at, n) : V(0);
             hu = V(0);
             if (ph) {

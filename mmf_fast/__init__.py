@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mmf_fast import rules as rules  # importing them registers them
-from mmf_fast.dual import Dual, MissingRuleError, jvp, register_rule
+from mmf_fast.forward import Dual, MissingRuleError, attention, jvp, register_rule
 from mmf_fast.objective import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler, preset, sg_lambda
-from mmf_fast.rules.attention import attention
 
 if TYPE_CHECKING:
     from mmf_fast.sampling import sample
@@ -27,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "sample":  # on first use, so that `python -m mmf_fast.sampling` runs the module once
+    if name == "sample":  # on first use: the loss alone does not need what sampling needs
         from mmf_fast.sampling import sample
 
         return sample

@@ -10,7 +10,6 @@ The other two, `optimizer` and `train`, are the dataclasses below.
 """
 
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -26,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mmf_fast import data, models, objective
+from mmf_fast.registry import nearest
 
 
 class ConfigError(ValueError):
@@ -340,8 +340,8 @@ def _known(given: Mapping[str, Any], valid: Sequence[str], section: str) -> None
 
 
 def _nearest(value: Any, valid: Iterable[Any], prefix: str = "") -> str:
-    found = difflib.get_close_matches(str(value), [str(name) for name in valid], n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{found[0]}?" if found else ""
+    found = nearest(value, valid)
+    return f"; did you mean {prefix}{found}?" if found else ""
 
 
 def _named(hint: Any) -> str:

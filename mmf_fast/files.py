@@ -4,12 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from tqdm import tqdm
 
-__all__ = ["digest", "flush", "flush_folder", "write_atomically"]
+__all__ = ["WriteError", "digest", "remove_drafts", "write_text", "writing"]
+
+
+class WriteError(OSError, ValueError):
+    """A file cannot be written. `filename` and `strerror` are there for callers with a better way out to name."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename} ({self.strerror}); choose a writable place"
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """A draft beside `path`, flushed to the disk and renamed to it at the end: readers see the old file or the new one.
+
+    Makes the folder. A draft of a block that fails is removed; of a process that was killed, see `remove_drafts`.
+    Raises WriteError.
+    """
+    path = Path(path)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        _flush(draft)
+        os.replace(draft, path)
+        _flush(path.parent)  # without this, the rename may be lost where a later write survives
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all. Raises WriteError (a full disk)."""
+    with writing(path) as draft:
+        draft.write_text(text)
+
+
+def remove_drafts(folder: Path, pattern: str = "*") -> None:
+    """Removes the drafts of processes that were killed while they wrote files whose names match `pattern`."""
+    for draft in folder.glob(f"{pattern}.tmp"):
+        draft.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:
@@ -25,25 +69,9 @@ def digest(path: Path) -> str:
     return result.hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a crash leaves either the old content or the new. Raises OSError (a full disk)."""
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w") as file:
-        file.write(text)
-        flush(file)
-    os.replace(draft, path)
-    flush_folder(path.parent)
-
-
-def flush(file: IO) -> None:
-    """Down to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """The names in it down to the disk: without this, a rename may be lost that a later write survives."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """What was written to a file, or the names in a folder, down to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -7,9 +7,7 @@ cannot be drawn or written.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,32 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmf_fast.files import writing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["save_arrows", "save_field", "save_grid", "save_rows", "writing"]
+__all__ = ["save_arrows", "save_field", "save_grid", "save_rows"]
 
 _DATA, _SAMPLES, _NOISE = "#4C72B0", "#C44E52", "#8C8C8C"
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, of the same suffix, renamed to it at the end: readers see a whole file or none.
-
-    Makes the folder. Raises ValueError when it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror or error}); choose a writable place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -179,12 +160,12 @@ def _same_limits(panels: Sequence[Axes], points: Sequence[Tensor]) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with writing(path) as temporary:
-        figure.savefig(temporary)
+    with writing(path) as draft:
+        figure.savefig(draft, format=Path(path).suffix[1:])
 
 
 def _save_array(picture: np.ndarray, path: str | Path) -> None:
     from matplotlib.image import imsave
 
-    with writing(path) as temporary:
-        imsave(temporary, picture)
+    with writing(path) as draft:
+        imsave(draft, picture, format=Path(path).suffix[1:])

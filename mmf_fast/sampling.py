@@ -1,12 +1,11 @@
 """Drawing samples: from a network, and from a run folder on the command line.
 
-python -m mmf_fast.sampling --run runs/digits --steps 1 --out grid.png --classes 0 1 2
+mmf sample --run runs/digits --steps 1 --out grid.png --classes 0 1 2
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmf_fast.devices import choose_device, device_of
+from mmf_fast.files import writing
 from mmf_fast.models import load_pretrained
-from mmf_fast.pictures import save_grid, writing
+from mmf_fast.pictures import save_grid
 
-__all__ = ["choose_device", "device_of", "draw_run", "evaluating", "sample", "sample_in_chunks", "save_grid"]
+__all__ = ["draw_run", "evaluating", "sample", "sample_in_chunks"]
 
 
 @torch.no_grad()
@@ -84,12 +85,6 @@ def sample_in_chunks(
     return torch.cat(parts)
 
 
-def device_of(net: Callable[..., Tensor]) -> torch.device | None:
-    """The device of a network's first parameter; None for a callable without parameters."""
-    parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
-    return None if parameter is None else parameter.device
-
-
 @contextmanager
 def evaluating(net: Callable[..., Tensor]) -> Iterator[None]:
     """Evaluation mode; afterwards every submodule has its own mode again, frozen ones included."""
@@ -146,20 +141,9 @@ def draw_run(
     return x, y
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device of that name; "auto" is CUDA where there is one, else the CPU. Raises ValueError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: choose auto, cpu or cuda") from error
-    return torch.device(name)
-
-
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="python -m mmf_fast.sampling", description="Draw samples from a trained run.", allow_abbrev=False
+        prog="mmf sample", description="Draw samples from a trained run.", allow_abbrev=False
     )
     result.add_argument("--run", type=Path, required=True, help="run folder with model.safetensors and model.json")
     result.add_argument("--out", type=Path, required=True, help=".png: a grid or scatter plot; .npz: arrays x, y")
@@ -171,27 +155,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 wrong input."""
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     out: Path = options.out
-    try:
-        if out.suffix not in (".png", ".npz"):
-            raise ValueError(f"--out {out}: the name must end in .png or .npz")
-        x, y = draw_run(options.run, options.steps, options.classes, options.count, options.seed, options.device)
-        if out.suffix == ".png":
-            columns = len(options.classes) if options.classes else 0 if y is None else len(y.unique())
-            save_grid(x, out, columns if columns > 1 else 8)
-        else:
-            arrays: dict[str, Any] = {"x": x.numpy()} | ({} if y is None else {"y": y.numpy()})
-            with writing(out) as temporary:
-                np.savez_compressed(temporary, **arrays)
-    except ValueError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {out}: the name must end in .png or .npz")
+    x, y = draw_run(options.run, options.steps, options.classes, options.count, options.seed, options.device)
+    if out.suffix == ".png":
+        columns = len(options.classes) if options.classes else 0 if y is None else len(y.unique())
+        save_grid(x, out, columns if columns > 1 else 8)
+    else:
+        arrays: dict[str, Any] = {"x": x.numpy()} | ({} if y is None else {"y": y.numpy()})
+        with writing(out) as draft, open(draft, "wb") as file:
+            np.savez_compressed(file, **arrays)
     print(f"{out}: {len(x)} samples, {options.steps} evaluation{'s' if options.steps > 1 else ''} of the network each")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

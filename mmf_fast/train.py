@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmf_fast import config
-from mmf_fast.training import NonFiniteError, Trainer
+from mmf_fast.training import Trainer
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="train.py", description="Train a one-step generative model.", allow_abbrev=False
+        prog="mmf train", description="Train a one-step generative model.", allow_abbrev=False
     )
     result.add_argument("--config", type=Path, help="YAML file; with --resume by default the run's own config.yaml")
     # torchrun takes --run for an abbreviation of an option of its own, even behind the script.
@@ -28,19 +28,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 training failed or the disk is full, 2 wrong input, 128 + n on signal n."""
+    """Returns the exit status: 0 done, 128 + n on signal n. Raises what the Trainer raises."""
     options = parser().parse_intermixed_args(arguments)
-    try:
-        if options.config is None and not (options.resume and options.run):
-            raise config.ConfigError("--config is missing; for instance --config configs/digits.yaml")
-        path = options.config or options.run / "config.yaml"
-        run = options.run or Path("runs") / path.stem
-        trainer = Trainer(config.load(path, options.overrides), run, options.resume, options.profile)
-        finished = trainer.fit()
-    except (NonFiniteError, OSError) as error:
-        return _fail(error, 1)
-    except ValueError as error:
-        return _fail(error, 2)
+    if options.config is None and not (options.resume and options.run):
+        raise config.ConfigError("--config is missing; for instance --config configs/digits.yaml")
+    path = options.config or options.run / "config.yaml"
+    run = options.run or Path("runs") / path.stem
+    trainer = Trainer(config.load(path, options.overrides), run, options.resume, options.profile)
+    finished = trainer.fit()
     if finished or trainer.stopped_by is None:
         if trainer.is_main:
             print(f"{run}: {trainer.step} steps done")
@@ -50,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 128 + trainer.stopped_by
 
 
-def _fail(error: Exception, status: int) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    return status
+if __name__ == "__main__":  # deepspeed and torchrun start this file
+    from mmf_fast import cli
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

@@ -4,7 +4,7 @@
     x, y = dataset.batch(step=17, size=128)         x (128, 1, 8, 8) float32 in [-1, 1], y (128,) int64
     x, y = dataset.split("validation")              the whole split
 
-    dataset = load("images", path="data/cifar10")   a folder that python -m mmf_fast.data.prepare SRC OUT wrote
+    dataset = load("images", path="data/cifar10")   a folder that mmf prepare SRC OUT wrote
     x, y = dataset.batch(17, 1024, rank=3, world_size=8)    rows 3, 11, 19, ... of the same global batch
 
 To add a dataset: a function whose typed keyword arguments are its options and that returns a `Dataset`, entered below.
@@ -12,31 +12,34 @@ To add a dataset: a function whose typed keyword arguments are its options and t
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset
 from mmf_fast.data.digits import digits
 from mmf_fast.data.formats import DataError
-from mmf_fast.data.images import images, synthetic
-from mmf_fast.data.latents import latents
+from mmf_fast.data.image_sets import images, synthetic
+from mmf_fast.data.latent_sets import latents
 from mmf_fast.data.prefetch import Prefetcher
 from mmf_fast.data.toy2d import checkerboard, circles, eight_gaussians, two_moons
+from mmf_fast.registry import Registry
 
 __all__ = ["DATASETS", "ArrayDataset", "Batch", "DataError", "Dataset", "Prefetcher", "load"]
 
-DATASETS: dict[str, Callable[..., Dataset]] = {
-    "two_moons": two_moons,
-    "circles": circles,
-    "checkerboard": checkerboard,
-    "eight_gaussians": eight_gaussians,
-    "digits": digits,
-    "images": images,
-    "latents": latents,
-    "synthetic": synthetic,
-}
+DATASETS: Registry[Dataset] = Registry(
+    "dataset",
+    "option",
+    "data",
+    {
+        "two_moons": two_moons,
+        "circles": circles,
+        "checkerboard": checkerboard,
+        "eight_gaussians": eight_gaussians,
+        "digits": digits,
+        "images": images,
+        "latents": latents,
+        "synthetic": synthetic,
+    },
+)
 
 
 def load(name: str, **options: Any) -> Dataset:
@@ -44,19 +47,4 @@ def load(name: str, **options: Any) -> Dataset:
 
     Raises ValueError for an unknown name, an unknown or a missing option, or a value the dataset refuses.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}; {_nearest(name, DATASETS)}")
-    valid = inspect.signature(DATASETS[name]).parameters
-    for option in options:
-        if option not in valid:
-            raise ValueError(f"dataset {name!r} has no option {option!r}; {_nearest(option, valid)}")
-    for option, parameter in valid.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise ValueError(f"dataset {name!r} needs the option {option!r}: data.{option}=...")
-    return DATASETS[name](**options)
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    names = list(valid)
-    match = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {match[0]!r}?" if match else f"valid are {', '.join(names)}"
+    return DATASETS.build(name, **options)

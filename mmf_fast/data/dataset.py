@@ -17,8 +17,8 @@ __all__ = [
     "Dataset",
     "Epochs",
     "Identity",
-    "Split",
-    "Stored",
+    "SplitName",
+    "StoredSplit",
     "check_seed",
     "check_split",
     "coins",
@@ -30,10 +30,10 @@ __all__ = [
 _COIN = 1  # last word of the random key of the coins; permutations have two words
 _WHOLE_BYTES = 8 * 2**30  # largest split that is handed out in one piece
 
-Split: TypeAlias = Literal["train", "validation"]
+SplitName: TypeAlias = Literal["train", "validation"]
 Identity: TypeAlias = Mapping[str, str | None]
 Batch: TypeAlias = tuple[Tensor, Tensor | None]
-Stored: TypeAlias = tuple[np.ndarray, Tensor | None]  # samples as they lie in memory or on disk, and labels
+StoredSplit: TypeAlias = tuple[np.ndarray, Tensor | None]  # samples as they lie in memory or on disk, and labels
 
 
 class Dataset(Protocol):
@@ -59,7 +59,7 @@ class Dataset(Protocol):
         """
         ...
 
-    def split(self, name: Split) -> Batch:
+    def split(self, name: SplitName) -> Batch:
         """All of a split, the same at every call: x (N, *shape) float32, y (N,) int64 or None."""
         ...
 
@@ -72,7 +72,7 @@ class ArrayDataset:
     Raises ValueError for a negative seed.
     """
 
-    def __init__(self, name: str, splits: Mapping[Split, Batch], num_classes: int = 0, seed: int = 0) -> None:
+    def __init__(self, name: str, splits: Mapping[SplitName, Batch], num_classes: int = 0, seed: int = 0) -> None:
         x, _ = splits["train"]
         self.identity: Identity = {}
         self.name, self.shape, self.num_classes, self.seed = name, tuple(x.shape[1:]), num_classes, seed
@@ -84,7 +84,7 @@ class ArrayDataset:
         rows = self._epochs.rows(step, size, rank, world_size)
         return x[rows], None if y is None else y[rows]
 
-    def split(self, name: Split) -> Batch:
+    def split(self, name: SplitName) -> Batch:
         check_split(name)
         return self._splits[name]
 
@@ -153,7 +153,7 @@ def row_noise(key: tuple[int, int], rows: range, shape: tuple[int, ...]) -> np.n
     return noise
 
 
-def whole(dataset: Dataset, name: Split, splits: Mapping[Split, Stored | None]) -> Stored:
+def whole(dataset: Dataset, name: SplitName, splits: Mapping[SplitName, StoredSplit | None]) -> StoredSplit:
     """The split as it is stored. Raises ValueError where there is none, or it is too large to be held as float32."""
     check_split(name)
     found = splits[name]

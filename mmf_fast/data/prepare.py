@@ -1,8 +1,8 @@
-"""Turns any known format into a prepared set: python -m mmf_fast.data.prepare SRC OUT.
+"""Turns any known format into a prepared set: mmf prepare SRC OUT.
 
-    python -m mmf_fast.data.prepare cifar-10-python.tar.gz data/cifar10
-    python -m mmf_fast.data.prepare ILSVRC2012/train data/imagenet64 --size 64
-    python -m mmf_fast.data.prepare data/cifar10 --check
+    mmf prepare cifar-10-python.tar.gz data/cifar10
+    mmf prepare ILSVRC2012/train data/imagenet64 --size 64
+    mmf prepare data/cifar10 --check
 
 Memory stays bounded whatever the size of the set, except for the names of its files. A run that was stopped goes on
 where it was, when started again.
@@ -141,7 +141,7 @@ def _loaded(items: Iterable[Item], workers: int) -> Generator[tuple[Item, np.nda
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="python -m mmf_fast.data.prepare",
+        prog="mmf prepare",
         description="Turn a dataset into one memory-mapped array with labels and a manifest.",
     )
     result.add_argument("source", metavar="SRC", type=Path, help="archive or folder, as it was downloaded")
@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 wrong or damaged input, 130 interrupted."""
+    """Returns the exit status: 0 done, 130 interrupted. Raises DataError."""
     options = vars(parser().parse_args(arguments))
     check = options.pop("check")
     try:
@@ -169,9 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise DataError("OUT is missing: the folder to write to")
         else:
             folder, manifest = options["out"], prepare(**options)
-    except DataError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -187,7 +184,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

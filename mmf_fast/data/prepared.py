@@ -4,7 +4,7 @@
     labels.npy     (N,) int64, where there are labels
     manifest.json  what they are, where they come from, their checksums; written last: without it there is no set
 
-`python -m mmf_fast.data.prepare FOLDER --check` compares the checksums.
+`mmf prepare FOLDER --check` compares the checksums.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.formats.common import DataError
+from mmf_fast.data.formats.sources import DataError
 from mmf_fast.files import digest
 
 __all__ = [
@@ -117,7 +117,7 @@ def open_pair(
     return train, rest[0]
 
 
-_AGAIN = "prepare the set again (python -m mmf_fast.data.prepare)"
+_AGAIN = "prepare the set again (mmf prepare)"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -137,8 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise
     except OSError as error:
         raise DataError(
-            f"{folder}: is no prepared set ({MANIFEST}: {error.strerror}); make one: "
-            f"python -m mmf_fast.data.prepare SRC {folder}"
+            f"{folder}: is no prepared set ({MANIFEST}: {error.strerror}); make one: mmf prepare SRC {folder}"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); {_AGAIN}") from error

@@ -20,7 +20,7 @@ import numpy as np
 
 from mmf_fast.data.formats import DataError, Item, Source
 from mmf_fast.data.prepared import LABELS, MANIFEST, SAMPLES, Manifest
-from mmf_fast.files import digest, write_atomically
+from mmf_fast.files import digest, write_text
 
 __all__ = ["Writer"]
 
@@ -118,7 +118,7 @@ class Writer:
             facts=self.source.facts,
             skipped=self.skipped,
         )
-        write_atomically(self.folder / MANIFEST, manifest.text())
+        write_text(self.folder / MANIFEST, manifest.text())
         (self.folder / _PROGRESS).unlink(missing_ok=True)
         return manifest
 
@@ -168,7 +168,7 @@ class Writer:
             "highest": self.highest,
             "skipped": self.skipped,
         }
-        write_atomically(self.folder / _PROGRESS, json.dumps(state))
+        write_text(self.folder / _PROGRESS, json.dumps(state))
 
 
 class _Appender:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmf_fast.rules.norms import fused_modulated_norm
+from mmf_fast.forward.rules.norms import fused_modulated_norm
 
 __all__ = [
     "Attention",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,32 +12,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmf_fast.files import write_text, writing
 from mmf_fast.models.dit import DiT
 from mmf_fast.models.mlp import MLP
 from mmf_fast.models.unet import UNet
+from mmf_fast.registry import Registry
 
 __all__ = ["NETWORKS", "Network", "build", "load_pretrained", "save_pretrained"]
 
 Network: TypeAlias = MLP | DiT | UNet
 
-NETWORKS: dict[str, type[Network]] = {"mlp": MLP, "dit": DiT, "unet": UNet}
+NETWORKS: Registry[Network] = Registry("model", "argument", "model", {"mlp": MLP, "dit": DiT, "unet": UNet})
 
 
 def build(name: str, **arguments: Any) -> Network:
-    """The network called `name` ("mlp", "dit", "unet") with the arguments of its class.
-
-    Raises ValueError for an unknown name, an unknown or missing argument, or a size that does not fit.
-    """
-    if name not in NETWORKS:
-        raise ValueError(f"unknown model {name!r}; {_nearest(name, NETWORKS)}")
-    parameters = inspect.signature(NETWORKS[name]).parameters
-    for argument in arguments:
-        if argument not in parameters:
-            raise ValueError(f"model {name!r} has no argument {argument!r}; {_nearest(argument, parameters)}")
-    for parameter in parameters.values():
-        if parameter.default is parameter.empty and parameter.name not in arguments:
-            raise ValueError(f"model {name!r} needs the argument {parameter.name!r}")
-    return NETWORKS[name](**arguments)
+    """The network called `name` ("mlp", "dit", "unet") with the arguments of its class. Raises ValueError."""
+    return NETWORKS.build(name, **arguments)
 
 
 def save_pretrained(
@@ -65,11 +52,13 @@ def save_pretrained(
     except TypeError as error:
         raise ValueError(f"extra must be JSON-able (numbers, strings, lists, dictionaries): {error}") from error
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "model.safetensors", lambda path: save_file(weights, path))
-        _replace(folder / "model.json", lambda path: path.write_text(description))
+        with writing(folder / "model.safetensors") as draft:
+            save_file(weights, draft)
+        write_text(folder / "model.json", description)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write a model to {folder} ({error}); choose a writable folder") from error
+        raise ValueError(
+            f"cannot write a model to {folder} ({getattr(error, 'strerror', None) or error}); choose a writable folder"
+        ) from error
 
 
 def load_pretrained(folder: str | Path) -> tuple[Network, dict[str, Any]]:
@@ -111,19 +100,3 @@ def _difference(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
             return f"{name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
     surplus = [name for name in given if name not in expected]
     return f"{surplus[0]} is unknown" if surplus else None
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a temporary file beside `path`, then rename it: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    names = list(valid)
-    match = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {match[0]!r}?" if match else f"valid are {', '.join(names)}"

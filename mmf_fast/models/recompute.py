@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from mmf_fast.dual import DetachedDual, Dual, primal, tangent
-from mmf_fast.rules.common import autocasts
+from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
+from mmf_fast.forward.rules.families import autocasts
 
 __all__ = ["recomputed"]
 

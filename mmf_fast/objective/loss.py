@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.dual import JVP_MODES, jvp
+from mmf_fast.forward.dual import JVP_MODES, jvp
+from mmf_fast.objective.draws import WHOLE_BATCH, BatchShare, Draw, Points, check, column, draw
 from mmf_fast.objective.guidance import Guidance
-from mmf_fast.objective.points import WHOLE, Draw, Part, Points, check, column, draw
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 from mmf_fast.ops.dispatch import fused
-from mmf_fast.ops.sg_loss import SGLoss, sg_loss
+from mmf_fast.ops.sg_loss import LossTerms, sg_loss
 
 __all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
 
@@ -137,7 +137,7 @@ class MeanFlowLoss(nn.Module):
         step: int = 0,
         noise: Tensor | None = None,
         times: tuple[Tensor, Tensor] | None = None,
-        part: Part = WHOLE,
+        part: BatchShare = WHOLE_BATCH,
         **cond: Any,
     ) -> LossOutput:
         """The loss of data x (B, ...) at training step `step`: floating-point, or stored images (uint8, 0 to 255, which
@@ -225,7 +225,7 @@ class MeanFlowLoss(nn.Module):
 
     def _error(
         self, u: Tensor, target: Tensor, du: Any = None, interval: Any = None, lam: Tensor | None = None
-    ) -> SGLoss:
+    ) -> LossTerms:
         """e = u + (t - r) SG_lam[du/dt] - v_target and its adaptively weighted square (MeanFlow, eq. 22).
 
         Written out for autograd and the compiler; a kernel, where there is one, does the same in one pass.
@@ -239,7 +239,7 @@ class MeanFlowLoss(nn.Module):
             e = e + column(interval, u) * (du if lam is None else sg_lambda(du, lam)).to(target.dtype)
         square = e.square().flatten(1).sum(1)
         per_sample = square * (square.detach() + self.c) ** -self.p
-        return SGLoss(per_sample.mean(), per_sample.detach(), square.detach())
+        return LossTerms(per_sample.mean(), per_sample.detach(), square.detach())
 
     def _target(self, points: Points, v: Tensor, u_now: Tensor, u_later: Tensor | None) -> Tensor:
         """v, or the guided velocity built from it."""

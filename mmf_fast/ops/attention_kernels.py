@@ -20,7 +20,7 @@ __all__ = ["delta_kernel", "forward_kernel", "key_kernel", "query_kernel"]
 
 
 @jit
-def of_head(pointer, strides, program, H, UNIT: tl.constexpr = 8):
+def at_head(pointer, strides, program, H, UNIT: tl.constexpr = 8):
     return pointer + ((program // H).to(tl.int64) * strides[0] + (program % H).to(tl.int64) * strides[1]) * UNIT
 
 
@@ -131,17 +131,17 @@ def forward_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     head, first = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK_M
-    k_ptr, v_ptr = of_head(k_ptr, k_strides, head, H), of_head(v_ptr, v_strides, head, H)
+    k_ptr, v_ptr = at_head(k_ptr, k_strides, head, H), at_head(v_ptr, v_strides, head, H)
     if HAS_DK:
-        dk_ptr = of_head(dk_ptr, dk_strides, head, H)
+        dk_ptr = at_head(dk_ptr, dk_strides, head, H)
     if HAS_DV:
-        dv_ptr = of_head(dv_ptr, dv_strides, head, H)
+        dv_ptr = at_head(dv_ptr, dv_strides, head, H)
     if MASK != "none":
-        mask_ptr = of_head(mask_ptr, mask_strides, head, H, 1)
-    q = load_rows(of_head(q_ptr, q_strides, head, H), q_strides, first, N, BLOCK_M, D, BLOCK_D)
+        mask_ptr = at_head(mask_ptr, mask_strides, head, H, 1)
+    q = load_rows(at_head(q_ptr, q_strides, head, H), q_strides, first, N, BLOCK_M, D, BLOCK_D)
     dq = q
     if HAS_DQ:
-        dq = load_rows(of_head(dq_ptr, dq_strides, head, H), dq_strides, first, N, BLOCK_M, D, BLOCK_D)
+        dq = load_rows(at_head(dq_ptr, dq_strides, head, H), dq_strides, first, N, BLOCK_M, D, BLOCK_D)
 
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     dacc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -167,12 +167,12 @@ def forward_kernel(
     lse = tl.where(empty, float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
     tl.store(lse_ptr + at, lse, mask=row < N)
     acc = acc * inverse[:, None]
-    store_rows(of_head(o_ptr, o_strides, head, H), o_strides, acc, first, N, BLOCK_M, E, BLOCK_E)
+    store_rows(at_head(o_ptr, o_strides, head, H), o_strides, acc, first, N, BLOCK_M, E, BLOCK_E)
     if HAS_DQ or HAS_DK:
         tl.store(mu_ptr + at, mu, mask=row < N)
     if HAS_DQ or HAS_DK or HAS_DV:
         dacc = dacc * inverse[:, None]
-        store_rows(of_head(do_ptr, o_strides, head, H), o_strides, dacc, first, N, BLOCK_M, E, BLOCK_E)
+        store_rows(at_head(do_ptr, o_strides, head, H), o_strides, dacc, first, N, BLOCK_M, E, BLOCK_E)
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------
@@ -187,12 +187,12 @@ def delta_kernel(
     head, first = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     at = head.to(tl.int64) * N + row
-    o = load_rows(of_head(o_ptr, o_strides, head, H), o_strides, first, N, BLOCK_M, E, BLOCK_E).to(tl.float32)
-    g = load_rows(of_head(g_ptr, g_strides, head, H), g_strides, first, N, BLOCK_M, E, BLOCK_E).to(tl.float32)
+    o = load_rows(at_head(o_ptr, o_strides, head, H), o_strides, first, N, BLOCK_M, E, BLOCK_E).to(tl.float32)
+    g = load_rows(at_head(g_ptr, g_strides, head, H), g_strides, first, N, BLOCK_M, E, BLOCK_E).to(tl.float32)
     delta = tl.sum(g * o, 1)
     if HAS_H:
-        h = load_rows(of_head(h_ptr, h_strides, head, H), h_strides, first, N, BLOCK_M, E, BLOCK_E).to(tl.float32)
-        do = load_rows(of_head(do_ptr, do_strides, head, H), do_strides, first, N, BLOCK_M, E, BLOCK_E).to(tl.float32)
+        h = load_rows(at_head(h_ptr, h_strides, head, H), h_strides, first, N, BLOCK_M, E, BLOCK_E).to(tl.float32)
+        do = load_rows(at_head(do_ptr, do_strides, head, H), do_strides, first, N, BLOCK_M, E, BLOCK_E).to(tl.float32)
         delta += tl.sum(h * do, 1)
         tl.store(gam_ptr + at, tl.sum(h * o, 1), mask=row < N)
     tl.store(del_ptr + at, delta, mask=row < N)
@@ -238,21 +238,21 @@ def key_kernel(
     blocks = tl.cdiv(M, BLOCK_N)
     head, first = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
-    k = load_rows(of_head(k_ptr, k_strides, head, H), k_strides, first, M, BLOCK_N, D, BLOCK_D)
-    v = load_rows(of_head(v_ptr, v_strides, head, H), v_strides, first, M, BLOCK_N, E, BLOCK_E)
+    k = load_rows(at_head(k_ptr, k_strides, head, H), k_strides, first, M, BLOCK_N, D, BLOCK_D)
+    v = load_rows(at_head(v_ptr, v_strides, head, H), v_strides, first, M, BLOCK_N, E, BLOCK_E)
     dk, dv = k, v
     if HAS_DK:
-        dk = load_rows(of_head(dk_ptr, dk_strides, head, H), dk_strides, first, M, BLOCK_N, D, BLOCK_D)
+        dk = load_rows(at_head(dk_ptr, dk_strides, head, H), dk_strides, first, M, BLOCK_N, D, BLOCK_D)
     if HAS_DV:
-        dv = load_rows(of_head(dv_ptr, dv_strides, head, H), dv_strides, first, M, BLOCK_N, E, BLOCK_E)
-    q_ptr = of_head(q_ptr, q_strides, head, H)
+        dv = load_rows(at_head(dv_ptr, dv_strides, head, H), dv_strides, first, M, BLOCK_N, E, BLOCK_E)
+    q_ptr = at_head(q_ptr, q_strides, head, H)
     if HAS_DQ:
-        dq_ptr = of_head(dq_ptr, dq_strides, head, H)
-    g_ptr = of_head(g_ptr, g_strides, head, H)
+        dq_ptr = at_head(dq_ptr, dq_strides, head, H)
+    g_ptr = at_head(g_ptr, g_strides, head, H)
     if HAS_H:
-        h_ptr = of_head(h_ptr, h_strides, head, H)
+        h_ptr = at_head(h_ptr, h_strides, head, H)
     if MASK != "none":
-        mask_ptr = of_head(mask_ptr, mask_strides, head, H, 1)
+        mask_ptr = at_head(mask_ptr, mask_strides, head, H, 1)
     g_k, g_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     if HAS_DK:
         g_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -290,12 +290,12 @@ def key_kernel(
         if HAS_DK:
             g_dk = dot(u, q, g_dk, PRECISION)
 
-    store_rows(of_head(g_k_ptr, g_k_strides, head, H), g_k_strides, g_k * scale, first, M, BLOCK_N, D, BLOCK_D)
-    store_rows(of_head(g_v_ptr, g_v_strides, head, H), g_v_strides, g_v, first, M, BLOCK_N, E, BLOCK_E)
+    store_rows(at_head(g_k_ptr, g_k_strides, head, H), g_k_strides, g_k * scale, first, M, BLOCK_N, D, BLOCK_D)
+    store_rows(at_head(g_v_ptr, g_v_strides, head, H), g_v_strides, g_v, first, M, BLOCK_N, E, BLOCK_E)
     if HAS_DK:
-        store_rows(of_head(g_dk_ptr, g_k_strides, head, H), g_k_strides, g_dk * scale, first, M, BLOCK_N, D, BLOCK_D)
+        store_rows(at_head(g_dk_ptr, g_k_strides, head, H), g_k_strides, g_dk * scale, first, M, BLOCK_N, D, BLOCK_D)
     if HAS_DV:
-        store_rows(of_head(g_dv_ptr, g_v_strides, head, H), g_v_strides, g_dv, first, M, BLOCK_N, E, BLOCK_E)
+        store_rows(at_head(g_dv_ptr, g_v_strides, head, H), g_v_strides, g_dv, first, M, BLOCK_N, E, BLOCK_E)
 
 
 @jit
@@ -345,23 +345,23 @@ def query_kernel(
     at = head.to(tl.int64) * N + row
     lse = tl.load(lse_ptr + at, mask=row < N, other=float("inf"))
     delta = tl.load(del_ptr + at, mask=row < N, other=0.0)
-    q = load_rows(of_head(q_ptr, q_strides, head, H), q_strides, first, N, BLOCK_M, D, BLOCK_D)
-    g = load_rows(of_head(g_ptr, g_strides, head, H), g_strides, first, N, BLOCK_M, E, BLOCK_E)
+    q = load_rows(at_head(q_ptr, q_strides, head, H), q_strides, first, N, BLOCK_M, D, BLOCK_D)
+    g = load_rows(at_head(g_ptr, g_strides, head, H), g_strides, first, N, BLOCK_M, E, BLOCK_E)
     dq, h, mu, gam = q, g, lse, lse
     if HAS_DQ:
-        dq = load_rows(of_head(dq_ptr, dq_strides, head, H), dq_strides, first, N, BLOCK_M, D, BLOCK_D)
+        dq = load_rows(at_head(dq_ptr, dq_strides, head, H), dq_strides, first, N, BLOCK_M, D, BLOCK_D)
     if HAS_H:
-        h = load_rows(of_head(h_ptr, h_strides, head, H), h_strides, first, N, BLOCK_M, E, BLOCK_E)
+        h = load_rows(at_head(h_ptr, h_strides, head, H), h_strides, first, N, BLOCK_M, E, BLOCK_E)
     if HAS_DQ or HAS_DK:
         mu = tl.load(mu_ptr + at, mask=row < N, other=0.0)
         gam = tl.load(gam_ptr + at, mask=row < N, other=0.0)
-    k_ptr, v_ptr = of_head(k_ptr, k_strides, head, H), of_head(v_ptr, v_strides, head, H)
+    k_ptr, v_ptr = at_head(k_ptr, k_strides, head, H), at_head(v_ptr, v_strides, head, H)
     if HAS_DK:
-        dk_ptr = of_head(dk_ptr, dk_strides, head, H)
+        dk_ptr = at_head(dk_ptr, dk_strides, head, H)
     if HAS_DV:
-        dv_ptr = of_head(dv_ptr, dv_strides, head, H)
+        dv_ptr = at_head(dv_ptr, dv_strides, head, H)
     if MASK != "none":
-        mask_ptr = of_head(mask_ptr, mask_strides, head, H, 1)
+        mask_ptr = at_head(mask_ptr, mask_strides, head, H, 1)
 
     g_q, g_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     whole = (tl.minimum(first, M) if CAUSAL else M) // BLOCK_N * BLOCK_N
@@ -376,6 +376,6 @@ def query_kernel(
         k_strides, dk_strides, v_strides, dv_strides, mask_strides, first, whole, end, N, M, scale,
         HAS_H, HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL, True, D, E, BLOCK_D, BLOCK_E, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    store_rows(of_head(g_q_ptr, g_q_strides, head, H), g_q_strides, g_q * scale, first, N, BLOCK_M, D, BLOCK_D)
+    store_rows(at_head(g_q_ptr, g_q_strides, head, H), g_q_strides, g_q * scale, first, N, BLOCK_M, D, BLOCK_D)
     if HAS_DQ:
-        store_rows(of_head(g_dq_ptr, g_q_strides, head, H), g_q_strides, g_dq * scale, first, N, BLOCK_M, D, BLOCK_D)
+        store_rows(at_head(g_dq_ptr, g_q_strides, head, H), g_q_strides, g_dq * scale, first, N, BLOCK_M, D, BLOCK_D)

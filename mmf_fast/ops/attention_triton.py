@@ -11,7 +11,7 @@ from torch import Tensor
 from mmf_fast.ops import attention_kernels as kernels
 from mmf_fast.ops import reference
 from mmf_fast.ops.autotune import Call, Config, run
-from mmf_fast.ops.dispatch import present
+from mmf_fast.ops.dispatch import has_flags
 from mmf_fast.ops.gpu import triton
 
 __all__ = ["backward", "fits", "forward"]
@@ -76,7 +76,7 @@ def _forward_call(
 ) -> Call:  # fmt: skip
     q, dq, k, dk, v, dv = map(_unit, (q, dq, k, dk, v, dv))
     arguments = _named(q=q, dq=dq, k=k, dk=dk, v=v, dv=dv, mask=mask, o=o, do=d_o, lse=lse, mu=mu)
-    constants = _constants(q, v, mask, causal) | present(DQ=dq, DK=dk, DV=dv)
+    constants = _constants(q, v, mask, causal) | has_flags(DQ=dq, DK=dk, DV=dv)
     return _call(kernels.forward_kernel, q, k, arguments | {"scale": scale}, constants, q.shape[2], "block_m")
 
 
@@ -90,7 +90,7 @@ def _backward_calls(
     size = {"HAS_H": h is not None, "E": v.shape[-1], "BLOCK_E": _block(v.shape[-1])}
     yield _call(kernels.delta_kernel, q, k, arguments, size, q.shape[2], "block_m")
 
-    flags = present(H=h, DQ=dq, DK=dk, DV=dv) | _constants(q, v, mask, causal)
+    flags = has_flags(H=h, DQ=dq, DK=dk, DV=dv) | _constants(q, v, mask, causal)
     arguments = _named(q=q, dq=dq, k=k, dk=dk, v=v, dv=dv, mask=mask, g=g, h=h, lse=lse, mu=mu, gam=gam)
     arguments |= {"del_ptr": delta, "scale": scale}
     g_q, g_dq, g_k, g_dk, g_v, g_dv = grads
@@ -145,10 +145,10 @@ def _call(kernel: Any, q: Tensor, k: Tensor, arguments: dict, constants: dict, r
     heads = q.shape[0] * H
     sizes = tuple(map(triton.next_power_of_2, (N, M, heads)))
 
-    def programs(config: Config) -> int:
+    def grid(config: Config) -> int:
         return heads * triton.cdiv(rows, getattr(config, block))
 
-    return Call(kernel, programs, wanted, constants, configs, sizes)
+    return Call(kernel, grid, wanted, constants, configs, sizes)
 
 
 # (kernel, numbers, head size above 64) -> configurations to choose from; the first that a chip may use is its default,

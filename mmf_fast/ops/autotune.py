@@ -37,7 +37,7 @@ class Call(NamedTuple):
     """One launch: everything but the configuration."""
 
     kernel: Any
-    programs: Callable[[Config], int]
+    grid: Callable[[Config], int]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     configs: list[Config]
@@ -93,7 +93,7 @@ def _time(call: Call, config: Config) -> float:
 
 
 def _launch(call: Call, config: Config) -> None:
-    call.kernel[(call.programs(config),)](
+    call.kernel[(call.grid(config),)](
         **call.arguments,
         **call.constants,
         **config.constants(call.kernel),

@@ -32,7 +32,7 @@ __all__ = [
     "is_channels_last",
     "kind_for",
     "layout_of",
-    "present",
+    "has_flags",
     "register_affine_norm",
 ]
 
@@ -162,7 +162,7 @@ def _why_not(name: str, kind: str) -> str:
     return "Triton is not installed" if not gpu.available() else "it has no Triton kernel"
 
 
-def present(**tensors: Tensor | None) -> dict[str, bool]:
+def has_flags(**tensors: Tensor | None) -> dict[str, bool]:
     """HAS_<name> flags of a Triton kernel."""
     return {f"HAS_{name}": tensor is not None for name, tensor in tensors.items()}
 

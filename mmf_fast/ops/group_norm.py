@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import reference
-from mmf_fast.ops.dispatch import define, empty_or, is_channels_last, layout_of, present, register_affine_norm
+from mmf_fast.ops.dispatch import define, empty_or, has_flags, is_channels_last, layout_of, register_affine_norm
 from mmf_fast.ops.gpu import jit, tl, triton
-from mmf_fast.ops.pointwise import curve
+from mmf_fast.ops.pointwise import value_and_slopes
 
 __all__ = ["group_norm_silu"]
 
@@ -133,7 +133,7 @@ def forward_kernel(
     for start in range(0, P, BLOCK_P):
         at, inside = tile(start, C, P, CPG, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         x_hat = (load_tile(x_ptr, at, inside, wide) - mean) * r
-        value, slope, _ = curve(x_hat * a + b, ACT)
+        value, slope, _ = value_and_slopes(x_hat * a + b, ACT)
         tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), mask=inside)
         if HAS_DX or HAS_DGAIN or HAS_DBIAS:
             du = x_hat * da + db
@@ -152,7 +152,7 @@ def cotangents(
     d_hat = tl.zeros_like(x_hat)
     if HAS_DX:
         d_hat = tl.where(inside, r * (load_tile(dx_ptr, at, inside, wide) - mean_dx - x_hat * m2), 0.0)
-    _, slope, curvature = curve(x_hat * a + b, ACT)
+    _, slope, curvature = value_and_slopes(x_hat * a + b, ACT)
     of_u, of_du = tl.zeros_like(x_hat), tl.zeros_like(x_hat)
     if HAS_G:
         of_u = slope * load_tile(g_ptr, at, inside, wide)
@@ -256,7 +256,7 @@ def _forward_triton(
     if x.numel():
         parameters = _rows_alike(gain, dgain, bias, dbias)
         grid, sizes, constants = _launch(x, groups, act, _gain_rows(*parameters), eps, 2048)
-        flags = present(DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias)
+        flags = has_flags(DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias)
         forward_kernel[grid](x, dx, *parameters, y, dy, *sizes, **flags, **constants)
     return y, dy
 
@@ -270,7 +270,7 @@ def _backward_triton(
     sums = x.new_empty((4, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
     parameters = _rows_alike(gain, dgain, bias, dbias)
     grid, sizes, constants = _launch(x, groups, act, _gain_rows(*parameters), eps, 1024)
-    flags = present(G=g, H=h, DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias)
+    flags = has_flags(G=g, H=h, DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias)
     backward_kernel[grid](g, h, x, dx, *parameters, *outputs[:2], sums, len(x), *sizes, **flags, **constants)
     columns = (
         out if out.numel() == 0 else (s if len(out) == len(x) else s.sum(0, keepdim=True)).to(x.dtype)

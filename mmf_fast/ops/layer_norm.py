@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import reference
-from mmf_fast.ops.dispatch import define, empty_or, present, register_affine_norm
+from mmf_fast.ops.dispatch import define, empty_or, has_flags, register_affine_norm
 from mmf_fast.ops.gpu import jit, processors, tl, triton
 
 __all__ = ["layer_norm_tangent", "modulated_layer_norm", "per_row"]
@@ -204,7 +204,7 @@ def _forward_triton(
     if x.numel():
         forward_kernel[(len(x),)](
             x, dx, gain, dgain, bias, dbias, y, dy, len(x) // _groups(gain, dgain, bias, dbias), x.shape[1], eps,
-            **present(DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias), RMS=rms, **_block(x.shape[1]),
+            **has_flags(DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias), RMS=rms, **_block(x.shape[1]),
         )  # fmt: skip
     return y, dy
 
@@ -222,7 +222,7 @@ def _backward_triton(
     sums = [x.new_empty((groups, parts, x.shape[1]) if out.numel() else 0, dtype=wide) for out in outputs[2:]]
     backward_kernel[(groups, parts)](
         g, h, x, dx, gain, dgain, *outputs[:2], *sums, len(x) // groups, per_part, x.shape[1], eps,
-        **present(G=g, H=h, DX=dx, GAIN=gain, BIAS=bias), HAS_DGAIN=dgain is not None and h is not None,
+        **has_flags(G=g, H=h, DX=dx, GAIN=gain, BIAS=bias), HAS_DGAIN=dgain is not None and h is not None,
         HAS_DBIAS=dbias is not None and h is not None, RMS=rms, **_block(x.shape[1]),
     )  # fmt: skip
     return (*outputs[:2], *(s.sum(1).to(x.dtype) if s.numel() else s.to(x.dtype) for s in sums))

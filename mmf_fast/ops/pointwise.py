@@ -39,8 +39,8 @@ def activation(x: Tensor, dx: Tensor, act: str, *, tangent_grad: bool = True) ->
 
 
 @jit
-def curve(x, ACT: tl.constexpr):
-    """f, f', f''; see reference.curve."""
+def value_and_slopes(x, ACT: tl.constexpr):
+    """f, f', f''; see reference.value_and_slopes."""
     if ACT == "none":
         value, slope, curvature = x, x * 0.0 + 1.0, x * 0.0
     elif ACT == "gelu":
@@ -68,7 +68,7 @@ def activation_kernel(x_ptr, dx_ptr, y_ptr, dy_ptr, size, ACT: tl.constexpr, BLO
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    value, slope, _ = curve(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), ACT)
+    value, slope, _ = value_and_slopes(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), ACT)
     dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(wide)
     tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(dy_ptr + at, (slope * dx).to(dy_ptr.dtype.element_ty), mask=inside)
@@ -81,7 +81,7 @@ def activation_backward_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    _, slope, curvature = curve(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), ACT)
+    _, slope, curvature = value_and_slopes(tl.load(x_ptr + at, mask=inside, other=0.0).to(wide), ACT)
     h = tl.load(h_ptr + at, mask=inside, other=0.0).to(wide)
     g_x = curvature * tl.load(dx_ptr + at, mask=inside, other=0.0).to(wide) * h
     if HAS_G:

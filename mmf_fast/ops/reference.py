@@ -151,7 +151,7 @@ def group_norm_silu(
     x_hat, d_hat, _, _ = _grouped_standardised(x, dx, groups, eps)
     a, da, b, db = _channels(x, gain, dgain, bias, dbias)
     u, du = _affine(x_hat, d_hat, a, da, b, db, x_hat.dtype)
-    y, slope, _ = curve(u, act)
+    y, slope, _ = value_and_slopes(u, act)
     some = dx is not None or dgain is not None or dbias is not None
     return _like(y, x), _like(slope * du, x) if some else x.new_empty(0)
 
@@ -173,7 +173,7 @@ def group_norm_silu_backward(
     x_hat, d_hat, r, m2 = _grouped_standardised(x, dx, groups, eps)
     a, da, b, db = _channels(x, gain, dgain, bias, dbias)
     u, du = _affine(x_hat, d_hat, a, da, b, db, x_hat.dtype)
-    _, slope, curvature = curve(u, act)
+    _, slope, curvature = value_and_slopes(u, act)
     of_u = _times(_wide(g), slope, _wide(h), curvature * du if h is not None and du.shape == u.shape else None)
     of_du = _times(_wide(h), slope)
 
@@ -220,18 +220,18 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 
 def activation(x: Tensor, dx: Tensor, act: str, tangent_grad: bool = True) -> tuple[Tensor, Tensor]:
     """y = f(x) and y' = f'(x) x', elementwise. act: "silu", "gelu" or "gelu_tanh"."""
-    y, slope, _ = curve(_wide(x), act)
+    y, slope, _ = value_and_slopes(_wide(x), act)
     return y.to(x.dtype), (slope * _wide(dx)).to(x.dtype)
 
 
 def activation_backward(g: Tensor | None, h: Tensor, x: Tensor, dx: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """g_x = f' g + f'' x' h,   g_x' = f' h."""
-    _, slope, curvature = curve(_wide(x), act)
+    _, slope, curvature = value_and_slopes(_wide(x), act)
     g_x = curvature * _wide(dx) * _wide(h)
     return (g_x if g is None else g_x + slope * _wide(g)).to(x.dtype), (slope * _wide(h)).to(x.dtype)
 
 
-def curve(x: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+def value_and_slopes(x: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     """f, f', f'' of SiLU, GELU and its tanh approximation.
 
     f = x s(q), s the sigmoid:   f' = s + x s (1 - s) q',   f'' = s (1 - s) (2 q' + x ((1 - 2 s) q'^2 + q''))

@@ -21,10 +21,10 @@ from mmf_fast.ops import native, reference
 from mmf_fast.ops.dispatch import choose, define
 from mmf_fast.ops.gpu import jit, tl, triton
 
-__all__ = ["SGLoss", "sg_loss"]
+__all__ = ["LossTerms", "sg_loss"]
 
 
-class SGLoss(NamedTuple):
+class LossTerms(NamedTuple):
     """loss: 0-d. per_sample: its terms (B,). square: s (B,). Only the loss is differentiable."""
 
     loss: Tensor
@@ -44,7 +44,7 @@ def sg_loss(
     p: float = 1.0,
     c: float = 1e-3,
     tangent_grad: bool = True,
-) -> SGLoss:
+) -> LossTerms:
     """The loss of the formulas above, differentiable in u and du.
 
     u, du: (B, ...), any floating dtype; du=None where r = t. interval: t - r, (B,). lam: a number or a 0-d tensor on
@@ -63,9 +63,9 @@ def sg_loss(
     )  # fmt: skip
     eager = choose("sg_loss", (u,)) == "native" and not torch.compiler.is_compiling()
     if eager and (differentiable := native.op("sg_loss_differentiable")):  # less overhead than the operator
-        return SGLoss(*differentiable(*given))
+        return LossTerms(*differentiable(*given))
     loss, per_sample, square, _ = _operator(*given)
-    return SGLoss(loss, per_sample.detach(), square.detach())
+    return LossTerms(loss, per_sample.detach(), square.detach())
 
 
 def _rows(a: Tensor | None, to: torch.dtype, constant: bool = False) -> Any:

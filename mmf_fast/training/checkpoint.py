@@ -10,7 +10,6 @@ A file is written under a temporary name, flushed to disk and renamed; its check
 the final name is whole, and what is damaged later is known by its checksum.
 """
 
-import os
 import pickle
 import random
 import re
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmf_fast.files import digest, flush, flush_folder, write_atomically
+from mmf_fast.files import digest, remove_drafts, write_text, writing
 
 
 class CheckpointError(ValueError):
@@ -42,12 +41,11 @@ class Checkpoints:
         the other ranks. Raises OSError (a full disk)."""
         path = self.folder / f"step_{step:07d}.pt"
         with self._writing(path) as draft:
-            _write(draft, {**state, "shares": dict(shares or {})})
+            torch.save({**state, "shares": dict(shares or {})}, draft)
             path.unlink(missing_ok=True)  # a damaged one of an earlier attempt: the checksum below is not its own
-            write_atomically(_sidecar(path), f"{digest(draft)}  {path.name}\n")
-            os.replace(draft, path)
-            flush_folder(self.folder)
-            write_atomically(self.folder / "latest", path.name + "\n")
+            write_text(_sidecar(path), f"{digest(draft)}  {path.name}\n")
+        with self._explained(path):
+            write_text(self.folder / "latest", path.name + "\n")
             self._prune(step)
         return path
 
@@ -55,19 +53,20 @@ class Checkpoints:
         """Writes what `rank` alone holds; returns the file's name and checksum. Raises OSError."""
         path = self.folder / f"step_{step:07d}.rank{rank}.pt"
         with self._writing(path) as draft:
-            _write(draft, share)
+            torch.save(share, draft)
             found = digest(draft)
-            os.replace(draft, path)
         return path.name, found
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[Path]:
-        draft = path.with_name(path.name + ".tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._explained(path), writing(path) as draft:
             yield draft
+
+    @contextmanager
+    def _explained(self, path: Path) -> Iterator[None]:
+        try:
+            yield
         except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-            draft.unlink(missing_ok=True)
             raise OSError(
                 f"{path}: cannot be written ({_reason(error)}); earlier checkpoints are whole; "
                 "make room, go on with --resume"
@@ -110,8 +109,7 @@ class Checkpoints:
         for share in self.folder.glob("step_*.rank*.pt"):
             if share.name.partition(".")[0] not in steps:
                 share.unlink(missing_ok=True)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_drafts(self.folder)
 
 
 def read(path: Path, check: bool = True) -> dict[str, Any]:
@@ -148,13 +146,7 @@ def _reason(error: BaseException) -> str:
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__context__
-    return str(found or error).splitlines()[0]
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        flush(file)
+    return str(getattr(found, "strerror", None) or found or error).splitlines()[0]
 
 
 def rng_state() -> dict[str, Any]:

@@ -32,16 +32,17 @@ from tqdm import tqdm
 
 from mmf_fast import data, models
 from mmf_fast.config import Config, ConfigError, differences
-from mmf_fast.files import write_atomically
-from mmf_fast.ranks import gather, together
-from mmf_fast.sampling import sample, save_grid
+from mmf_fast.devices import peak_flops
+from mmf_fast.distributed import agree, gather
+from mmf_fast.files import remove_drafts, write_text
+from mmf_fast.pictures import save_grid
+from mmf_fast.sampling import sample
 from mmf_fast.training.build import build_engine, build_loss
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
-from mmf_fast.training.devices import peak_flops
 from mmf_fast.training.logs import RankLog
-from mmf_fast.training.metrics import MetricsLog, plot_curves
-from mmf_fast.training.phases import PHASES, TRACED, WARM_UP, Speed, tracer
+from mmf_fast.training.record import MetricsLog, plot_curves
+from mmf_fast.training.timing import PHASES, TRACED, WARM_UP, Speed, tracer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOP_EVERY = 10  # steps: launchers kill after 30 s what has not ended on SIGTERM
@@ -51,7 +52,7 @@ class RunFolderError(ValueError):
     """The run folder cannot be used; the message is one line that names it and the way out."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """Too many steps in a row had a non-finite loss or gradient; the weights are those before the first of them."""
 
 
@@ -154,7 +155,7 @@ class Trainer:
         """Writes a checkpoint, of which every rank holds a share, then exports the averaged weights."""
         start = time.perf_counter()
         share, rank = self.engine.state_dict(), self.engine.rank
-        written = together(lambda: self.checkpoints.save_share(share, self.step, rank) if rank else None)
+        written = agree(lambda: self.checkpoints.save_share(share, self.step, rank) if rank else None)
         shares = gather(written)
         state = {
             "step": self.step,
@@ -171,7 +172,7 @@ class Trainer:
             extra = {"data": self.config.tree()["data"], "step": self.step}
             models.save_pretrained(self.run, net, extra)  # type: ignore[arg-type]  # any nn.Module with a config
 
-        together(write if self.is_main else lambda: None)
+        agree(write if self.is_main else lambda: None)
         self.log.info("step %d: checkpoint written in %.1f s", self.step, time.perf_counter() - start)
 
     def draw(self) -> None:
@@ -288,14 +289,14 @@ class Trainer:
     def _restore(self) -> None:
         with warnings.catch_warnings(record=True) as damaged:
             warnings.simplefilter("always")
-            chosen = together(lambda: self.checkpoints.newest_whole() if self.is_main else None)
+            chosen = agree(lambda: self.checkpoints.newest_whole() if self.is_main else None)
         path = gather(chosen)[0]  # rank 0 compared the checksums; all go on from what it chose
         for warning in damaged:
             self.log.say(str(warning.message), logging.WARNING)
         if path is None:
             self.log.say(f"{self.run}: no checkpoint yet, starting at step 0")
             return
-        state = together(lambda: read_checkpoint(path, check=False))
+        state = agree(lambda: read_checkpoint(path, check=False))
         changed = differences(state["fingerprint"], self.fingerprint)
         if changed:
             raise CheckpointError(
@@ -353,8 +354,7 @@ def _check_run_folder(run: Path, resume: bool) -> None:
 def _prepare_run_folder(run: Path, config: Config) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
-        for leftover in run.glob("model.*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
-        write_atomically(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.tree())))
+        remove_drafts(run)
+        write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.tree())))
     except OSError as error:
         raise RunFolderError(f"{run}: cannot be written ({error.strerror}); pass another --run") from error

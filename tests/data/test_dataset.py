@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from data.archives import edm, edm2, pictures, write_zip
+from support.archives import edm, edm2, pictures, write_zip
 
 from mmf_fast.data import DATASETS, ArrayDataset, load
 from mmf_fast.data.dataset import Epochs

@@ -7,7 +7,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from data.archives import (
+from PIL import Image
+from support.archives import (
     as_npz,
     cifar_batches,
     edm,
@@ -21,7 +22,6 @@ from data.archives import (
     write_tar,
     write_zip,
 )
-from PIL import Image
 
 from mmf_fast.data.formats import DataError, SampleError, detect, open_source
 

@@ -7,10 +7,10 @@ import pickle
 
 import numpy as np
 import pytest
-from data.archives import cifar_batch, pictures
+from support.archives import cifar_batch, pictures
 
-from mmf_fast.data.formats.common import DataError
 from mmf_fast.data.formats.pickles import load_dict
+from mmf_fast.data.formats.sources import DataError
 
 
 class Call:

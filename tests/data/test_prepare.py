@@ -10,8 +10,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from data.archives import as_npz, cifar_batches, edm, edm2, imagenet_batches, pictures, png, write_folder, write_zip
-from data.prepare_child import (
+from support.archives import as_npz, cifar_batches, edm, edm2, imagenet_batches, pictures, png, write_folder, write_zip
+from support.prepare_child import (
     in_child,
     prepare_and_die_at_the_manifest,
     prepare_in_small_steps,

@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 from sklearn.datasets import make_circles, make_moons
 
 from mmf_fast.data import load
-from mmf_fast.metrics import sliced_wasserstein
+from mmf_fast.evaluation.distances import sliced_wasserstein
 
 TOYS = ("two_moons", "circles", "checkerboard", "eight_gaussians")
 

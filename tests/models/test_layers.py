@@ -51,14 +51,14 @@ def test_attention_equals_loops_over_heads_and_queries(qk_norm):
     for b in range(2):
         q, k, v = (x[b] @ layer.qkv.weight.T + layer.qkv.bias).split(6, dim=-1)
         for head in range(2):
-            of_head = slice(3 * head, 3 * head + 3)
+            at_head = slice(3 * head, 3 * head + 3)
             for n in range(4):
-                query, keys = q[n, of_head], k[:, of_head]
+                query, keys = q[n, at_head], k[:, at_head]
                 if qk_norm:
                     query = query / (query.pow(2).mean() + 1e-6).sqrt() * layer.q_norm.weight
                     keys = keys / (keys.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * layer.k_norm.weight
                 weights = torch.exp(keys @ query / math.sqrt(3))
-                expected[b, n, of_head] = weights / weights.sum() @ v[:, of_head]
+                expected[b, n, at_head] = weights / weights.sum() @ v[:, at_head]
     expected = expected @ layer.out.weight.T + layer.out.bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 

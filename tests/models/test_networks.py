@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmf_fast.dual import Dual
+from mmf_fast.forward.dual import Dual
 from mmf_fast.models import NETWORKS, build
 from mmf_fast.models.layers import sinusoids
 

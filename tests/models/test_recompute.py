@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import batch, network, saved_bytes
+from support.small_networks import batch, network, saved_bytes
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func

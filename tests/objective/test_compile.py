@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_networks import KINDS, batch, network
+from support.small_networks import KINDS, batch, network
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import KINDS, batch, network, sample_shape
+from support.small_networks import KINDS, batch, network, sample_shape
 from torch import Tensor, nn
 
 from mmf_fast import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler, preset, sg_lambda
-from mmf_fast.objective import Part
+from mmf_fast.objective import BatchShare
 from mmf_fast.ops import native
 
 pytestmark = pytest.mark.filterwarnings("ignore:conditional tangents")
@@ -371,14 +371,14 @@ def test_parts_of_a_batch_add_up_to_it(paired: bool, stochastic: bool, count: in
     def gradient_of(index: int, count: int) -> list[Tensor]:
         rows = slice(index, None, count)
         torch.rand(1)
-        return gradients(loss_fn, x[rows].double(), step=7, part=Part(index, count, seed=3), y=y[rows])
+        return gradients(loss_fn, x[rows].double(), step=7, part=BatchShare(index, count, seed=3), y=y[rows])
 
     whole, again = gradient_of(0, 1), gradient_of(0, 1)
     assert close(whole, again, 0.0)
     parts = [gradient_of(index, count) for index in range(count)]
     mean = [torch.stack(grads).mean(0) for grads in zip(*parts, strict=True)]
     assert close(mean, whole, 1e-12)
-    other = gradients(loss_fn, x.double(), step=8, part=Part(0, 1, seed=3), y=y)
+    other = gradients(loss_fn, x.double(), step=8, part=BatchShare(0, 1, seed=3), y=y)
     assert not close(other, whole, 1e-2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from small_networks import KINDS, batch, network, saved_bytes
+from support.small_networks import KINDS, batch, network, saved_bytes
 
 from mmf_fast import MeanFlowLoss
 

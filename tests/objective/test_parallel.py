@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import loss_function
-from launch import two_ranks
-from objective.parallel_ranks import SEED, STEPS, steps
+from support.engine_cases import loss_function
+from support.launch import two_ranks
+from support.parallel_ranks import SEED, STEPS, steps
 
-from mmf_fast.objective import Part
+from mmf_fast.objective import BatchShare
 
 CASES = {
     f"{wrapper}-{lam}-{'paired' if paired else 'predicted'}": {"wrapper": wrapper, "lam": lam, "paired": paired}
@@ -32,7 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_leave_the_gradients_of_one_process(name: str, found: dict[str, dict], float64: None) -> None:
     loss_fn = loss_function({**CASES[name], "recompute": False})
-    expected = steps(loss_fn, loss_fn.net, Part(seed=SEED))
+    expected = steps(loss_fn, loss_fn.net, BatchShare(seed=SEED))
     assert len(found[name]["steps"]) == STEPS
     assert found[name]["kinds"] == (["DTensor"] if name.startswith("fsdp2") else ["Parameter"])
     for one, two in zip(expected, found[name]["steps"], strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ops.harness import check, distance
+from support.operator_harness import check, distance
 
 from mmf_fast.ops import native
 from mmf_fast.ops.attention import attention

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ops.harness import check
+from support.operator_harness import check
 
 from mmf_fast.ops.group_norm import group_norm_silu
 from mmf_fast.ops.layer_norm import modulated_layer_norm

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from ops.harness import check
+from support.operator_harness import check
 
 from mmf_fast.ops.pointwise import activation
 

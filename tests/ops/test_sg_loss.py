@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.harness import SLACK, distance
+from support.operator_harness import SLACK, distance
 
 from mmf_fast.ops.interpolate import interpolate
 from mmf_fast.ops.sg_loss import sg_loss

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training.ranks import CONFIG, ROOT, Ranks, environment, free_port, losses
+from support.killable_runs import CONFIG, ROOT, Ranks, environment, free_port, losses
 
 from mmf_fast.train import main
 

@@ -2,8 +2,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from launch import ROOT, two_ranks
-from training.test_trainer import Poisoned, tiny
+from support.launch import ROOT, two_ranks
+from support.tiny_runs import Poisoned, tiny
 
 from mmf_fast.training import NonFiniteError, Trainer
 from mmf_fast.training.logs import RankLog

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data.archives import edm, edm2, pictures, write_zip
 from matplotlib.image import imread
+from support.archives import edm, edm2, pictures, write_zip
 from torch import Tensor
 
 from mmf_fast import config, models
@@ -20,7 +20,7 @@ from mmf_fast.data.prepare import prepare
 from mmf_fast.sampling import sample
 from mmf_fast.training import CheckpointError, NonFiniteError, RunFolderError, Trainer
 from mmf_fast.training.checkpoint import read as read_checkpoint
-from mmf_fast.training.metrics import read as read_metrics
+from mmf_fast.training.record import read as read_metrics
 
 TINY = {
     "data": {"name": "two_moons"},

@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from mmf_fast.data.formats.batches import open_cifar10, open_imagenet
-from mmf_fast.data.formats.common import DataError, Item, SampleError, Source
 from mmf_fast.data.formats.images import IMAGE_ENDINGS, open_images
 from mmf_fast.data.formats.latents import open_latents
 from mmf_fast.data.formats.parquet import open_parquet
+from mmf_fast.data.formats.sources import DataError, Item, SampleError, Source
 
 __all__ = ["FORMATS", "DataError", "Item", "SampleError", "Source", "detect", "open_source"]
 

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmf_fast.data.formats.common import DataError, Item, Source, check_member, identity_of_files
 from mmf_fast.data.formats.pickles import load_dict
+from mmf_fast.data.formats.sources import DataError, Item, Source, check_member, identity_of_files
 
 __all__ = ["CIFAR10_CLASSES", "open_cifar10", "open_imagenet"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mmf_fast.data.formats.common import DataError, Item, SampleError, Source
+from mmf_fast.data.formats.sources import DataError, Item, SampleError, Source
 from mmf_fast.data.formats.trees import Tree, open_tree
 
 __all__ = ["IMAGE_ENDINGS", "centre_crop", "decode_image", "json_labels", "labels_of", "open_images", "split_folder"]

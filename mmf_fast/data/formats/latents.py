@@ -24,8 +24,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mmf_fast.data.formats.common import DataError, Item, SampleError, Source
 from mmf_fast.data.formats.images import labels_of, split_folder
+from mmf_fast.data.formats.sources import DataError, Item, SampleError, Source
 from mmf_fast.data.formats.trees import Tree, open_tree
 
 __all__ = ["SD_SCALE", "Contents", "open_latents"]

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmf_fast.data.formats.common import DataError, Item, Source, identity_of_files
 from mmf_fast.data.formats.images import decode_image
+from mmf_fast.data.formats.sources import DataError, Item, Source, identity_of_files
 
 __all__ = ["open_parquet"]
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmf_fast.data.formats.common import DataError
+from mmf_fast.data.formats.sources import DataError
 
 __all__ = ["load_dict"]
 

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from mmf_fast.data.formats.common import DataError, SampleError, check_member, identity_of_files, identity_of_names
+from mmf_fast.data.formats.sources import DataError, SampleError, check_member, identity_of_files, identity_of_names
 
 __all__ = ["Tree", "open_tree"]
 

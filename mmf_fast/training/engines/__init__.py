@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.training.phases import Phases
+from mmf_fast.training.timing import Phases
 
 
 class StepResult(NamedTuple):

@@ -33,7 +33,7 @@ from mmf_fast.training.ema import move_average
 from mmf_fast.training.engines import StepResult
 from mmf_fast.training.engines.local import learning_rate, parts
 from mmf_fast.training.optimizers import adam_options, build_optimizer, clip_or_skip
-from mmf_fast.training.phases import Phases
+from mmf_fast.training.timing import Phases
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

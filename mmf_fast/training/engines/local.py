@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mmf_fast.config import ConfigError, Optimizer, Train
-from mmf_fast.objective import Part
+from mmf_fast.objective import BatchShare
 from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import EMA
 from mmf_fast.training.engines import StepResult
 from mmf_fast.training.optimizers import adam_options, clip_or_skip
-from mmf_fast.training.phases import Phases
+from mmf_fast.training.timing import Phases
 
 
 def learning_rate(step: int, config: Optimizer, steps: int) -> float:
@@ -29,10 +29,10 @@ def learning_rate(step: int, config: Optimizer, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def parts(accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[Part, slice]]:
+def parts(accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:
     """The parts of a global batch that rank `rank` takes in turn, and where they lie in its rows rank::world_size."""
     for i in range(accumulate):
-        yield Part(rank + world_size * i, world_size * accumulate, seed), slice(i, None, accumulate)
+        yield BatchShare(rank + world_size * i, world_size * accumulate, seed), slice(i, None, accumulate)
 
 
 class LocalEngine:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import data, loss_function, optimizer, train
-from launch import ROOT, environment, two_ranks
+from support.engine_cases import data, loss_function, optimizer, train
+from support.launch import ROOT, environment, two_ranks
 
 from mmf_fast.config import ConfigError, read_zero
 from mmf_fast.training.engines.local import LocalEngine

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmf_fast.config import Optimizer, Train
 from mmf_fast.models import MLP
-from mmf_fast.objective import MeanFlowLoss, Part
+from mmf_fast.objective import BatchShare, MeanFlowLoss
 from mmf_fast.training.engines.local import LocalEngine, learning_rate
 
 
@@ -24,7 +24,7 @@ class Regression(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor, step: int = 0, part: Part | None = None, y: Tensor | None = None) -> Output:
+    def forward(self, x: Tensor, step: int = 0, part: BatchShare | None = None, y: Tensor | None = None) -> Output:
         error = self.net(x) - y
         mse = error.square().mean()
         return Output(mse, {"mse": mse.detach()})

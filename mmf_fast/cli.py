@@ -1,0 +1,54 @@
+"""The command line: mmf COMMAND ..., or python -m mmf_fast COMMAND ... where the package is not installed.
+
+Each command is the `main` of a module, which parses its arguments, does the work, and raises what is wrong. Here is the
+only place that turns an error into a line and an exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": ("mmf_fast.train", "train a one-step generative model"),
+    "sample": ("mmf_fast.sampling", "draw samples from a trained run"),
+    "evaluate": ("mmf_fast.evaluation.samples", "judge the samples of a trained run"),
+    "fid": ("mmf_fast.evaluation.fid", "Frechet Inception distance of a trained run"),
+    "plan": ("mmf_fast.planning", "memory, communication and time of a step on paper"),
+    "prepare": ("mmf_fast.data.prepare", "turn a dataset into a folder that training reads"),
+    "ops": ("mmf_fast.ops.overview", "which implementation serves each operator here, and why"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())
+    result = argparse.ArgumentParser(
+        prog="mmf",
+        description="Fast training of one-step generative models of the MeanFlow family.",
+        epilog=f"commands:\n{commands}\n\nmmf COMMAND --help says what a command takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    result.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 the work failed or the disk is full, 2 wrong input, 128 + n on signal n."""
+    options = parser().parse_args(arguments)
+    command = importlib.import_module(COMMANDS[options.command][0])
+    try:
+        return command.main(options.arguments) or 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("RANK", "0") == "0" or not getattr(error, "agreed", False):  # one line for all ranks
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

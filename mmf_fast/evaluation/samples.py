@@ -1,0 +1,217 @@
+"""How good samples are, beside the same figures for real data the network has not seen.
+
+    mmf evaluate --run runs/digits
+
+prints a table and writes evaluation.json and evaluation_*.png into the run folder. Points (toys):
+
+    sliced_wasserstein   to the training split
+
+Labelled images (digits), judged by a classifier trained on the training split alone:
+
+    frechet_distance     to the training split, in the penultimate features of the classifier
+    class_agreement      share of samples to which the classifier gives the label they were asked for
+    nearest_distance     median Euclidean distance to the nearest training image
+    nearest_share        share of samples nearer to a training image than 99 % of the validation images: memorising
+
+The column "validation" holds the figure of the validation split against the training split. It is what fresh real data
+get: sets of samples are as large as the validation split and have its labels. A nearest_distance far below that column
+with a nearest_share far above 0.01 means that training images are reproduced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmf_fast import data
+from mmf_fast.devices import choose_device, device_of
+from mmf_fast.evaluation.classifier import train_classifier
+from mmf_fast.evaluation.distances import frechet_distance, nearest, sliced_wasserstein
+from mmf_fast.files import write_text
+from mmf_fast.models import load_pretrained
+from mmf_fast.pictures import save_arrows, save_field, save_rows
+from mmf_fast.sampling import evaluating, sample_in_chunks
+
+__all__ = ["evaluate", "evaluate_run", "table"]
+
+IMAGE_DRAWS = 5  # figures of images are means over so many sets, each of the size and labels of the validation split
+
+_TITLES = {
+    "sliced_wasserstein": "sliced Wasserstein distance to the training split",
+    "frechet_distance": "Frechet distance to the training split",
+    "class_agreement": "class agreement",
+    "nearest_distance": "median distance to the nearest training image",
+    "nearest_share": "share nearer than 99 % of the validation split",
+}
+
+
+def evaluate(
+    net: Callable[..., Tensor],
+    dataset: data.Dataset,
+    steps: Sequence[int] = (1, 2, 4),
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> dict[str, Any]:
+    """The figures named at the top of this file, for each number of steps; with `folder`, pictures are written there.
+
+    net: u(z, r, t, y=None) for samples of dataset.shape.  seed: of the noise, which all numbers of steps share.
+    Returns {"data", "seed", "samples", "figures": {name: {"validation" or number of steps: value}}} and, for images,
+    "classifier_accuracy": {"train", "validation"}.
+    Raises ValueError for steps below 1, samples that are not finite, a dataset that is neither points nor labelled
+    images, a folder that cannot be written.
+    """
+    if not steps or min(steps) < 1:
+        raise ValueError(f"steps are {list(steps)}: give numbers of evaluations per sample, each at least 1")
+    judge = _evaluate_points if len(dataset.shape) == 1 else _evaluate_images
+    with evaluating(net):
+        result = judge(net, dataset, sorted(set(steps)), seed, None if folder is None else Path(folder))
+    return {"data": dataset.name, "seed": seed, **result}
+
+
+def evaluate_run(
+    run: str | Path, steps: Sequence[int] = (1, 2, 4), seed: int = 0, device: str = "auto", pictures: bool = True
+) -> dict[str, Any]:
+    """`evaluate` for the network and the dataset of a run folder; writes evaluation.json and the pictures there.
+
+    Raises ValueError for a missing or damaged run too.
+    """
+    net, extra = load_pretrained(run)
+    if not isinstance(extra.get("data"), Mapping) or "name" not in extra["data"]:
+        raise ValueError(f"{Path(run) / 'model.json'} does not name its data; give the folder of a training run")
+    dataset = data.load(**extra["data"])
+    if (net.shape, net.num_classes) != (dataset.shape, dataset.num_classes):
+        raise ValueError(
+            f"the network of {run} has shape {net.shape} and {net.num_classes} classes, "
+            f"but {dataset.name} has {dataset.shape} and {dataset.num_classes}; its model.json is not its own"
+        )
+    result = {"step": extra.get("step")} | evaluate(
+        net.to(choose_device(device)), dataset, steps, seed, folder=run if pictures else None
+    )
+    write_text(Path(run) / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures of `evaluate` as text: one row per figure, one column per number of steps."""
+    columns = list(next(iter(result["figures"].values())))
+    heads = [name if name == "validation" else f"{name} step{'s' if name != '1' else ''}" for name in columns]
+    width = max(len(_TITLES[name]) for name in result["figures"])
+    lines = [" " * width + "".join(f"{head:>12}" for head in heads)]
+    for name, row in result["figures"].items():
+        lines.append(f"{_TITLES[name]:<{width}}" + "".join(f"{row[column]:>12.4f}" for column in columns))
+    return "\n".join(lines)
+
+
+def _evaluate_points(
+    net: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int], seed: int, folder: Path | None
+) -> dict[str, Any]:
+    (train, _), (validation, _) = dataset.split("train"), dataset.split("validation")
+    noise = _noise(validation.shape, seed)
+    samples = {k: _finite(sample_in_chunks(net, noise, k)) for k in steps}
+    if folder and dataset.shape == (2,):
+        save_field(lambda z, t: _instantaneous(net, z, t), train, folder / "evaluation_field.png")
+        one_step = samples[1] if 1 in samples else _finite(sample_in_chunks(net, noise))
+        save_arrows(noise, one_step, validation, folder / "evaluation_arrows.png")
+    sets = {"validation": validation} | {str(k): x for k, x in samples.items()}
+    row = {name: sliced_wasserstein(x, train) for name, x in sets.items()}
+    return {"samples": len(noise), "figures": {"sliced_wasserstein": row}}
+
+
+def _evaluate_images(
+    net: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int], seed: int, folder: Path | None
+) -> dict[str, Any]:
+    (train, train_labels), (validation, labels) = dataset.split("train"), dataset.split("validation")
+    if train_labels is None or labels is None:
+        raise ValueError(f"dataset {dataset.name} has images without labels: no figure is defined for it")
+    classifier = train_classifier(dataset)
+    train_features, train_found = classifier.judge(train)
+    size, asked = len(validation), labels.repeat(IMAGE_DRAWS)
+    near = nearest(validation, train)[0]
+    limit = near.quantile(0.01)
+
+    def figures(x: Tensor, y: Tensor) -> dict[str, float]:
+        features, found = classifier.judge(x)
+        distance = nearest(x, train)[0]
+        sets = features.split(size)  # equal sizes and labels, or Frechet distances could not be compared
+        return {
+            "frechet_distance": sum(frechet_distance(part, train_features) for part in sets) / len(sets),
+            "class_agreement": float((found == y).double().mean()),
+            "nearest_distance": float(distance.median()),
+            "nearest_share": float((distance <= limit).double().mean()),
+        }
+
+    noise = _noise((len(asked), *dataset.shape), seed)
+    samples = {k: _finite(sample_in_chunks(net, noise, k, y=asked)) for k in steps}
+    columns = {"validation": figures(validation, labels)} | {str(k): figures(x, asked) for k, x in samples.items()}
+    if folder:
+        _draw_images(samples, train, validation, labels, folder)
+    accuracy = {
+        "train": float((train_found == train_labels).double().mean()),
+        "validation": columns["validation"]["class_agreement"],
+    }
+    rows = {name: {column: value[name] for column, value in columns.items()} for name in columns["validation"]}
+    return {"samples": len(noise), "classifier_accuracy": accuracy, "figures": rows}
+
+
+def _draw_images(
+    samples: Mapping[int, Tensor], train: Tensor, validation: Tensor, labels: Tensor, folder: Path, columns: int = 20
+) -> None:
+    """Rows of equal labels (and noise, for samples); then the samples of fewest steps above their nearest image."""
+    turn = torch.zeros_like(labels)  # the first image of each class, then the second of each, ...
+    for label in labels.unique():
+        turn[labels == label] = torch.arange(int((labels == label).sum()))
+    shown = torch.argsort(turn * (int(labels.max()) + 1) + labels)[:columns]
+    shown = shown[torch.argsort(labels[shown], stable=True)]
+    named = {f"{k} step{'s' if k > 1 else ''}": x[shown] for k, x in samples.items()}
+    save_rows({"validation": validation[shown], **named}, folder / "evaluation_samples.png")
+    first, x = next(iter(named.items()))
+    save_rows({first: x, "nearest in training": train[nearest(x, train)[1]]}, folder / "evaluation_nearest.png")
+
+
+@torch.no_grad()
+def _instantaneous(net: Callable[..., Tensor], z: Tensor, t: float) -> Tensor:
+    """The velocity u(z, t, t)."""
+    times = torch.full((len(z),), t, device=device_of(net))
+    return net(z.to(times.device), times, times)
+
+
+def _noise(shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _finite(x: Tensor) -> Tensor:
+    if not torch.isfinite(x).all():
+        raise ValueError("the network gives samples that are not finite: its training has diverged")
+    return x.cpu()
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="mmf evaluate", description="Judge the samples of a trained run.", allow_abbrev=False
+    )
+    result.add_argument("--run", type=Path, required=True, help="run folder; evaluation.json and pictures go there")
+    result.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
+    result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    result = evaluate_run(options.run, options.steps, options.seed, options.device)
+    print(
+        f"{options.run}: {result['data']} after {result['step']} training steps, {result['samples']} samples per column"
+    )
+    print(table(result))
+    if "classifier_accuracy" in result:
+        print("classifier accuracy: " + ", ".join(f"{k} {v:.4f}" for k, v in result["classifier_accuracy"].items()))
+    print(f"written: {options.run}/evaluation.json, {options.run}/evaluation_*.png")

@@ -1,0 +1,317 @@
+"""Forward mode as a data type: a `Dual` carries a primal and its tangent through an ordinary network.
+
+    network(Dual(z, w), r, Dual(t, 1))  ->  Dual(u, du/dt),    du/dt = (d_z u) w + d_t u
+
+Every torch function, operator and Tensor method called on a Dual looks up a rule (see forward/rules) that returns
+the primal and the tangent of the result. There is no second copy of the model and no functorch level: to autograd,
+torch.compile, DDP and ZeRO the pass is an ordinary forward call.
+
+`Dual` keeps the tangent in the autograd graph (SG_1). `DetachedDual` computes it under `no_grad` (SG_0): the tangent
+then costs one forward and saves nothing for backward. The choice travels with the data, so that a recomputed segment
+(activation checkpointing) repeats the choice of its first run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._guards import TracingContext
+
+from mmf_fast.forward.functional import finite_difference_jvp, func_jvp
+
+__all__ = [
+    "JVP_MODES",
+    "DetachedDual",
+    "Dual",
+    "MissingRuleError",
+    "jvp",
+    "missing_rule_error",
+    "no_tangent",
+    "primal",
+    "register_rule",
+    "tangent",
+    "tangent_scope",
+]
+
+JVP_MODES = ("dual", "func", "finite_difference")
+
+Rule = Callable[..., tuple[Any, Any]]
+
+# How eager mode and Dynamo spell operators between a Tensor and a Dual, and whether they swap the operands.
+_OPERATORS = {
+    "pow": (torch.pow, False),  # also the name of Tensor.__pow__ and operator.pow
+    "__pow__": (torch.pow, False),
+    "__floordiv__": (operator.floordiv, False),
+    "__eq__": (operator.eq, False),
+    "__rsub__": (operator.sub, True),
+    "__rdiv__": (operator.truediv, True),
+    "__rpow__": (torch.pow, True),
+    "__rfloordiv__": (operator.floordiv, True),
+    "__rmod__": (operator.mod, True),
+}
+_RULES: dict[Any, Rule] = {}
+_NO_TANGENT: set[Any] = set()
+
+
+class MissingRuleError(NotImplementedError, AttributeError):
+    """An operation met a Dual and no rule says what its tangent is."""
+
+
+class Dual(NamedTuple):
+    """A tensor and its directional derivative.
+
+    primal: floating-point tensor of any shape.
+    tangent: tensor of the same shape, or None for a symbolic zero.
+
+    A NamedTuple, because DDP, FSDP and ZeRO look for tensors inside tuples. Two things follow: iterating or unpacking
+    a Dual gives (primal, tangent), not rows, and `isinstance(x, torch.Tensor)` is False. `a += b` rebinds `a`.
+    """
+
+    primal: Tensor
+    tangent: Tensor | None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None:
+            # Dynamo did not see the Dual (inside a tuple, or a function that it thinks of as not overridable) and put
+            # the call into its graph as a whole; it would take the result apart row by row.
+            raise missing_rule_error(func, "torch.compile does not see this Dual; pass lists, not tuples, of tensors")
+        if getattr(func, "__name__", "") in _OPERATORS:
+            func, swapped = _OPERATORS[func.__name__]
+            args = args[::-1] if swapped else args
+        if func in _NO_TANGENT or not _has_tangent(args, kwargs):
+            return func(*map(_strip, args), **{name: _strip(value) for name, value in kwargs.items()})
+        rule = _RULES.get(func)
+        if rule is None:
+            raise missing_rule_error(func)
+        if kwargs.get("out") is not None:
+            raise missing_rule_error(func, "a Dual cannot be written to out=; use the returned value")
+        if "out" in kwargs:  # out=None, which functions written in Python pass on
+            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+        return _wrap(cls, *rule(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only by names without a rule: the methods that have one are attributes of the class.
+        method = getattr(Tensor, name, None)
+        raise (
+            missing_rule_error(method) if method is not None else MissingRuleError(f"a Dual has no attribute {name!r}")
+        )
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise missing_rule_error(Tensor.__setitem__)
+
+    def __bool__(self) -> bool:
+        raise MissingRuleError("the truth value of a Dual would drop its tangent; branch on x.primal instead")
+
+
+def _metadata(name: str) -> property:
+    return property(lambda self: getattr(self.primal, name))
+
+
+for _name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad"):
+    setattr(Dual, _name, _metadata(_name))
+for _name in ("is_cpu", "is_cuda", "is_nested", "is_sparse", "is_quantized"):
+    setattr(Dual, _name, _metadata(_name))
+Dual.T = property(lambda self: self.t())  # type: ignore[attr-defined]
+Dual.mT = property(lambda self: self.transpose(-2, -1))  # type: ignore[attr-defined]
+
+
+class DetachedDual(Dual):
+    """A Dual whose tangent is outside the autograd graph: SG_0, the tangent of MeanFlow."""
+
+    __slots__ = ()
+
+
+def jvp(
+    fn: Callable[..., Any],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    tangent_grad: bool = True,
+    mode: str = "dual",
+) -> tuple[Tensor, Tensor]:
+    """The value of `fn` at `primals` and its directional derivative along `tangents`.
+
+    fn: maps tensors to one tensor (or Duals to one Dual).
+    tangents: one per primal, of its shape and dtype; None is a symbolic zero.
+    tangent_grad: whether gradients flow through the tangent (SG_1) or not (SG_0, cheaper: nothing is saved for it).
+    mode: "dual" runs fn on Duals; "func" is torch.func.jvp with exact norms and attention; "finite_difference"
+        evaluates fn twice and is biased by its step.
+    Raises ValueError for tangents that do not fit and for an unknown mode; MissingRuleError for an operation without
+    a rule; TypeError when fn does not return one tensor.
+    """
+    if mode not in JVP_MODES:
+        raise ValueError(f"unknown jvp mode {mode!r}: choose one of {', '.join(JVP_MODES)}")
+    if len(primals) != len(tangents):
+        raise ValueError(
+            f"jvp got {len(primals)} primals and {len(tangents)} tangents: give one tangent (or None) each"
+        )
+    for i, (x, dx) in enumerate(zip(primals, tangents, strict=True)):
+        if dx is not None and dx.shape != x.shape:
+            raise ValueError(
+                f"tangent {i} has shape {tuple(dx.shape)}, its primal {tuple(x.shape)}: they must be equal"
+            )
+
+    if mode == "dual":
+        kind = Dual if tangent_grad else DetachedDual
+        out = fn(*(x if dx is None else kind(x, dx) for x, dx in zip(primals, tangents, strict=True)))
+        y, dy = primal(out), tangent(out)
+    elif mode == "func":
+        y, dy = func_jvp(fn, primals, tangents)
+    else:
+        y, dy = finite_difference_jvp(fn, primals, tangents)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"jvp needs a function that returns one tensor, not {type(y).__name__}: wrap it to pick one")
+    dy = torch.zeros_like(y) if dy is None else dy  # no operation carried a tangent: fn is constant in its arguments
+    return y, dy if tangent_grad else dy.detach()
+
+
+def primal(x: Any) -> Any:
+    """The primal of a Dual; anything else as it is."""
+    return x.primal if isinstance(x, Dual) else x
+
+
+def tangent(x: Any) -> Tensor | None:
+    """The tangent of a Dual; None (a symbolic zero) for anything else."""
+    return x.tangent if isinstance(x, Dual) else None
+
+
+def tangent_scope(*args: Any) -> contextlib.AbstractContextManager:
+    """The scope in which a rule computes its tangent: `no_grad` when an argument is a DetachedDual."""
+    return torch.no_grad() if any(isinstance(x, DetachedDual) for x in args) else contextlib.nullcontext()
+
+
+def register_rule(*functions: Any) -> Callable[[Rule], Rule]:
+    """Decorator: the rule of one or several torch functions (or Tensor methods, or operators of `torch.ops`).
+
+    The rule is called with the arguments of the function (never `out`), at least one of them a Dual with a tangent,
+    and returns `(y, dy)`: the result and its tangent, which is broadcast and converted to the shape and dtype of y.
+    Compute `dy` inside `tangent_scope`:
+
+        @register_rule(torch.sinc)
+        def sinc(x):
+            y = torch.sinc(x.primal)
+            with tangent_scope(x):
+                dy = x.tangent * (torch.cos(torch.pi * x.primal) - y) / x.primal
+            return y, dy
+
+    A registered method of Tensor becomes a method of Dual. A later registration replaces an earlier one.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for function in functions:
+            _NO_TANGENT.discard(function)
+            _RULES[function] = rule
+            _add_method(function)
+        return rule
+
+    return register
+
+
+def no_tangent(*functions: Any) -> None:
+    """Declare functions whose result does not carry a tangent: comparisons, integer results, constants, metadata."""
+    for function in functions:
+        _NO_TANGENT.add(function)
+        _add_method(function)
+
+
+def _add_method(function: Any) -> None:
+    name = getattr(function, "__name__", "")
+    if getattr(Tensor, name, None) is not function:
+        return
+    if isinstance(function, FunctionType):  # Dynamo does not recognise a method written in Python as a key: norm, ...
+        function = getattr(torch, name, function)
+
+    def method(self: Dual, *args: Any, **kwargs: Any) -> Any:
+        return type(self).__torch_function__(function, (), (self, *args), kwargs)
+
+    method.__name__ = name
+    setattr(Dual, name, method)
+
+
+def _operator(name: str, reflected: bool = False) -> Callable[..., Any]:
+    # operator.sub and its kin are the keys, because torch.sub(2, x) does not exist.
+    function = getattr(operator, name)
+
+    def method(self: Dual, other: Any) -> Any:
+        operands = (other, self) if reflected else (self, other)
+        return type(self).__torch_function__(function, (), operands)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "mod", "floordiv"):
+    setattr(Dual, f"__{_name}__", _operator(_name))
+    setattr(Dual, f"__r{_name}__", _operator(_name, reflected=True))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Dual, f"__{_name}__", _operator(_name))
+Dual.__hash__ = tuple.__hash__  # type: ignore[method-assign]  # defining __eq__ removed it
+Dual.__getitem__ = lambda self, index: type(self).__torch_function__(Tensor.__getitem__, (), (self, index))  # type: ignore
+setattr(Dual, "__neg__", lambda self: type(self).__torch_function__(torch.neg, (), (self,)))  # noqa: B010
+Dual.__abs__ = lambda self: type(self).__torch_function__(torch.abs, (), (self,))  # type: ignore[attr-defined]
+
+
+def _has_tangent(args: Any, kwargs: dict) -> bool:
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Dual):
+            if x.tangent is not None:
+                return True
+        elif isinstance(x, (list, tuple)) and _has_tangent(x, {}):
+            return True
+    return False
+
+
+def _strip(x: Any) -> Any:
+    if isinstance(x, Dual):
+        return x.primal
+    if type(x) in (list, tuple):
+        return type(x)(map(_strip, x))
+    return x
+
+
+def _wrap(cls: type[Dual], y: Any, dy: Any) -> Any:
+    """Pair results with tangents; results without one (indices, symbolic zeros) stay plain."""
+    if dy is None or (isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex())):
+        return y
+    if isinstance(y, (list, tuple)):
+        pairs = [_wrap(cls, y_i, dy_i) for y_i, dy_i in zip(y, dy, strict=True)]
+        return pairs if type(y) is list else tuple(pairs) if type(y) is tuple else type(y)(pairs)
+    # A rule may leave its tangent smaller (broadcasting) or of another dtype (promotion, autocast) than its primal.
+    if dy.dtype != y.dtype:
+        dy = dy.to(y.dtype)
+    return cls(y, dy if dy.shape == y.shape else dy.expand(y.shape))
+
+
+def missing_rule_error(func: Any, fix: str | None = None) -> MissingRuleError:
+    """The error of an operation that has no rule, in one line: the operation, the module it ran in, the way out."""
+    name = getattr(func, "__name__", str(func))
+    in_place = name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
+    if fix is None and in_place:
+        fix = "a Dual is immutable, use the out-of-place form"
+    elif fix is None:
+        fix = 'teach it with mmf_fast.register_rule, or differentiate the whole network with jvp="func"'
+    return MissingRuleError(f"no forward-mode rule for {name}{_module_path()}: {fix}")
+
+
+def _module_path() -> str:
+    """' in blocks.0.attn (Attention)' for the innermost nn.Module on the Python stack."""
+    if torch.compiler.is_compiling():
+        return ""
+    frame, modules = sys._getframe(), list[nn.Module]()
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and (not modules or modules[-1] is not module):
+            modules.append(module)
+        frame = frame.f_back  # type: ignore[assignment]
+    if not modules:
+        return ""
+    inner, outer = modules[0], modules[-1]
+    path = next((name for name, module in outer.named_modules() if module is inner), "")
+    return f" in {path} ({type(inner).__name__})" if path else f" in {type(inner).__name__}"

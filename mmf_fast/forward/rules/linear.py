@@ -1,0 +1,91 @@
+"""Linear layers, convolutions, embeddings, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmf_fast.forward.dual import missing_rule_error, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.rules.families import add_tangents, constant_arguments, in_place_error, rule
+
+
+def _affine(function: Callable[..., Tensor], spatial_dims: int) -> None:
+    """y = f(x, W) + b with f bilinear: dy = f(dx, W) + f(x, dW) + db."""
+
+    @register_rule(function)
+    def affine(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        x, w = primal(input), primal(weight)
+        y = function(x, w, primal(bias), *args, **kwargs)
+        with tangent_scope(input, weight, bias):
+            dx, dw, db = tangent(input), tangent(weight), tangent(bias)
+            terms = (
+                None if dx is None else function(dx, w, None, *args, **kwargs),
+                None if dw is None else function(x, dw, None, *args, **kwargs),
+                None if db is None else db.view(-1, *[1] * spatial_dims),
+            )
+            return y, add_tangents(*terms)
+
+
+_affine(F.linear, 0)
+for _dims, _functions in enumerate(((F.conv1d, F.conv_transpose1d), (F.conv2d, F.conv_transpose2d)), start=1):
+    for _function in _functions:
+        _affine(_function, _dims)
+_affine(F.conv3d, 3)
+_affine(F.conv_transpose3d, 3)
+
+
+@rule("bilinear")
+def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    y = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
+    return y if bias is None else y + bias
+
+
+@register_rule(F.embedding)
+def embedding(
+    input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
+    if max_norm is not None:
+        raise missing_rule_error(F.embedding, "max_norm rewrites the table in place, normalise it outside the network")
+    y = F.embedding(input, weight.primal, padding_idx, None, *args, **kwargs)
+    with tangent_scope(weight):
+        return y, F.embedding(input, weight.tangent, padding_idx, None, *args, **kwargs)
+
+
+def _dropout(function: Any) -> None:
+    # One mask for primal and tangent: the function applied to ones.
+    @register_rule(function)
+    def dropout(
+        input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True
+    ) -> tuple[Any, Any]:
+        if inplace:
+            raise in_place_error(function)
+        if not (training and train) or p == 0:
+            return input
+        mask = function(torch.ones_like(input.primal), p, True)
+        with tangent_scope(input):
+            dy = input.tangent * mask
+        return input.primal * mask, dy
+
+
+for _random in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout):
+    _dropout(_random)
+
+
+@rule("affine_grid")
+def affine_grid(theta: Any, size: list[int], align_corners: bool | None = None) -> tuple[Any, Any]:
+    y = F.affine_grid(theta.primal, size, align_corners)
+    with tangent_scope(theta):
+        # affine in the homogeneous coordinates, linear in theta
+        return y, F.affine_grid(theta.tangent, size, align_corners)
+
+
+@rule("grid_sample")
+def grid_sample(input: Any, grid: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    constant_arguments(F.grid_sample, (grid,))
+    y = F.grid_sample(input.primal, grid, *args, **kwargs)
+    with tangent_scope(input):
+        return y, F.grid_sample(input.tangent, grid, *args, **kwargs)

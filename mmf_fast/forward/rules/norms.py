@@ -1,0 +1,229 @@
+"""Normalisation layers. With x^ = (x - mean) / sqrt(var + eps), over the normalised elements,
+
+    d x^ = (dx - mean(dx) - x^ mean(x^ dx)) / sqrt(var + eps).
+
+torch.func.jvp treats mean and variance as constants when this tangent is differentiated again (layer, batch and
+instance norm), so its gradient through the tangent is wrong; here they are functions of x. The Jacobian is symmetric:
+without a graph (SG_0) the fused backward kernels compute the tangent in one pass. Statistics are taken in float32 at
+least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmf_fast.forward.dual import DetachedDual, Dual, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.rules.families import add_tangents, as_autocast, fusable, keeps_tangent
+from mmf_fast.ops.group_norm import group_norm_silu
+from mmf_fast.ops.layer_norm import layer_norm_tangent, modulated_layer_norm, per_row
+
+aten = torch.ops.aten
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _standardised(x: Tensor, dx: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """x^ and its tangent, in the dtype of the statistics."""
+    x, dx = x.to(_statistics_dtype(x)), dx.to(_statistics_dtype(x))
+    centred = x - x.mean(dims, keepdim=True)
+    r_std = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    x_hat = centred * r_std
+    dx = dx - dx.mean(dims, keepdim=True)
+    return x_hat, r_std * (dx - x_hat * (x_hat * dx).mean(dims, keepdim=True))
+
+
+def _affine_tangent(x_hat: Any, d_hat: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Any:
+    """d(weight x^ + bias) = weight dx^ + dweight x^ + dbias, with weight and bias viewed as `shape`."""
+
+    def view(p: Any) -> Any:
+        return None if p is None else p.view(shape)
+
+    w, dw, db = view(primal(weight)), view(tangent(weight)), view(tangent(bias))
+    if d_hat is not None and w is not None:
+        d_hat = d_hat * w
+    return add_tangents(d_hat, None if dw is None else dw * x_hat, db)
+
+
+def _has_parameter_tangent(weight: Any, bias: Any) -> bool:
+    return tangent(weight) is not None or tangent(bias) is not None
+
+
+@register_rule(F.layer_norm, torch.layer_norm)
+def layer_norm(
+    input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> tuple[Any, Any]:
+    shape = tuple(normalized_shape)
+    if len(shape) == 1 and (pair := _fused_layer_norm(input, weight, bias, eps)) is not None:
+        return pair
+    x = primal(input)
+    dx: Any = tangent(input)
+    dims = tuple(range(-len(shape), 0))
+    y = F.layer_norm(x, shape, primal(weight), primal(bias), eps)
+    with tangent_scope(input, weight, bias):
+        if _has_parameter_tangent(weight, bias):
+            x_hat, d_hat = _standardised(x, torch.zeros_like(x) if dx is None else dx, dims, eps)
+        else:
+            x_hat, d_hat = None, layer_norm_tangent(x.to(y.dtype), dx.to(y.dtype), shape, eps)
+        return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
+
+
+def _fused_layer_norm(input: Any, weight: Any, bias: Any, eps: float, rms: bool = False) -> tuple[Any, Any] | None:
+    """y and its tangent from one operator, where there is one for these arguments."""
+    args = [as_autocast(a) for a in (input, weight, bias)]
+    if not fusable("modulated_layer_norm", *args):
+        return None
+    (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
+    if not (per_row(gain, x) and per_row(shift, x)):
+        return None
+    return modulated_layer_norm(x, dx, gain, dgain, shift, dshift, rms=rms, eps=eps, tangent_grad=keeps_tangent(*args))
+
+
+def fused_modulated_norm(norm: Any, x: Any, shift: Any, scale: Any) -> Any:
+    """norm(x) (1 + scale) + shift in one operator, for a layer norm without parameters over the last dimension.
+
+    None where it does not apply: another norm, no Dual, torch.compile (which fuses by itself).
+    """
+    plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and len(norm.normalized_shape) == 1
+    if not plain or not any(isinstance(a, Dual) for a in (x, shift, scale)):
+        return None
+    pair = _fused_layer_norm(x, 1 + scale, shift, norm.eps)
+    kind = Dual if keeps_tangent(x, shift, scale) else DetachedDual
+    return None if pair is None else kind(*pair)
+
+
+@register_rule(F.rms_norm, torch.rms_norm)
+def rms_norm(
+    input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> tuple[Any, Any]:
+    """x^ = x / sqrt(mean(x^2) + eps), d x^ = (dx - x^ mean(x^ dx)) / sqrt(mean(x^2) + eps)."""
+    shape = tuple(normalized_shape)
+    dims = tuple(range(-len(shape), 0))
+    epsilon = torch.finfo(input.dtype).eps if eps is None else eps
+    if len(shape) == 1 and (pair := _fused_layer_norm(input, weight, None, epsilon, rms=True)) is not None:
+        return pair
+    y = F.rms_norm(primal(input), shape, primal(weight), eps)
+    with tangent_scope(input, weight):
+        x = primal(input)
+        x = x.to(_statistics_dtype(x))
+        r_rms = torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
+        x_hat, d_hat = x * r_rms, None
+        if (dx := tangent(input)) is not None:
+            dx = dx.to(x.dtype)
+            d_hat = r_rms * (dx - x_hat * (x_hat * dx).mean(dims, keepdim=True))
+        return y, _affine_tangent(x_hat, d_hat, weight, None, shape)
+
+
+@register_rule(F.group_norm, torch.group_norm)
+def group_norm(
+    input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> tuple[Any, Any]:
+    if (pair := _fused_group_norm(input, num_groups, weight, bias, eps)) is not None:
+        return pair
+    x = primal(input)
+    dx: Any = tangent(input)
+    batch, channels, *spatial = x.shape
+    shape = (1, channels, *[1] * len(spatial))
+    y = F.group_norm(x, num_groups, primal(weight), primal(bias), eps)
+    with tangent_scope(input, weight, bias):
+        if torch.is_grad_enabled() or _has_parameter_tangent(weight, bias):
+            grouped = (batch, num_groups, -1)
+            dx = torch.zeros_like(x) if dx is None else dx
+            x_hat, d_hat = _standardised(x.reshape(grouped), dx.reshape(grouped), (-1,), eps)
+            x_hat, d_hat = x_hat.view(x.shape), d_hat.view(x.shape)
+        else:
+            x, dx, x_hat = x.to(y.dtype).contiguous(), dx.to(y.dtype).contiguous(), None
+            pixels = x[0, 0].numel()
+            mean, r_std = torch.native_group_norm(x, None, None, batch, channels, pixels, num_groups, eps)[1:]
+            d_hat = aten.native_group_norm_backward(
+                dx, x, mean, r_std, None, batch, channels, pixels, num_groups, [True, False, False]
+            )[0]
+        return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
+
+
+def _fused_group_norm(input: Any, groups: int, weight: Any, bias: Any, eps: float) -> tuple[Any, Any] | None:
+    args = [as_autocast(a) for a in (input, weight, bias)]
+    if not fusable("group_norm_silu", *args):
+        return None
+    (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
+    return group_norm_silu(
+        x, dx, groups, gain, dgain, shift, dshift, eps=eps, silu=False, tangent_grad=keeps_tangent(*args)
+    )
+
+
+@register_rule(F.batch_norm)
+def batch_norm(
+    input: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> tuple[Any, Any]:
+    """Batch statistics in training, running statistics (constants) in evaluation."""
+    x = primal(input)
+    y = F.batch_norm(x, running_mean, running_var, primal(weight), primal(bias), training, momentum, eps)
+    dims = (0, *range(2, x.ndim))
+    with tangent_scope(input, weight, bias):
+        return y, _with_statistics(input, dims, running_mean, running_var, weight, bias, training, eps)
+
+
+@register_rule(F.instance_norm)
+def instance_norm(
+    input: Any,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> tuple[Any, Any]:
+    x = primal(input)
+    y = F.instance_norm(x, running_mean, running_var, primal(weight), primal(bias), use_input_stats, momentum, eps)
+    dims = tuple(range(2, x.ndim))
+    with tangent_scope(input, weight, bias):
+        return y, _with_statistics(input, dims, running_mean, running_var, weight, bias, use_input_stats, eps).to(
+            y.dtype
+        )
+
+
+def _with_statistics(
+    input: Any,
+    dims: tuple[int, ...],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Any,
+    bias: Any,
+    use_input_stats: bool,
+    eps: float,
+) -> Tensor:
+    x, dx = primal(input), tangent(input)
+    shape = (1, x.shape[1], *[1] * (x.ndim - 2))
+    dx = torch.zeros_like(x) if dx is None else dx
+    if use_input_stats or running_mean is None or running_var is None:
+        x_hat, d_hat = _standardised(x, dx, dims, eps)
+    else:
+        r_std = torch.rsqrt(running_var + eps).view(shape)
+        x_hat, d_hat = (x - running_mean.view(shape)) * r_std, dx * r_std
+    return _affine_tangent(x_hat, d_hat, weight, bias, shape)
+
+
+@register_rule(torch.batch_norm)
+def torch_batch_norm(input: Any, weight: Any, bias: Any, mean: Any, var: Any, *options: Any) -> tuple[Any, Any]:
+    return batch_norm(input, mean, var, weight, bias, *options)
+
+
+@register_rule(torch.instance_norm)
+def torch_instance_norm(input: Any, weight: Any, bias: Any, mean: Any, var: Any, *options: Any) -> tuple[Any, Any]:
+    return instance_norm(input, mean, var, weight, bias, *options)

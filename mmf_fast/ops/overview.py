@@ -1,0 +1,34 @@
+"""mmf ops: which implementation serves each operator on this machine, and why."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from mmf_fast.ops import attention, gpu, group_norm, interpolate, layer_norm, native, pointwise, sg_loss
+from mmf_fast.ops.dispatch import OPERATORS, choose
+
+DEFINED_IN = (
+    attention,
+    group_norm,
+    interpolate,
+    layer_norm,
+    pointwise,
+    sg_loss,
+)  # importing them defines the operators
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="mmf ops", description=(__doc__ or "").partition(": ")[2]).parse_args(arguments)
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    print(f"torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}")
+    print(f"native: {native.reason() or 'C++ kernels loaded'}")
+    if gpu.triton is None:
+        print("triton: not installed")
+    else:
+        print(f"triton: {gpu.triton.__version__}" + ("" if "cuda" in devices else ", not used: no CUDA device"))
+    for name in sorted(OPERATORS):
+        served = (f"{device}: {choose(name, [torch.empty(0, device=device)])}" for device in devices)
+        print(f"  {name:32} {', '.join(served)}")

@@ -1,0 +1,87 @@
+"""The record of a run: metrics.jsonl (one JSON object per logged step), TensorBoard, and the picture of its curves."""
+
+import json
+import math
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from mmf_fast.files import write_text, writing
+
+CURVES = {"loss": "weighted loss", "mse": "raw error", "lam": "lambda", "grad_norm": "gradient norm"}
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and to TensorBoard. A run that goes on from `step` forgets what was logged beyond it."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / "metrics.jsonl"
+        kept = [json.dumps(record) + "\n" for record in read(self.path) if record["step"] <= step]
+        write_text(self.path, "".join(kept))
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Non-finite values become null: JSON has no NaN."""
+        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        try:
+            self.file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
+        except OSError as error:
+            raise OSError(
+                f"{self.path.parent}: step {step} cannot be recorded ({error.strerror or error}); "
+                "checkpoints are whole; make room, go on with --resume"
+            ) from error
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for part in (self.file, self.board):
+            with suppress(OSError) if error else nullcontext():  # a full disk is named once, and by who met it first
+                part.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, none if it is not there; a last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def plot_curves(run: Path) -> Path:
+    """Draws loss, raw error, lambda and gradient norm over the steps into curves.png and returns its path."""
+    from matplotlib.figure import Figure  # a second of start-up, and needed once at the end
+
+    records = read(run / "metrics.jsonl")
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+        axes.plot(steps, values, linewidth=0.6, alpha=0.4, color="tab:blue")
+        axes.plot(steps, _smooth(values), linewidth=1.5, color="tab:blue")
+        if key in ("mse", "grad_norm") and len(values) and values.min() > 0:
+            axes.set_yscale("log")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    path = run / "curves.png"
+    with writing(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
+    return path
+
+
+def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+    """Centred running mean over `share` of the points; the window shrinks at the ends."""
+    half = int(len(values) * share / 2)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)

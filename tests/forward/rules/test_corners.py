@@ -1,0 +1,158 @@
+"""Kinks, ties, half-defined arguments and refusals, which central differences cannot judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmf_fast import MissingRuleError
+from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
+
+KINKS = torch.tensor([[-3.0, 0.0, 3.0, 1.0], [1.0, 1.0, -1.0, 0.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.relu, torch.abs, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.hardswish, F.hardsigmoid, F.softshrink,
+        lambda x: x.clamp(-1, 1), lambda x: x.clamp_min(0), lambda x: torch.maximum(x, torch.ones_like(x)),
+        lambda x: x.amax(1), lambda x: x.amin(), lambda x: x.max(1).values, lambda x: x.min(), torch.norm,
+        lambda x: torch.linalg.vector_norm(0 * x, dim=1), lambda x: x.prod(1), lambda x: x**2, lambda x: x**0,
+        lambda x: F.max_pool1d(x, 2), lambda x: x.sort(1).values, lambda x: F.normalize(0 * x),
+    ],
+)  # fmt: skip
+def test_at_kinks_the_tangent_is_autograds_derivative(function: Callable[[Any], Any]) -> None:
+    """<g, dy> = <J^T g, dx> with the J^T of autograd."""
+    x = KINKS.clone().requires_grad_()
+    dx = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    y = function(x)
+    g = torch.randn(y.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    (backward,) = torch.autograd.grad(y, x, g)
+    out = function(Dual(KINKS, dx))
+    assert torch.isclose((g * out.tangent).sum(), (backward * dx).sum(), rtol=1e-7, atol=1e-7)
+
+
+def test_attention_rows_that_attend_to_nothing_are_zero_and_have_finite_gradients() -> None:
+    q, k, v = (torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, False, True]])
+    out = F.scaled_dot_product_attention(Dual(q, torch.ones_like(q)), Dual(k, torch.ones_like(k)), v, mask)
+    assert not out.tangent[:, 1].any()
+    (out.primal.sum() + out.tangent.square().sum()).backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+def test_running_statistics_are_updated_once() -> None:
+    for layer, x in ((nn.BatchNorm2d(3), torch.randn(4, 3, 2, 2)), (nn.BatchNorm1d(3), torch.randn(4, 3))):
+        layer(x)
+        expected = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        layer.reset_running_stats()
+        layer(Dual(x, torch.randn_like(x)))
+        for name, buffer in layer.named_buffers():
+            assert torch.equal(buffer, expected[name])
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+def test_dropout_draws_one_mask_the_one_of_the_plain_call(dims: int) -> None:
+    layer = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[dims](0.5)
+    x = torch.ones(4, 6, *[3] * dims)
+    torch.manual_seed(0)
+    plain = layer(x)
+    torch.manual_seed(0)
+    out = layer(Dual(x, 3 * x))
+    assert torch.equal(out.primal, plain) and torch.equal(out.tangent, 3 * plain) and (plain == 0).any()
+
+
+X = Dual(torch.ones(2, 4, 4), torch.ones(2, 4, 4))
+
+
+def assign(x: Any) -> None:
+    x[0] = 1.0
+
+
+def assign_dual(x: Any) -> None:
+    torch.zeros(2, 4, 4)[0] = x[0]
+
+
+def accumulate(x: Any) -> None:
+    total = torch.zeros(2, 4, 4)
+    total += x
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.relu_(), lambda x: x.add_(1), lambda x: torch.relu_(x), lambda x: F.relu(x, inplace=True),
+    nn.SiLU(inplace=True), nn.Dropout(inplace=True), nn.LeakyReLU(inplace=True), assign, assign_dual, accumulate,
+    lambda x: torch.zeros(2, 4, 4).copy_(x), lambda x: torch.exp(x, out=torch.empty(2, 4, 4)),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [Dual, DetachedDual])
+def test_writing_in_place_is_refused(function: Callable[[Any], Any], kind: type[Dual]) -> None:
+    with pytest.raises(MissingRuleError, match="no forward-mode rule for .*: .*(out-of-place|inplace=False|returned)"):
+        function(kind(*X))
+
+
+@torch.library.custom_op("mmf_fast_tests::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@torch.library.custom_op("mmf_fast_tests::total", mutates_args=())
+def total(xs: list[Tensor]) -> Tensor:
+    return torch.stack(xs).sum(0)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: torch.ops.aten.relu(x), lambda x: torch.ops.aten.relu.default(x), lambda x: torch.ops.aten.cat([x, x]),
+    double, lambda x: torch.ops.mmf_fast_tests.double(x), lambda x: total([torch.zeros(2), x]), total,
+    lambda x: torch.linalg.inv(x), lambda x: torch.fft.rfft(x), lambda x: x.item(), lambda x: x.tolist(),
+    lambda x: x.numpy(), lambda x: x.data, lambda x: x.grad, lambda x: x.backward(), lambda x: x.register_hook(print),
+    lambda x: F.alpha_dropout(x), lambda x: F.cross_entropy(x, x), lambda x: x.cumprod(0), lambda x: bool(x),
+    nn.LSTM(4, 4), lambda x: torch.clamp(x.primal, max=x), lambda x: x.scatter(0, x.long(), x, reduce="add"),
+    lambda x: torch.linalg.norm(x[0], ord="nuc"), lambda x: torch.linalg.norm(x[0], 2), lambda x: torch.norm(x, 0),
+    lambda x: F.embedding(torch.tensor([0]), x[0], max_norm=1.0), lambda x: F.grid_sample(torch.ones(1, 1, 2, 2), x),
+    lambda x: nn.MultiheadAttention(4, 2, add_bias_kv=True)(x, x, x), lambda x: x.no_such_method(),
+    lambda x: torch.diff(torch.ones(2, 4, 4), prepend=x), lambda x: torch.rrelu(x, inplace=True),
+])  # fmt: skip
+def test_what_has_no_rule_is_loud(function: Callable[[Any], Any]) -> None:
+    with pytest.raises((MissingRuleError, TypeError)):
+        function(X)
+
+
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+@pytest.mark.parametrize("then", [lambda y: y + 1, lambda y: X + y, lambda y: F.linear(y, torch.ones(4, 4)), torch.exp])
+def test_after_an_autograd_function_the_next_operation_raises(then: Callable[[Any], Any]) -> None:
+    """PyTorch has no hook at Function.apply, which returns the pair as a plain tuple: no later operation takes it."""
+    with pytest.raises((TypeError, MissingRuleError)):
+        then(Scale.apply(X))
+
+
+def test_einops_is_loud() -> None:
+    einops = pytest.importorskip("einops")
+    with pytest.raises(Exception, match="[Tt]ensor type|Dual"):
+        einops.rearrange(X, "b i j -> b (i j)")
+
+
+@pytest.mark.parametrize("function", [
+    torch.sign, torch.floor, torch.round, torch.trunc, lambda x: x > 0.5, lambda x: x // 2, lambda x: x >= 1,
+    torch.zeros_like, torch.ones_like, lambda x: x.new_zeros(3), lambda x: x.argmax(-1), lambda x: x.detach(),
+    lambda x: x.long(), lambda x: torch.isfinite(x), lambda x: torch.div(x, 2, rounding_mode="floor"),
+])  # fmt: skip
+def test_piecewise_constant_results_are_plain_tensors(function: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    out = function(Dual(x, torch.randn_like(x)))
+    assert type(out) is Tensor and tangent(out) is None
+    assert torch.equal(primal(out), function(x))
+    assert out.shape != x.shape or not out.is_floating_point() or out.equal(function(x + 1e-9)) or out.equal(x)

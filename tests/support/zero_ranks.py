@@ -1,0 +1,41 @@
+"""One rank of test_deepspeed.py: trains each case it is given and leaves what it saw in a file.
+
+torchrun --nproc-per-node 2 zero_ranks.py '{"case": {"stage": 1, "lam": 1.0, ...}, ...}' FOLDER
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from support.engine_cases import data, loss_function, optimizer, train
+
+from mmf_fast.config import read_zero
+from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
+
+
+def run(case: dict, folder: Path, name: str) -> None:
+    zero = read_zero(case.get("zero", f"zero{case['stage']}.json"))
+    engine = DeepSpeedEngine(loss_function(case), optimizer(case.get("kind", "adamw")), train(case), zero, 3)
+    x, y = data()
+    rows = slice(engine.rank, None, engine.world_size)
+    found: dict[str, list] = {"loss": [], "grad_norm": [], "skipped": []}
+    for step in range(case["steps"]):
+        bad = float("nan") if step == case.get("bad_step") and engine.rank == 1 else 1.0  # on one rank only
+        result = engine.step(x[rows] * bad, step, y=y[rows])
+        for key in ("loss", "grad_norm"):
+            found[key].append(float(result.metrics[key]))
+        found["skipped"].append(bool(result.skipped))
+    fragments = engine.state_dict()["fragments"]
+    found["owned"] = sum(fragment["exp_avg"].numel() for fragment in fragments.values())
+    average = engine.averaged()
+    if engine.rank == 0:
+        torch.save({**found, "average": average.state_dict()}, folder / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for name, case in json.loads(sys.argv[1]).items():
+        run(case, Path(sys.argv[2]), name)

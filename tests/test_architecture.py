@@ -1,0 +1,112 @@
+"""Imports go down only.
+
+train -> training -> config -> evaluation -> sampling -> {models, objective, data} -> {dual, rules, ops} -> torch
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mmf_fast"
+
+FORWARD = {"dual", "rules", "ops", "foreign"}  # below these only torch and triton
+PARTS = {"models", "objective", "data"}
+MAY_IMPORT = {
+    **dict.fromkeys(FORWARD, FORWARD),
+    "models": FORWARD | {"models"},
+    "objective": FORWARD | {"objective"},
+    "files": set(),
+    "ranks": set(),
+    "data": {"data", "files"},
+    "pictures": {"pictures"},
+    "metrics": {"metrics"},
+    "sampling": FORWARD | {"models", "data", "sampling", "pictures"},
+    "classifier": FORWARD | {"models", "data", "classifier"},
+    "evaluation": FORWARD | {"models", "data", "sampling", "evaluation", "pictures", "metrics", "classifier"},
+    "feature_statistics": {"data", "pictures"},
+    "fid": {"models", "data", "files", "sampling", "pictures", "metrics", "feature_statistics", "ranks"},
+    "config": PARTS,
+    "training": FORWARD | PARTS | {"sampling", "evaluation", "pictures", "config", "files", "ranks", "training"},
+    "train": {"config", "training"},
+    "plan": {"dual", "objective", "data", "config", "training"},
+    "__init__": FORWARD | PARTS | {"sampling", "evaluation"},
+}
+BELOW_FORWARD = {"torch", "triton", "mmf_fast"}
+
+
+def layer(name: str) -> str:
+    """mmf_fast.training.engines.local -> training; mmf_fast -> __init__"""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def imports(source: str, own: str) -> list[str]:
+    """Dotted names a module imports, anywhere in it; `from mmf_fast import data` counts as mmf_fast.data."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise AssertionError(f"{own}: relative import in line {node.lineno}")
+            base = node.module or ""
+            found += [f"mmf_fast.{alias.name}" for alias in node.names] if base == "mmf_fast" else [base]
+    return found
+
+
+def violations(source: str, own: str) -> list[str]:
+    wrong = []
+    for name in imports(source, own):
+        top = name.split(".")[0]
+        if top == "mmf_fast":
+            if layer(name) not in MAY_IMPORT[layer(own)]:
+                wrong.append(f"{own} imports {name}")
+        elif layer(own) in FORWARD and top not in BELOW_FORWARD | sys.stdlib_module_names:
+            wrong.append(f"{own} imports {name}: only torch and triton are below it")
+        elif top == "deepspeed" and own != "mmf_fast.training.engines.deepspeed":
+            wrong.append(f"{own} imports deepspeed: only its engine may")
+    return wrong
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_go_down_only(name: str) -> None:
+    assert violations(modules()[name].read_text(), name) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "source"),
+    [
+        ("mmf_fast.models.dit", "from mmf_fast.training import Trainer"),
+        ("mmf_fast.objective.loss", "import mmf_fast.models.dit"),
+        ("mmf_fast.sampling", "def late():\n    from mmf_fast import config"),
+        ("mmf_fast.data.digits", "from mmf_fast.models import build"),
+        ("mmf_fast.forward.dual", "import numpy"),
+        ("mmf_fast.ops.attention", "from mmf_fast.models import layers"),
+        ("mmf_fast.training.trainer", "import deepspeed"),
+        ("mmf_fast.training.trainer", "from mmf_fast import Dual"),
+    ],
+)
+def test_an_import_that_goes_up_is_noticed(own: str, source: str) -> None:
+    assert len(violations(source, own)) == 1
+
+
+def test_relative_imports_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="relative"):
+        violations("from . import layers", "mmf_fast.models.dit")
+
+
+def test_no_module_of_the_package_hides_another_library() -> None:
+    """`deepspeed mmf_fast/train.py` puts mmf_fast/ itself first on sys.path, before every library."""
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    libraries = {"torch", "triton", "numpy", "scipy", "sklearn", "omegaconf", "safetensors", "tensorboard", "tqdm"}
+    libraries |= {"matplotlib", "yaml", "PIL", "deepspeed", "datasets", "evaluate", "transformers", "einops", "apex"}
+    assert names & (set(sys.stdlib_module_names) | libraries) == set()
