@@ -42,7 +42,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "/kernels/" not in item.path.as_posix())  # the short ones first, in memory yet unused
+    items.sort(key=lambda item: item.path.stem != "test_kernels")  # the short ones first, in memory yet unused
     if config.getoption("--full"):
         return
     left_out = [item for item in items if item.get_closest_marker("full")]
@@ -75,12 +75,17 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Only what the report reads, so that a committed run can be read and compared in a diff."""
     rows = [
-        {"suite": each["fullname"].split("/")[1], **(each["params"] or {}), **each["extra_info"]}
+        {"suite": _suite(each["fullname"]), **(each["params"] or {}), **each["extra_info"]}
         for each in output_json["benchmarks"]
     ]
     run = {"machine": output_json["machine_info"], "rows": rows}
     output_json.clear()
     output_json |= _rounded(run)
+
+
+def _suite(fullname: str) -> str:
+    """benchmarks/test_step.py::test_step[...] -> step"""
+    return fullname.partition(".py::")[0].rpartition("test_")[2]
 
 
 def _rounded(value: Any) -> Any:

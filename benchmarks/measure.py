@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import statistics
@@ -93,6 +94,24 @@ def take_gradient(net: nn.Module) -> Tensor:
     gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     net.zero_grad(set_to_none=True)
     return gradient
+
+
+def training_step(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> Run:
+    """A training step at a learning rate of 0, so that every case meets the same weights."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, fused=True)
+    counter = itertools.count()
+
+    def run() -> None:
+        loss_of(loss_fn, x, precision, step=next(counter)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def loss_of(loss_fn: nn.Module, x: Tensor, precision: str, step: int = 0) -> Tensor:
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        return loss_fn(x, step=step).loss
 
 
 class _Counter(TorchDispatchMode):

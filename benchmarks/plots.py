@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.cases import CASES, OURS
-from benchmarks.report import rows_of, share_of_roof
+from benchmarks.results import rows_of, share_of_roof
 
 
 def draw(run: dict[str, Any], folder: Path, device: str) -> None:

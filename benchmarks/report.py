@@ -9,40 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, OURS
+from benchmarks.plots import draw
+from benchmarks.results import Row, crossed, rows_of, share_of_roof
 from mmf_fast.planning import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
-
-Row = dict[str, Any]
-
-
-def rows_of(run: dict[str, Any], suite: str, **fixed: Any) -> list[Row]:
-    """The rows of a suite in which the named values are as given."""
-    return [r for r in run["rows"] if r["suite"] == suite and all(r.get(k) == v for k, v in fixed.items())]
-
-
-def share_of_roof(run: dict[str, Any], row: Row) -> float:
-    """What an operator reaches of the copy bandwidth of its run where memory bounds it, else of its product rate."""
-    machine = run["machine"]
-    if row["bytes"]:
-        return row["bytes/s"] / 1e9 / machine["copy GB/s"]
-    return row["FLOP/s"] / 1e9 / machine["product GFLOP/s"][row["precision"]]
-
-
-def crossed(rows: list[Row], line: Callable[[Row], str], column: Callable[[Row], str]) -> dict[str, dict[str, Row]]:
-    """{line: {column: row}}, in the order in which they come."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(line(row), {})[column(row)] = row
-    return found
 
 
 def steps(run: dict[str, Any], ours: bool) -> str:
@@ -218,8 +196,6 @@ def main() -> int:
     if check:
         return int(current != text)
     README.write_text(current)
-    from benchmarks.plots import draw
-
     for path in runs():
         draw(json.loads(path.read_text()), ROOT / "docs", path.parent.name)
     return 0

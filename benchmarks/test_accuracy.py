@@ -1,4 +1,4 @@
-"""How right du/dt and the gradient are: pytest benchmarks/accuracy --benchmark-only. Speed never stands without it.
+"""How right du/dt and the gradient are: pytest benchmarks/test_accuracy.py. Speed never stands without it.
 
 Relative errors against float64, where the truth is MeanFlowLoss over torch.func.jvp with the norms decomposed: another
 implementation than the dual numbers, and one that agrees with central differences (tests/objective/test_loss.py).

@@ -1,4 +1,4 @@
-"""Every fused operator against the same composed of PyTorch's functions: pytest benchmarks/kernels --benchmark-only
+"""Every fused operator against the same composed of PyTorch's functions: pytest benchmarks/test_kernels.py
 
 On the CPU float32 at sizes of small networks; on a GPU bfloat16 and float32 on tensors of 256 MB and more, and against
 the compiled composition too. Every timed run follows an untimed one of the same version.

@@ -1,4 +1,4 @@
-"""Peak memory of a training step over that of flow matching: pytest benchmarks/memory --benchmark-only
+"""Peak memory of a training step over that of flow matching: pytest benchmarks/test_memory.py
 
 Bytes that tensors held at once in loss, backward and optimizer, beyond weights and moments; eager, for sequences of 64
 to 4,096 tokens (4,096 tokens in all), where attention written out keeps whole maps of logits and their tangents.
@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from benchmarks.cases import CASES, FLOW_MATCHING, TOKENS
-from benchmarks.measure import peak_bytes
-from benchmarks.test_step import step
+from benchmarks.measure import peak_bytes, training_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["lambda 0, 100 %", "lambda 1, 100 %", *(name for name, case in CASES.items() if case.way == "torch.func.jvp")]
@@ -27,7 +26,7 @@ def of_flow_matching(network: str) -> int:
 
 def peak(network: str, case: Any) -> int:
     net = TOKENS[network].make(DEVICE)
-    run = step(net, case.build(net), TOKENS[network].data(DEVICE), "fp32")
+    run = training_step(net, case.build(net), TOKENS[network].data(DEVICE), "fp32")
     run()  # makes the moments
     return peak_bytes(run, DEVICE)
 

@@ -1,4 +1,4 @@
-"""One training step against the flow-matching step of the same network: pytest benchmarks/step --benchmark-only
+"""One training step against the flow-matching step of the same network: pytest benchmarks/test_step.py
 
 A step is loss, backward and a fused AdamW. Each case is timed in turn with flow matching in the same process, by blocks
 of a few steps (flow matching, case, flow matching, ...): benchmarks.measure.ratio. Flow matching is the same network on
@@ -8,7 +8,6 @@ compared with those of an independent implementation; a way of the field that fa
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,17 @@ from benchmarks.cases import (
     Case,
     Network,
 )
-from benchmarks.measure import BLOCK, Run, Stopwatch, count_flops, peak_bytes, ratio, take_gradient
+from benchmarks.measure import (
+    BLOCK,
+    Run,
+    Stopwatch,
+    count_flops,
+    loss_of,
+    peak_bytes,
+    ratio,
+    take_gradient,
+    training_step,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NETWORKS = {**(CPU_NETWORKS if DEVICE == "cpu" else GPU_NETWORKS), **TOKENS, **WIDTHS}
@@ -36,28 +45,10 @@ TOLERANCE = {"fp32": 2e-3 if DEVICE == "cuda" else 1e-4, "bf16": 5e-2}  # relati
 COUNTED = 16  # samples on which FLOPs are counted and gradients compared: their quarter still splits at lambda = 0.5
 
 
-def step(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> Run:
-    """A training step at a learning rate of 0, so that every case meets the same weights."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0, fused=True)
-    counter = itertools.count()
-
-    def run() -> None:
-        loss(loss_fn, x, precision, step=next(counter)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
-def loss(loss_fn: nn.Module, x: Tensor, precision: str, step: int = 0) -> Tensor:
-    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        return loss_fn(x, step=step).loss
-
-
 def value_and_gradient(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> tuple[float, Tensor]:
     """Of what the first seed draws."""
     torch.manual_seed(0)
-    value = loss(loss_fn, x, precision)
+    value = loss_of(loss_fn, x, precision)
     value.backward()
     return value.item(), take_gradient(net)
 
@@ -81,7 +72,7 @@ def errors(net: nn.Module, case: Case, loss_fn: nn.Module, x: Tensor, mode: str,
 def flops(net: nn.Module, case: Case, x: Tensor, precision: str) -> float:
     """Of a step on x, by those of its first samples."""
     few = x[:COUNTED]
-    return count_flops(step(net, case.build(net), few, precision)) * len(x) / len(few)
+    return count_flops(training_step(net, case.build(net), few, precision)) * len(x) / len(few)
 
 
 def reason(error: Exception) -> str:
@@ -108,7 +99,7 @@ def workloads() -> Callable[..., tuple[nn.Module, Tensor, Run, dict[str, float]]
             loss_fn = FLOW_MATCHING.build(net)
             if mode == "compiled":
                 loss_fn.compile()
-            baseline = step(net, loss_fn, x, precision)
+            baseline = training_step(net, loss_fn, x, precision)
             baseline()
             base = {"flops": flops(net, FLOW_MATCHING, x, precision), "bytes": peak_bytes(baseline, DEVICE)}
             made[key] = net, x, baseline, base
@@ -164,7 +155,7 @@ def test_step(
     loss_fn = case.build(net)
     if mode == "compiled":
         loss_fn.compile()
-    run = step(net, loss_fn, x, precision)
+    run = training_step(net, loss_fn, x, precision)
     try:
         row["errors"] = errors(net, case, loss_fn, x, mode, precision)
         run()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from support.clean_server import processes
 
 from mmf_fast.data.formats import DataError
-from mmf_fast.distributed import gather, rank_and_count, together
+from mmf_fast.distributed import agree, gather, rank_and_count
 
 PROBLEMS = {
     "disk": OSError(28, "No space left on device", "a.pt"),
@@ -21,10 +21,10 @@ PROBLEMS = {
 def test_a_process_alone_is_rank_0_of_1() -> None:
     assert rank_and_count() == (0, 1)
     assert gather("x") == ["x"]
-    assert together(lambda: 3) == 3
+    assert agree(lambda: 3) == 3
     problem = PROBLEMS["data"]
     with pytest.raises(DataError) as caught:
-        together(lambda: fail(problem))
+        agree(lambda: fail(problem))
     assert caught.value is problem
 
 
@@ -59,8 +59,8 @@ def one(rank: int, folder: Path, name: str, answer: Callable[[tuple[int, Any]], 
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
     try:
         if name:
-            together(lambda: fail(PROBLEMS[name]) if rank else None)
-        answer((rank, (together(lambda: 10 * rank), gather(10 * rank))))
+            agree(lambda: fail(PROBLEMS[name]) if rank else None)
+        answer((rank, (agree(lambda: 10 * rank), gather(10 * rank))))
     except (OSError, ValueError) as error:
         answer((rank, (type(error), str(error))))
     dist.destroy_process_group()

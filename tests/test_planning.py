@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.launch import two_ranks
+from support.launch import SUPPORT, two_ranks
 from support.small_networks import saved_bytes
 
 from mmf_fast import MeanFlowLoss, config, planning
+from mmf_fast.cli import main
 from mmf_fast.models import build
 
 HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ def tree(**sections: Any) -> config.Config:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("ranks")
-    done = two_ranks(str(HERE / "plan_ranks.py"), json.dumps(CASES), str(folder))
+    done = two_ranks(str(SUPPORT / "plan_ranks.py"), json.dumps(CASES), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -120,7 +121,7 @@ def test_activations_are_what_autograd_keeps(lam: float, monkeypatch: pytest.Mon
 
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture) -> None:
     arguments = ["--config", "configs/imagenet64.yaml", "--gpus", "8", "data=synthetic", "data.count=1"]
-    assert planning.main(arguments) == 0
+    assert main(["plan", *arguments]) == 0
     text = capsys.readouterr().out
     assert "130.6 million parameters" in text and "| 1024 | 32768 |" in text
     assert text in (HERE.parent / "docs" / "scaling.md").read_text()  # or print it there again
@@ -137,7 +138,7 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture) -> None:
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
-    assert planning.main(["--config", "configs/imagenet64.yaml", *arguments]) == 2
+    assert main(["plan", "--config", "configs/imagenet64.yaml", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
 

@@ -9,8 +9,9 @@ from matplotlib.image import imread
 from torch import nn
 
 from mmf_fast import models
+from mmf_fast.cli import main
 from mmf_fast.pictures import save_rows, writing
-from mmf_fast.sampling import main, sample, sample_in_chunks, save_grid
+from mmf_fast.sampling import sample, sample_in_chunks, save_grid
 
 
 def gaussian_flow(mean, std):
@@ -200,7 +201,7 @@ def runs(tmp_path_factory):
 
 def test_npz_holds_what_the_function_draws(runs, tmp_path):
     arguments = ["--run", runs / "images", "--out", tmp_path / "new" / "x.npz", "--steps", 2, "--seed", 5, "--count", 7]
-    assert main([*map(str, arguments), "--classes", "3", "8"]) == 0
+    assert main(["sample", *map(str, arguments), "--classes", "3", "8"]) == 0
     saved = np.load(tmp_path / "new" / "x.npz")
     assert saved["y"].tolist() == [3, 8, 3, 8, 3, 8, 3]
     net, _ = models.load_pretrained(runs / "images")
@@ -211,10 +212,10 @@ def test_npz_holds_what_the_function_draws(runs, tmp_path):
 
 
 def test_the_default_grid_has_one_column_per_class(runs, tmp_path, capsys):
-    assert main(["--run", str(runs / "images"), "--out", str(tmp_path / "grid.png")]) == 0
+    assert main(["sample", "--run", str(runs / "images"), "--out", str(tmp_path / "grid.png")]) == 0
     assert imread(tmp_path / "grid.png").shape[:2] == (8 * 50 + 2, 10 * 50 + 2)
     assert "80 samples, 1 evaluation of the network each" in capsys.readouterr().out
-    assert main(["--run", str(runs / "points"), "--out", str(tmp_path / "points.npz")]) == 0
+    assert main(["sample", "--run", str(runs / "points"), "--out", str(tmp_path / "points.npz")]) == 0
     assert list(np.load(tmp_path / "points.npz")) == ["x"]
 
 
@@ -232,7 +233,7 @@ def test_the_default_grid_has_one_column_per_class(runs, tmp_path, capsys):
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(runs, tmp_path, capsys, run, arguments, message):
-    status = main(["--run", str(runs / run), "--out", str(tmp_path / "grid.png"), *arguments])
+    status = main(["sample", "--run", str(runs / run), "--out", str(tmp_path / "grid.png"), *arguments])
     captured = capsys.readouterr()
     assert (status, captured.out, captured.err.count("\n")) == (2, "", 1)
     assert captured.err.startswith("error: ") and message in captured.err
@@ -240,6 +241,6 @@ def test_wrong_input_is_one_line_and_status_2(runs, tmp_path, capsys, run, argum
 
 
 def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "mmf_fast.sampling", "--run", str(tmp_path), "--out", "grid.png"]
+    command = [sys.executable, "-m", "mmf_fast", "sample", "--run", str(tmp_path), "--out", "grid.png"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

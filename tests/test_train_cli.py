@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from mmf_fast.train import main
+from mmf_fast.cli import main
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = [sys.executable, "mmf_fast/train.py"]
-MODULE = [sys.executable, "-m", "mmf_fast.train"]
+MODULE = [sys.executable, "-m", "mmf_fast", "train"]
 CONFIG = """
 data: {name: two_moons}
 model: {name: mlp, width: 8, depth: 1}
@@ -103,7 +103,7 @@ def test_a_signal_saves_and_says_how_to_go_on(toy: Path, tmp_path: Path, number:
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(toy: Path, tmp_path: Path) -> None:
     """A limit on the file size stands for the full disk: the first checkpoint still fits, a larger log does not."""
     run = tmp_path / "run"
-    assert main(["--config", str(toy), "--run", str(run), "train.steps=9"]) == 0
+    assert main(["train", "--config", str(toy), "--run", str(run), "train.steps=9"]) == 0
     before = {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()}
     size = (run / "checkpoints" / "step_0000009.pt").stat().st_size
 
@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(toy: Path, tmp_path: Path
     assert "Traceback" not in err
     assert "step_0000018.pt: cannot be written" in err.splitlines()[-1] and "--resume" in err.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
-    assert main(["--config", str(toy), "--run", str(run), "--resume", "train.steps=20"]) == 0
+    assert main(["train", "--config", str(toy), "--run", str(run), "--resume", "train.steps=20"]) == 0
     assert [record["step"] for record in records(run)] == list(range(1, 21))
 
 
@@ -157,7 +157,7 @@ def run_of_before(tmp_path: Path) -> list[Any]:
 def test_wrong_input_is_one_line_and_status_2(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Callable[[Path], list[Any]], advice: str
 ) -> None:
-    status = main(["--config", str(toy), "--run", str(tmp_path / "run"), *map(str, arguments(tmp_path))])
+    status = main(["train", "--config", str(toy), "--run", str(tmp_path / "run"), *map(str, arguments(tmp_path))])
     out, err = capsys.readouterr()
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and advice in err

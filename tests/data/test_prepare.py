@@ -18,9 +18,10 @@ from support.prepare_child import (
     prepare_on_a_full_disk,
 )
 
+from mmf_fast.cli import main
 from mmf_fast.data import load, writer
 from mmf_fast.data.formats import DataError
-from mmf_fast.data.prepare import main, prepare
+from mmf_fast.data.prepare import prepare
 from mmf_fast.data.prepared import open_prepared, verify
 
 
@@ -160,7 +161,7 @@ def test_a_kill_while_the_manifest_is_written(written, many, whole, tmp_path):
 
 def test_the_command_goes_on_after_a_kill(many, whole, tmp_path):
     """As a user meets it: kill -9, the same command again, the progress bar from where it was."""
-    command = [sys.executable, "-m", "mmf_fast.data.prepare", str(many), str(tmp_path / "out"), "--workers", "1"]
+    command = [sys.executable, "-m", "mmf_fast", "prepare", str(many), str(tmp_path / "out"), "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and not seen(tmp_path / "out"):
         time.sleep(0.001)
@@ -303,9 +304,9 @@ def test_samples_that_do_not_fit_each_other(case, tmp_path):
 def test_command_line(tmp_path, capsys):
     source = write_zip(tmp_path / "a.zip", edm(pictures(3, 32), [0, 1, 5]))
     out = str(tmp_path / "out")
-    assert main([str(source), out, "--size", "16", "--num-classes", "10"]) == 0
+    assert main(["prepare", str(source), out, "--size", "16", "--num-classes", "10"]) == 0
     assert capsys.readouterr().out == f"{out}: 3 images 3x16x16, 10 classes\n"
-    assert main([out, "--check"]) == 0
+    assert main(["prepare", out, "--check"]) == 0
     assert capsys.readouterr().out == f"{out}: 3 images 3x16x16, 10 classes, whole\n"
 
 
@@ -318,6 +319,6 @@ def test_command_line(tmp_path, capsys):
     ],
 )
 def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):
-    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    assert main(["prepare", *(argument.format(tmp_path) for argument in arguments)]) == 2
     found = capsys.readouterr()
     assert found.err.startswith(message.format(tmp_path)) and found.err.count("\n") == 1 and not found.out

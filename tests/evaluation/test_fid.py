@@ -15,14 +15,15 @@ from support.archives import edm, pictures, write_zip
 from torch import Tensor, nn
 
 from mmf_fast import models
+from mmf_fast.cli import main
 from mmf_fast.data.formats import DataError
 from mmf_fast.data.prepare import prepare
 from mmf_fast.evaluation import fid
 from mmf_fast.evaluation.distances import gaussian_frechet
-from mmf_fast.evaluation.fid import Inception, evaluate_fid, main, to_uint8
+from mmf_fast.evaluation.fid import Inception, evaluate_fid, to_uint8
 from mmf_fast.evaluation.statistics import Statistics, Sums, read_statistics, write_statistics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 DIM = 12
 
 
@@ -133,7 +134,7 @@ def test_two_ranks_and_another_batch_give_the_same_figure(run: Path, reference: 
     options = ["--reference", str(reference), "--inception", str(inception), "--count", "37", "--device", "cpu"]
     whole = evaluate_fid(run, reference, inception, count=37, batch=64, device="cpu")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "mmf_fast.evaluation.fid", "--run-folder", str(run), *options, "--batch", "5"]
+    command = [*launcher, "-m", "mmf_fast", "fid", "--run-folder", str(run), *options, "--batch", "5"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -329,7 +330,7 @@ def test_statistics_of_a_prepared_set_are_computed_and_kept(
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
+    assert main(["fid", *map(str, arguments)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
     return lines[-1]

@@ -10,10 +10,11 @@ from scipy.stats import wasserstein_distance
 from torch import nn
 
 from mmf_fast import data, models
+from mmf_fast.cli import main
 from mmf_fast.data import ArrayDataset
 from mmf_fast.evaluation.classifier import train_classifier
 from mmf_fast.evaluation.distances import frechet_distance, gaussian_frechet, nearest, sliced_wasserstein
-from mmf_fast.evaluation.samples import IMAGE_DRAWS, evaluate, evaluate_run, main, table
+from mmf_fast.evaluation.samples import IMAGE_DRAWS, evaluate, evaluate_run, table
 
 # ---- sliced Wasserstein ----------------------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ def run(tmp_path):
 
 
 def test_command(run, capsys):
-    assert main(["--run", str(run), "--steps", "2", "1"]) == 0
+    assert main(["evaluate", "--run", str(run), "--steps", "2", "1"]) == 0
     printed = capsys.readouterr().out
     saved = json.loads((run / "evaluation.json").read_text())
     figures = saved["figures"]["sliced_wasserstein"]
@@ -276,7 +277,7 @@ def spoil(run, what):
 def test_wrong_input_is_one_line_and_status_2(run, capsys, what, arguments, message):
     spoil(run, what)
     (run / "evaluation.json").write_text("old")
-    status = main(["--run", str(run), *arguments])
+    status = main(["evaluate", "--run", str(run), *arguments])
     captured = capsys.readouterr()
     assert (status, captured.out, captured.err.count("\n")) == (2, "", 1)
     assert captured.err.startswith("error: ") and message in captured.err

@@ -2,12 +2,11 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from support.engine_cases import loss_function
-from support.launch import two_ranks
+from support.launch import SUPPORT, two_ranks
 from support.parallel_ranks import SEED, STEPS, steps
 
 from mmf_fast.objective import BatchShare
@@ -24,7 +23,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    done = two_ranks(str(Path(__file__).parent / "parallel_ranks.py"), json.dumps(CASES), str(folder))
+    done = two_ranks(str(SUPPORT / "parallel_ranks.py"), json.dumps(CASES), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in CASES}
 

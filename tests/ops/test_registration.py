@@ -105,6 +105,6 @@ def test_no_fused_operator_inside_transforms_or_traces():
 
 
 def test_the_command_prints_every_operator():
-    out = subprocess.run([sys.executable, "-m", "mmf_fast.ops"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-m", "mmf_fast", "ops"], capture_output=True, text=True, check=True).stdout
     assert all(f"  {name} " in out for name in dispatch.OPERATORS)
     assert "native:" in out and "triton:" in out

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from support.clean_server import processes
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIG = """
 data: {name: two_moons}
 model: {name: mlp, width: 192, depth: 3}
@@ -77,7 +76,7 @@ def _rank(log: Path, environment: dict[str, str], arguments: list[str], limit: i
     """The work of one process; its standard streams go into a file."""
     import resource
 
-    from mmf_fast.train import main
+    from mmf_fast.cli import main
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -87,19 +86,13 @@ def _rank(log: Path, environment: dict[str, str], arguments: list[str], limit: i
     torch.set_num_threads(1)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.exit(main(arguments))
+    sys.exit(main(["train", *arguments]))
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def environment() -> dict[str, str]:
-    """For a launcher: that of the tests, without a launcher's own."""
-    found = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**found, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import random
 import subprocess
 import warnings
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from mmf_fast.training import checkpoint
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, read, rng_state, set_rng_state
 
 
@@ -132,7 +132,7 @@ def test_the_system_says_why_a_file_cannot_be_written(tmp_path: Path) -> None:
     """torch.save complains about its archive instead."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    (tmp_path / "step_0000001.pt.tmp").symlink_to("/dev/full")
+    (tmp_path / f"step_0000001.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         Checkpoints(tmp_path).save({"weights": torch.zeros(10**6)}, 1)
 
@@ -166,7 +166,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
 ) -> None:
     """Crashes before the n-th rename or flush; what is on disk then must load without a complaint."""
     calls = 0
-    real = getattr(checkpoint.os, call)
+    real = getattr(os, call)
 
     def crash(*arguments: Any) -> Any:
         nonlocal calls
@@ -176,7 +176,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, call, crash)
+        patch.setattr(os, call, crash)
         try:
             three.save(state(40), 40)
             crashed = False
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(three: Checkpoints, monkeypat
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"step_0000040\.pt.*No space left") as caught:
         three.save(state(40), 40)
     assert "\n" not in str(caught.value)

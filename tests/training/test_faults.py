@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.killable_runs import CONFIG, ROOT, Ranks, environment, free_port, losses
+from support.killable_runs import CONFIG, Ranks, free_port, losses
+from support.launch import ROOT, environment
 
-from mmf_fast.train import main
+from mmf_fast.cli import main
 
 pytest.importorskip("deepspeed")
 psutil = pytest.importorskip("psutil")
@@ -38,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The losses of one process that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "config.yaml").write_text(CONFIG)
-    assert main(["--config", str(folder / "config.yaml"), "--run", str(folder / "run")]) == 0
+    assert main(["train", "--config", str(folder / "config.yaml"), "--run", str(folder / "run")]) == 0
     return losses(folder / "run")
 
 

@@ -11,7 +11,7 @@ from support.tiny_runs import tiny
 from mmf_fast.config import ConfigError
 from mmf_fast.devices import PEAK_FLOPS
 from mmf_fast.models import MLP
-from mmf_fast.training import Trainer, phases
+from mmf_fast.training import Trainer, timing
 from mmf_fast.training.record import read
 from mmf_fast.training.timing import PHASES, Phases, Speed
 
@@ -147,7 +147,7 @@ def test_ranges_for_nsight_are_those_of_the_phases(device: Device, monkeypatch: 
 def test_utilisation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 samples of 22 GFLOPs a forward; 3.25 forwards each, as lambda = 0 on a quarter of the rows takes."""
     now = iter([10.0, 10.5])
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
     speed = Speed(Phases(CPU), batch=64, peak=2 * PEAK_FLOPS["A100"]["bf16"])
     for _ in range(4):
         speed.count(64 * 3.25 * 22e9)
@@ -188,7 +188,7 @@ def test_a_profile_is_a_trace_that_names_the_phases(tmp_path: Path) -> None:
     events = json.loads((run / "profile" / "rank_0.json").read_text())["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     for name in PHASES:  # data has two parts: the batch, and its way to the device
-        assert names.count(name) == phases.TRACED * (2 if name == "data" else 1), name
+        assert names.count(name) == timing.TRACED * (2 if name == "data" else 1), name
     assert any(event.get("name") == "aten::linear" or "addmm" in event.get("name", "") for event in events)
 
 

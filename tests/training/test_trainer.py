@@ -1,4 +1,3 @@
-import copy
 import math
 import signal
 import threading
@@ -12,6 +11,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from support.archives import edm, edm2, pictures, write_zip
+from support.tiny_runs import TINY, Poisoned, tiny
 from torch import Tensor
 
 from mmf_fast import config, models
@@ -21,24 +21,6 @@ from mmf_fast.sampling import sample
 from mmf_fast.training import CheckpointError, NonFiniteError, RunFolderError, Trainer
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.record import read as read_metrics
-
-TINY = {
-    "data": {"name": "two_moons"},
-    "model": {"name": "mlp", "width": 8, "depth": 1},
-    "loss": {"objective": "mmf", "lam": {"kind": "linear", "warmup": 10}},
-    "optimizer": {"lr": 1e-2, "warmup": 2},
-    "train": {"steps": 12, "batch": 16, "log_every": 1, "sample_every": 0, "checkpoint_every": 4, "device": "cpu"},
-}
-
-
-def tiny(**sections: Any) -> Config:
-    tree = copy.deepcopy(TINY)
-    for name, values in sections.items():
-        if isinstance(values, dict):
-            tree.setdefault(name, {}).update(values)
-        else:
-            tree[name] = values
-    return config.from_tree(tree)
 
 
 def digits(**sections: Any) -> Config:
@@ -52,18 +34,6 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in record.items() if not k.endswith(measured)} for record in read_metrics(run / "metrics.jsonl")
     ]
-
-
-class Poisoned:
-    """A dataset whose batches hold a NaN at the given steps."""
-
-    def __init__(self, dataset: Any, steps: range) -> None:
-        self.dataset, self.steps = dataset, steps
-        self.shape, self.num_classes, self.name = dataset.shape, dataset.num_classes, dataset.name
-
-    def batch(self, step: int, size: int, *ranks: int) -> tuple[Tensor, Tensor | None]:
-        x, y = self.dataset.batch(step, size, *ranks)
-        return (x * math.nan if step in self.steps else x), y
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.engine_cases import data, loss_function, optimizer, train
-from support.launch import ROOT, environment, two_ranks
+from support.launch import ROOT, SUPPORT, environment, two_ranks
 
 from mmf_fast.config import ConfigError, read_zero
 from mmf_fast.training.engines.local import LocalEngine
@@ -50,7 +50,7 @@ compiles = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")
 
 
 def results(cases: dict, folder: Path) -> dict[str, dict]:
-    done = two_ranks(str(HERE / "zero_ranks.py"), json.dumps(cases), str(folder))
+    done = two_ranks(str(SUPPORT / "zero_ranks.py"), json.dumps(cases), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
 
