@@ -41,7 +41,7 @@ class Checkpoints:
         the other ranks. Raises OSError (a full disk)."""
         path = self.folder / f"step_{step:07d}.pt"
         with self._writing(path) as draft:
-            torch.save({**state, "shares": dict(shares or {})}, draft)
+            _write(draft, {**state, "shares": dict(shares or {})})
             path.unlink(missing_ok=True)  # a damaged one of an earlier attempt: the checksum below is not its own
             write_text(_sidecar(path), f"{digest(draft)}  {path.name}\n")
         with self._explained(path):
@@ -53,7 +53,7 @@ class Checkpoints:
         """Writes what `rank` alone holds; returns the file's name and checksum. Raises OSError."""
         path = self.folder / f"step_{step:07d}.rank{rank}.pt"
         with self._writing(path) as draft:
-            torch.save(share, draft)
+            _write(draft, share)
             found = digest(draft)
         return path.name, found
 
@@ -147,6 +147,11 @@ def _reason(error: BaseException) -> str:
     while found is not None and not isinstance(found, OSError):
         found = found.__context__
     return str(getattr(found, "strerror", None) or found or error).splitlines()[0]
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "wb") as file:  # by itself torch.save does not say what the system said
+        torch.save(state, file)
 
 
 def rng_state() -> dict[str, Any]:

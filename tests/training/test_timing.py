@@ -133,12 +133,12 @@ def test_ranges_for_nsight_are_those_of_the_phases(device: Device, monkeypatch: 
             ranges.append((name, domain))
             return torch.no_grad()  # any context manager
 
-    monkeypatch.setattr(phases, "nvtx", Nvtx)
+    monkeypatch.setattr(timing, "nvtx", Nvtx)
     with Phases(torch.device("cuda"))("loss"):
         pass
     with Phases(CPU)("loss"):
         pass
-    monkeypatch.setattr(phases, "nvtx", None)  # not installed
+    monkeypatch.setattr(timing, "nvtx", None)  # not installed
     with Phases(torch.device("cuda"))("loss"):
         pass
     assert ranges == [("loss", "mmf_fast")]
