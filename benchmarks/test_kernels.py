@@ -59,7 +59,7 @@ def test_kernel(benchmark: Any, length: float, operator: str, precision: str, pl
     case = next(itertools.islice(cases(operator, precision, DEVICE), place, None))
     case = case._replace(tolerance=1e-4 if precision == "fp32" else 3e-2)
     benchmark.group = operator
-    row = measure(benchmark, case, DEVICE, length / 4, compiled=DEVICE == "cuda")
+    row = measure(case, DEVICE, length / 4, compiled=DEVICE == "cuda", repeat=benchmark.pedantic)
     benchmark.extra_info |= row
     over = ", ".join(f"{found['ratio']:.2f} x {name}" for name, found in row["speedup over"].items())
     print(f"\n{case.op} {case.shape} {case.mode}: {1e3 * row['seconds']['fused']:.2f} ms, {over}")
