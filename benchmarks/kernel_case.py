@@ -38,7 +38,8 @@ class Case(NamedTuple):
 def measure(
     case: Case, device: str, length: float, compiled: bool, repeat: Callable[..., Any] = repeat
 ) -> dict[str, Any]:
-    """Medians of interleaved runs over `length` seconds. Nothing is timed before both versions agree.
+    """Medians of interleaved runs over `length` seconds, five at the least (two at 0, where a figure means nothing).
+    Nothing is timed before both versions agree.
 
     repeat(run, setup=, rounds=): calls both in turn; pytest-benchmark's `pedantic`, or a plain loop.
     Raises ValueError where the versions do not agree. Of the others, those that fail are named with their error.
@@ -66,7 +67,7 @@ def measure(
 
     time_others(), fused()  # warm up
     once = sum(watch.times.pop() for watch in watches)
-    repeat(fused, setup=time_others, rounds=round(min(max(length / (2 * once), 5), 2000)))
+    repeat(fused, setup=time_others, rounds=round(min(max(length / (2 * once), 5 if length else 2), 2000)))
     times = {name: watch.times for name, watch in zip(versions, watches, strict=True)}
     took = statistics.median(fused.times)
     return {

@@ -19,7 +19,7 @@ from mmf_fast.ops.sg_loss import sg_loss
 
 Draw = Callable[..., Tensor]  # draw(*shape, grad=True) -> a leaf of the dtype and on the device that are measured
 DUAL_BACKWARD = "dual + backward"
-IMAGES = {"toy": (2, 3, 8, 8), "small": (64, 3, 64, 64), "large": (512, 3, 256, 256)}
+IMAGES = {"toy": (1, 3, 4, 4), "small": (64, 3, 64, 64), "large": (512, 3, 256, 256)}
 
 
 def sg_loss_cases(draw: Draw, size: str) -> Iterator[Case]:
@@ -52,7 +52,7 @@ def interpolate_cases(draw: Draw, size: str) -> Iterator[Case]:
 
 
 def layer_norm_cases(draw: Draw, size: str) -> Iterator[Case]:
-    shape = {"toy": (2, 5, 24), "small": (32, 64, 256), "large": (256, 256, 1152)}[size]
+    shape = {"toy": (1, 2, 8), "small": (32, 64, 256), "large": (256, 256, 1152)}[size]
     x, dx, g, h = (draw(*shape, grad=i < 2) for i in range(4))
     modulation = [draw(shape[0], 1, shape[2]) for _ in range(4)]
     yield from dual_and_backward(
@@ -65,14 +65,14 @@ def layer_norm_cases(draw: Draw, size: str) -> Iterator[Case]:
 
 
 def group_norm_cases(draw: Draw, size: str) -> Iterator[Case]:
-    shape = {"toy": (2, 32, 4, 4), "small": (16, 64, 32, 32), "large": (64, 256, 64, 64)}[size]
+    shape = {"toy": (1, 32, 2, 2), "small": (16, 64, 32, 32), "large": (64, 256, 64, 64)}[size]
     for layout in (torch.contiguous_format, torch.channels_last):
         image = [draw(*shape, grad=False).contiguous(memory_format=layout) for _ in range(4)]
         yield from _group_norm(image, draw(shape[1]), draw(shape[1]), shape, layout)
 
 
 def activation_cases(draw: Draw, size: str) -> Iterator[Case]:
-    shape = {"toy": (2, 5, 24), "small": (32, 64, 1024), "large": (256, 256, 4608)}[size]
+    shape = {"toy": (1, 2, 8), "small": (32, 64, 1024), "large": (256, 256, 4608)}[size]
     x, dx, g, h = (draw(*shape, grad=i < 2) for i in range(4))
     for act in ("gelu_tanh", "gelu", "silu"):
         yield from dual_and_backward(

@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def cases(operator: str, precision: str, device: str, size: str) -> Iterator[Case]:
-    """size: "small" for a CPU, "large" for a GPU, or "toy". On the device "meta" they have names, and need no memory."""
+    """size: "small" for a CPU, "large" for a GPU, or "toy". On "meta" they have names, and take no memory."""
 
     def draw(*shape: int, grad: bool = True) -> Tensor:
         return torch.randn(*shape, device=device, dtype=DTYPES[precision]).requires_grad_(grad)

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 PARTS = ("tests", "tiles", "kernels", "steps", "imagenet", "profile")
@@ -54,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.until:
         return measure(options.part[0], options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the part that runs ends with it
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(ROOT), folder, *([str(options.tvm)] if options.tvm else []), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def supervise(part: str, options: argparse.Namespace, environment: dict[str, str]) -> int:
     """Runs a part in a process of its own, and again where one dies; none outlives the part's time."""
-    from benchmarks.gpu.rows import LAST_SECONDS
+    from benchmarks.gpu.rows import LAST_SECONDS, end
 
     until = time.time() + 60 * options.minutes
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--until", str(until)]
@@ -83,9 +83,8 @@ def supervise(part: str, options: argparse.Namespace, environment: dict[str, str
             status = process.wait(until - time.time() + 2 * LAST_SECONDS)
         except subprocess.TimeoutExpired:
             return 1
-        finally:  # and what it started
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL if process.poll() is None else signal.SIGTERM)
+        finally:
+            end(process)
         if status in (0, 1, 2):
             return status
         resume = True

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.rows import Rows
+from benchmarks.gpu.rows import Rows, end
 from benchmarks.results import Row
 from mmf_fast.training import record
 
@@ -21,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIG = "configs/imagenet64.yaml"
 LAUNCHERS = {  # what the run is started with, and what it overrides
     "DeepSpeed, ZeRO-1": ([sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=1"], []),
-    "one process": ([sys.executable], ["train.zero=null"]),
+    "one process": ([sys.executable], ["train.zero=''"]),
 }
 # The warmup of lambda over one step: all that is timed has lambda > 0, as most of a training has.
 FULL = ["train.log_every=20", "train.sample_every=0", "train.checkpoint_every=1000000", "loss.lam.warmup=1"]
@@ -31,7 +28,7 @@ TOY = [
     *("data.count=64", "data.shape=[3,8,8]", "data.num_classes=4"),
 ]
 SECONDS = 60.0  # of training that are measured, once the first steps are over
-KEEP = 5  # seconds that a run is given to end
+ENDING = 10  # seconds of its share of the time that a run has to end
 
 
 def run(rows: Rows, device: str, toy: bool) -> None:
@@ -41,7 +38,7 @@ def run(rows: Rows, device: str, toy: bool) -> None:
         share = rows.left() / (len(LAUNCHERS) - place)
 
         def train(name: str = name, until: float = time.time() + share) -> Row:
-            return _train(*LAUNCHERS[name], toy, until - KEEP)
+            return _train(*LAUNCHERS[name], toy, until - ENDING)
 
         rows.measure({"recipe": CONFIG, "launcher": name}, train)
     speed = [row.get("images/s") for row in rows.rows if "recipe" in row]
@@ -68,7 +65,7 @@ def _train(launcher: list[str], overrides: list[str], toy: bool, until: float) -
                     if first and time.time() - first > wanted and len(records) > 2:
                         break
             finally:
-                _end(process)
+                end(process)
             output.seek(0)
             said = output.read().strip().splitlines()
         records = record.read(run / "metrics.jsonl")[1:]
@@ -83,11 +80,3 @@ def _train(launcher: list[str], overrides: list[str], toy: bool, until: float) -
         "steps": records[-1]["step"],
         "lam": records[-1]["lam"],
     }
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a run and all that it started."""
-    for sign, patience in ((signal.SIGTERM, KEEP), (signal.SIGKILL, KEEP)):
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, sign)
-            process.wait(patience)

@@ -45,7 +45,7 @@ def _row(network: Network, device: str, mode: str, precision: str, name: str) ->
 
 
 def by_kernel(step: Run, device: str, took: float) -> Row:
-    """Of one step: launches, the share of its time `took` in which the device was busy, and of that the kernels' own."""
+    """Of one step: launches, the share of its time `took` that the device was busy, and each kernel's share of that."""
     cuda = device != "cpu"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as found:

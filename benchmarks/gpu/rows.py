@@ -5,10 +5,13 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +126,13 @@ def leave_a_lost_device() -> None:
     except Exception as error:
         print(f"the device is lost to this process: {reason(error)}", file=sys.stderr, flush=True)
         sys.exit(AGAIN)
+
+
+def end(process: subprocess.Popen[Any], patience: float = 5.0) -> None:
+    """Ends a process and all that it started in its session: by SIGTERM, and what is left after `patience` seconds by
+    SIGKILL."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)

@@ -1,7 +1,7 @@
 """The tests that need a GPU, in the order in which they tell most: one case per kernel, dtype and head size first.
 
-Also a pytest plugin: with pytest-xdist each worker orders the tests alike, and one whose device a kernel took away ends,
-so that another takes over.
+Also a pytest plugin: with pytest-xdist each worker orders the tests alike, and one whose device a kernel took away
+ends, so that another takes over.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def kind_of(item: Any) -> tuple:
     """(file, function, implementation, dtype, head size), as far as a test has them."""
     parameters = _parameters(item)
     shape = parameters.get("shape")
-    size = shape[-1] if isinstance(shape, tuple) else shape
+    size = shape[-1] if isinstance(shape, tuple) and shape else shape
     name = getattr(item, "originalname", item.name)
     return item.path.name, name, parameters.get("device"), parameters.get("dtype"), size
 

@@ -34,7 +34,7 @@ class Size(NamedTuple):
 
 SWEEP, OTHERS = Size(16, 16, 1024), (Size(64, 16, 256), Size(2, 16, 4096))
 HEADS = (64, 128, 72, 80)
-TOY_SWEEP, TOY_OTHERS, TOY_HEADS = Size(1, 1, 48), (Size(1, 2, 33),), (16, 24)
+TOY_SWEEP, TOY_OTHERS, TOY_HEADS = Size(1, 1, 16), (Size(1, 1, 20),), (16,)
 
 
 def run(rows: Rows, device: str, toy: bool) -> None:

@@ -1,4 +1,4 @@
-"""A folder of wheels for a machine without network: python -m benchmarks.gpu.wheels FOLDER [--python 3.12] (make wheels)
+"""Wheels for a machine without network: python -m benchmarks.gpu.wheels FOLDER [--python 3.12] (make wheels)
 
 What an image with CUDA and PyTorch may lack: all of them together take less than 64 MB, most are pure Python.
 """
