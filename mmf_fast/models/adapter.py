@@ -27,8 +27,8 @@ class Adapter(nn.Module):
     """u(z, r, t, **cond) = call(net, z, r, t, **cond).
 
     net: any nn.Module.  call: a function of the network and of z (B, ...), r and t (B,), t = 1 being noise, that
-    returns u like z. It must reach the network through its first argument: a copy, a moving average or DDP passes another one.
-    num_classes is the network's, where it has one.
+    returns u like z. It must reach the network through its first argument: a copy or a moving average passes
+    another one. num_classes is the network's, where it has one.
     """
 
     def __init__(self, net: nn.Module, call: Callable[..., Any]) -> None:
