@@ -27,7 +27,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-PARTS = ("tests", "tiles", "kernels", "steps", "imagenet", "profile")
+from benchmarks.gpu import PARTS
+
 INTERPRETED = ("tests", "tiles", "kernels")  # as toys: their Triton kernels run in the interpreter
 ROOT = Path(__file__).parent.parent.parent
 TOYS = ROOT / ".benchmarks" / "toy"

@@ -41,9 +41,6 @@ def run(rows: Rows, device: str, toy: bool) -> None:
             return _train(*LAUNCHERS[name], toy, until - ENDING)
 
         rows.measure({"recipe": CONFIG, "launcher": name}, train)
-    speed = [row.get("images/s") for row in rows.rows if "recipe" in row]
-    if len(speed) == 2 and all(speed) and rows.find({"what": "ZeRO-1 over none"}) is None:
-        rows.add({"what": "ZeRO-1 over none", "ratio": speed[1] / speed[0]})
 
 
 def _train(launcher: list[str], overrides: list[str], toy: bool, until: float) -> Row:

@@ -92,7 +92,7 @@ class Rows:
         write_text(self.path, json.dumps(rounded(run), indent=1) + "\n")
 
     def say(self, row: Row) -> None:
-        shown = {k: v for k, v in rounded(row).items() if v is not None and not isinstance(v, dict)}
+        shown = {k: v for k, v in rounded(row).items() if not isinstance(v, dict | type(None)) and k != "kernels"}
         print(f"[{self.left():4.0f} s left] {', '.join(f'{k} {v}' for k, v in shown.items())}", flush=True)
 
     def run(self, part: Callable[[], None]) -> int:
