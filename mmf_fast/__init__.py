@@ -7,6 +7,7 @@ from mmf_fast.objective import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampl
 
 if TYPE_CHECKING:
     from mmf_fast.sampling import sample
+    from mmf_fast.training import Optimizer, Train, Trainer
 
 __all__ = [
     "Dual",
@@ -14,7 +15,10 @@ __all__ = [
     "LambdaSchedule",
     "MeanFlowLoss",
     "MissingRuleError",
+    "Optimizer",
     "TimeSampler",
+    "Train",
+    "Trainer",
     "attention",
     "jvp",
     "preset",
@@ -25,8 +29,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "sample":  # on first use: the loss alone does not need what sampling needs
+    if name == "sample":  # on first use: the loss alone does not need what sampling and training need
         from mmf_fast.sampling import sample
 
         return sample
+    if name in ("Optimizer", "Train", "Trainer"):
+        from mmf_fast import training
+
+        return getattr(training, name)
     raise AttributeError(f"module 'mmf_fast' has no attribute {name!r}")
