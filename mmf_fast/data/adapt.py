@@ -91,7 +91,7 @@ class IndexedDataset(_Own):
 class StreamedDataset(_Own):
     """An iterable of batches, gone through again when it ends. A run goes on exactly where going through it again gives
     the same batches; those before are left out. So `set_epoch(epoch)` is called where it or its sampler has one, and a
-    DataLoader without a generator gets one, seeded by (seed, epoch): it would take from the global one, as dropout does.
+    DataLoader without a generator gets one, seeded by (seed, epoch): it would draw from the global one, that of dropout.
 
     Each process gives its own iterable, of batches of train.batch / processes samples.
     """
@@ -146,6 +146,7 @@ class StreamedDataset(_Own):
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
         self._generator.manual_seed((self._seed << 32) + epoch)
+        each: Any
         for each in (self.source, getattr(self.source, "sampler", None)):
             getattr(each, "set_epoch", lambda epoch: None)(epoch)
             if getattr(each, "generator", self) is None:
