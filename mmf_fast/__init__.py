@@ -6,10 +6,13 @@ from mmf_fast.forward import Dual, MissingRuleError, attention, jvp, register_ru
 from mmf_fast.objective import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler, preset, sg_lambda
 
 if TYPE_CHECKING:
+    from mmf_fast.models.adapter import Adapter, DiffusersAdapter
     from mmf_fast.sampling import sample
     from mmf_fast.training import Optimizer, Train, Trainer
 
 __all__ = [
+    "Adapter",
+    "DiffusersAdapter",
     "Dual",
     "Guidance",
     "LambdaSchedule",
@@ -29,10 +32,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "sample":  # on first use: the loss alone does not need what sampling and training need
+    """On first use: the loss alone needs neither what sampling needs nor the networks, nor the trainer."""
+    if name == "sample":
         from mmf_fast.sampling import sample
 
         return sample
+    if name in ("Adapter", "DiffusersAdapter"):
+        from mmf_fast.models import adapter
+
+        return getattr(adapter, name)
     if name in ("Optimizer", "Train", "Trainer"):
         from mmf_fast import training
 

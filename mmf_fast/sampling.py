@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmf_fast.contract import check_cond, check_network, check_output
 from mmf_fast.devices import choose_device, device_of
 from mmf_fast.files import writing
-from mmf_fast.models import bare, load_pretrained
+from mmf_fast.models import load_pretrained
 from mmf_fast.pictures import save_grid
 from mmf_fast.registry import import_object
 
@@ -39,17 +40,20 @@ def sample(
 
         z_r = z_t - (t - r) u(z_t, r, t)        (MeanFlow, arXiv 2505.13447, section 4; one step: x = e - u(e, 0, 1))
 
-    net: u(z, r, t, **cond), called `steps` times, in evaluation mode; the mode of every submodule is restored. What DDP
-        or AveragedModel put around it is left out.
+    net: u(z, r, t, **cond), called `steps` times, in evaluation mode; the mode of every submodule is restored.
         It must have learned the intervals asked for: a consistency model (r = 0 only) is for one step.
     shape: of the result, batch first.  noise: of that shape, floating point; the result has its dtype.
     seed, generator: where the noise is drawn when it is not given (float32, at most one of the two, by default torch's
         global generator). A seed draws on the CPU, so that it means the same noise on every device.
     cond: conditions such as y (B,) int64; tensors are moved to the device of the network.
 
-    Raises ValueError for steps below 1, a noise of another shape, or noise given twice.
+    Raises ValueError for steps below 1, a noise of another shape, noise given twice, a network with another call, and
+    an output that is no tensor like z.
     """
     shape = tuple(shape)
+    check_network(net)
+    given = {"steps": steps if steps != 1 else None, "noise": noise, "seed": seed, "generator": generator}
+    check_cond(net, {name: value for name, value in given.items() if value is not None}, "sample")
     if steps < 1:
         raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
     if (noise is not None) + (seed is not None) + (generator is not None) > 1:
@@ -60,8 +64,6 @@ def sample(
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(shape, generator=generator, device=None if generator is None else generator.device)
-    if not hasattr(net, "_orig_mod"):  # a compiled network is called as it is
-        net = bare(net)
     device = device_of(net)
     z = noise.to(device or noise.device)
     cond = {name: value.to(z.device) if isinstance(value, Tensor) else value for name, value in cond.items()}
@@ -70,7 +72,7 @@ def sample(
     with evaluating(net):
         for t, r in zip(times[:-1], times[1:], strict=True):
             r_B, t_B = (z.new_full(shape[:1], time, dtype=time_dtype) for time in (r, t))
-            z = z - (t - r) * net(z, r_B, t_B, **cond)
+            z = z - (t - r) * check_output(net(z, r_B, t_B, **cond), z)
     return z
 
 

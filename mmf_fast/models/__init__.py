@@ -6,12 +6,12 @@
 A network remembers the arguments it was built with in `net.config`, so that a saved one can be rebuilt.
 """
 
+from mmf_fast.models.adapter import Adapter, DiffusersAdapter
 from mmf_fast.models.dit import DiT
 from mmf_fast.models.mlp import MLP
 from mmf_fast.models.pretrained import (
     NETWORKS,
     Network,
-    bare,
     build,
     load_pretrained,
     register_network,
@@ -22,10 +22,11 @@ from mmf_fast.models.unet import UNet
 __all__ = [
     "MLP",
     "NETWORKS",
+    "Adapter",
     "DiT",
+    "DiffusersAdapter",
     "Network",
     "UNet",
-    "bare",
     "build",
     "load_pretrained",
     "register_network",

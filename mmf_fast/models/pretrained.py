@@ -16,16 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
+from mmf_fast.contract import bare
 from mmf_fast.files import write_text, writing
 from mmf_fast.models.dit import DiT
 from mmf_fast.models.mlp import MLP
 from mmf_fast.models.unet import UNet
 from mmf_fast.registry import Registry
 
-__all__ = ["NETWORKS", "Network", "bare", "build", "load_pretrained", "register_network", "save_pretrained"]
+__all__ = ["NETWORKS", "Network", "build", "load_pretrained", "register_network", "save_pretrained"]
 
 Network: TypeAlias = MLP | DiT | UNet
 
@@ -42,17 +41,6 @@ def build(name: str, **arguments: Any) -> Any:
     net = NETWORKS.build(name, **arguments)
     net.__dict__["_built_with"] = {"name": name, **arguments}
     return net
-
-
-def bare(net: Any) -> Any:
-    """The network itself, without what torch.compile, DDP or AveragedModel put around it."""
-    while True:
-        if hasattr(net, "_orig_mod"):
-            net = net._orig_mod
-        elif isinstance(net, (DistributedDataParallel, nn.DataParallel, AveragedModel)):
-            net = net.module
-        else:
-            return net
 
 
 def description(net: nn.Module) -> dict[str, Any] | None:

@@ -31,11 +31,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mmf_fast.contract import bare
 from mmf_fast.data import Batch, Prefetcher, as_dataset
 from mmf_fast.devices import peak_flops
 from mmf_fast.distributed import agree, gather
 from mmf_fast.files import remove_drafts, write_text
-from mmf_fast.models import bare, save_pretrained
+from mmf_fast.models import save_pretrained
 from mmf_fast.pictures import save_grid
 from mmf_fast.sampling import sample
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
