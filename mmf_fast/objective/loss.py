@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.forward.dual import JVP_MODES, jvp
+from mmf_fast.forward.functional import JVP_MODES, jvp
 from mmf_fast.objective.draws import WHOLE_BATCH, BatchShare, Draw, Points, check, column, draw
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
