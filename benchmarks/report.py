@@ -1,7 +1,7 @@
-"""From committed runs to the README's performance section and its plots: python -m benchmarks.report [--check]
+"""From committed runs to docs/performance.md and its plots: python -m benchmarks.report [--check]
 
 Reads benchmarks/results/<device>/full.json, which `make bench-full` wrote, replaces what stands between the two markers
-in README.md, and draws docs/performance_*.png. With --check it only says whether README and runs agree.
+in docs/performance.md, and draws docs/performance_*.png. With --check it only says whether page and runs agree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.results import Row, crossed, rows_of, share_of_roof
 from mmf_fast.planning import table
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 
@@ -144,7 +144,7 @@ def header(run: dict[str, Any], path: Path) -> str:
     threads = f", {m['threads']} threads" if m["triton"] is None or "cuda" not in m["torch"] else ""
     return (
         f"{m['device']}{threads}, torch {m['torch']}, commit {m['commit'][:9]}, {m['date'][:10]}; every figure: "
-        f"[{path.relative_to(ROOT)}]({path.relative_to(ROOT)}), again by `make bench-full`."
+        f"[{path.relative_to(ROOT)}](../{path.relative_to(ROOT)}), again by `make bench-full`."
     )
 
 
@@ -165,13 +165,13 @@ def one_device(path: Path) -> str:
         "public code (benchmarks/field.py):",
         steps(run, ours=False),
         failures(run),
-        f"![Overhead by method](docs/performance_{path.parent.name}_methods.png)",
+        f"![Overhead by method](performance_{path.parent.name}_methods.png)",
         "Errors against float64, over the same weights and draws: speed never stands without them.",
         accuracy(run),
         memory(run),
-        f"![Scaling](docs/performance_{path.parent.name}_scaling.png)",
+        f"![Scaling](performance_{path.parent.name}_scaling.png)",
         "<details><summary>Operators with their tangents, against the same of PyTorch's functions</summary>\n\n"
-        f"{kernels(run)}\n\n![Roofline](docs/performance_{path.parent.name}_roofline.png)\n\n</details>",
+        f"{kernels(run)}\n\n![Roofline](performance_{path.parent.name}_roofline.png)\n\n</details>",
         f"Where something else is faster, or we are more than 10 % above the bound:\n\n{losses(run)}",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -190,12 +190,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="only compare, exit status 1 when they differ")
     check = parser.parse_args().check
-    text = README.read_text()
+    text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     current = before + section() + rest.split(END)[1]
     if check:
         return int(current != text)
-    README.write_text(current)
+    PAGE.write_text(current)
     for path in runs():
         draw(json.loads(path.read_text()), ROOT / "docs", path.parent.name)
     return 0

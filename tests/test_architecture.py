@@ -93,6 +93,13 @@ def test_every_arrow_of_the_map_is_in_the_code_and_points_down() -> None:
         assert {name for name in names if floors.index(name) < floors.index(room)} == set(), room
 
 
+def test_contributing_quotes_the_map() -> None:
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    lines = page.split("```text\n")[1].split("```")[0].splitlines()
+    quoted = {room: set(names.split()) for room, _, names in (line.partition(" -> ") for line in lines)}
+    assert quoted == {room: names for room, names in MAY_IMPORT.items() if names}
+
+
 def test_no_two_modules_have_one_name() -> None:
     stems = [path.stem for path in modules().values() if path.stem not in ("__init__", "__main__")]
     assert {stem for stem in stems if stems.count(stem) > 1} == set()

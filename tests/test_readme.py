@@ -1,4 +1,4 @@
-"""The README says what the committed measurements say, and names what exists."""
+"""The pages say what the committed measurements say, and name what exists."""
 
 import re
 import subprocess
@@ -16,9 +16,13 @@ def test_the_performance_table_is_that_of_the_committed_run() -> None:
     assert done.returncode == 0, "run python -m benchmarks.report"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_links_lead_somewhere(path: str) -> None:
-    assert (ROOT / path).exists()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [(page, link) for page in PAGES for link in sorted(set(re.findall(r"\]\(([^)#:]+)\)", page.read_text())))]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: getattr(value, "name", value))
+def test_links_lead_somewhere(page: Path, link: str) -> None:
+    assert (page.parent / link).exists()
 
 
 def test_the_tree_names_real_files() -> None:

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.launch import SUPPORT
 
 from mmf_fast.ops import gpu
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not gpu.available(), reason="Triton is not insta
 def test_every_kernel_compiles_for_every_chip_and_fits(options):
     """No spills in a default configuration, shared memory within the chip's limit, matrix products on tensor cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"MMF_FAST_OPS": "triton"}
-    script = Path(__file__).with_name("compile_gate.py")
+    script = SUPPORT / "compile_gate.py"
     run = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     first, *results = (json.loads(line) for line in run.stdout.splitlines())
