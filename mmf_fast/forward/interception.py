@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mmf_fast.forward.dual import Dual, known_functions
+from mmf_fast.forward.dual import DetachedDual, Dual, known_functions
 
 __all__ = ["intercepted", "operands_keep_their_order"]
 
@@ -92,14 +92,14 @@ def _teach_einops() -> None:
     if "mmf_fast" in backends._loaded_backends:
         return
 
-    class DualBackend(backends.TorchBackend):  # type: ignore[misc]
+    class DualBackend(backends.TorchBackend):
         framework_name = "mmf_fast"
 
         def is_appropriate_type(self, tensor: Any) -> bool:
             return isinstance(tensor, Dual)
 
     backends._loaded_backends[DualBackend.framework_name] = DualBackend()
-    for kind in (Dual, *Dual.__subclasses__()):  # now, since Dynamo cannot trace the search
+    for kind in (Dual, DetachedDual):  # now, since Dynamo cannot trace the search
         backends.get_backend(kind(torch.empty(0), None))
 
 
@@ -118,7 +118,7 @@ def _serving_is_tensor() -> Iterator[None]:
         return
     with _lock:
         _passes += 1
-        torch.is_tensor = _is_tensor
+        torch.is_tensor = _is_tensor  # type: ignore[assignment]
     try:
         yield
     finally:

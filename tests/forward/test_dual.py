@@ -150,6 +150,13 @@ def test_augmented_assignment_rebinds() -> None:
     assert torch.equal(y.primal, before) and torch.equal(x.primal, before + 1)
 
 
+def test_its_length_is_a_tensors() -> None:
+    x = Dual(tensor(5, 2), tensor(5, 2))
+    assert len(x) == 5 and len(x[0]) == 2 and torch.equal(x._replace(primal=x.tangent).primal, x.tangent)
+    with pytest.raises(TypeError, match="0-d"):
+        len(Dual(tensor(), None))
+
+
 # -- symbolic zeros ----------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +300,7 @@ def test_operators_compile(kind: type[Dual], name: str, order: str) -> None:
 @pytest.mark.parametrize("spelling", [operator.matmul, torch.matmul])
 @pytest.mark.parametrize("operands", [(0, 1), (1, 0), (0, 0)])
 def test_matrix_products_compile_outside_a_pass_or_are_refused(spelling: Any, operands: tuple[int, int]) -> None:
-    """Until jvp has taught it better, Dynamo traces `dual @ tensor` as Tensor.matmul(tensor, dual), operands swapped."""
+    """Until jvp has taught it better, Dynamo traces `dual @ tensor` with operands swapped, as matmul(tensor, dual)."""
     torch._dynamo.reset()
     pair = Dual(tensor(2, 2), tensor(2, 2) + 1), tensor(2, 2) - 3
     a, b = (pair[i] for i in operands)
