@@ -41,13 +41,22 @@ class Interception(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():  # it looks for Duals in lists, but not in tuples
-            args = tuple([_as_list(x) for x in args])
-            kwargs = {name: _as_list(x) for name, x in kwargs.items()}
+            duals = _duals([*args, *kwargs.values()])
+            if duals:
+                kind = DetachedDual if any([isinstance(x, DetachedDual) for x in duals]) else Dual
+                return kind.__torch_function__(func, types, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _as_list(x: Any) -> Any:
-    return list(x) if type(x) is tuple and any([isinstance(y, Dual) for y in x]) else x
+def _duals(args: Any) -> list[Dual]:
+    """The Duals among the arguments of a function of torch, which may hold sequences of tensors."""
+    found = []
+    for x in args:
+        if isinstance(x, Dual):
+            found.append(x)
+        elif type(x) in (list, tuple):
+            found += _duals(x)
+    return found
 
 
 @torch.compiler.assume_constant_result
