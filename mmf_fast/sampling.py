@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmf_fast.contract import check_cond, check_network, check_output
 from mmf_fast.devices import choose_device, device_of
 from mmf_fast.files import writing
 from mmf_fast.models import load_pretrained
@@ -45,9 +46,13 @@ def sample(
         global generator). A seed draws on the CPU, so that it means the same noise on every device.
     cond: conditions such as y (B,) int64; tensors are moved to the device of the network.
 
-    Raises ValueError for steps below 1, a noise of another shape, or noise given twice.
+    Raises ValueError for steps below 1, a noise of another shape, noise given twice, a network with another call, and
+    an output that is no tensor like z.
     """
     shape = tuple(shape)
+    check_network(net)
+    given = {"steps": steps if steps != 1 else None, "noise": noise, "seed": seed, "generator": generator}
+    check_cond(net, {name: value for name, value in given.items() if value is not None}, "sample")
     if steps < 1:
         raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
     if (noise is not None) + (seed is not None) + (generator is not None) > 1:
@@ -66,7 +71,7 @@ def sample(
     with evaluating(net):
         for t, r in zip(times[:-1], times[1:], strict=True):
             r_B, t_B = (z.new_full(shape[:1], time, dtype=time_dtype) for time in (r, t))
-            z = z - (t - r) * net(z, r_B, t_B, **cond)
+            z = z - (t - r) * check_output(net(z, r_B, t_B, **cond), z)
     return z
 
 

@@ -20,10 +20,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "config": {"models", "objective", "data", "registry"},
     "evaluation": {"sampling", "models", "data", "pictures", "files", "devices", "distributed"},
-    "__init__": {"sampling", "objective", "forward"},
-    "sampling": {"models", "pictures", "files", "devices"},
-    "models": {"forward", "files", "registry"},
-    "objective": {"forward", "ops"},
+    "__init__": {"sampling", "models", "objective", "forward"},
+    "sampling": {"models", "contract", "pictures", "files", "devices"},
+    "models": {"forward", "contract", "files", "registry"},
+    "objective": {"forward", "ops", "contract"},
     "data": {"files", "registry"},
     "forward": {"ops"},
     "ops": set(),
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": set(),
     "distributed": set(),
     "registry": set(),
+    "contract": set(),
 }  # fmt: skip
 BELOW_FORWARD = {"torch", "triton", "mmf_fast"}  # forward and ops stand on these alone
 
