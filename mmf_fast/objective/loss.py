@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmf_fast.contract import check_cond, check_network, check_output
-from mmf_fast.forward.dual import JVP_MODES, jvp
+from mmf_fast.forward.functional import JVP_MODES, jvp
 from mmf_fast.objective.draws import WHOLE_BATCH, BatchShare, Draw, Points, check, column, draw
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
