@@ -32,7 +32,7 @@ def test_nothing_recompiles_when_lambda_step_or_times_change(kind: str, paired: 
     frames = []
     for step in range(6):
         x = batch(kind, size=8)[0].float()
-        loss_fn(x, step).loss.backward()
+        loss_fn(x, step=step).loss.backward()
         frames.append(counter.frame_count)
     assert frames == [1, 1, 1, 2, 2, 2]  # lambda = 0 up to step 2
 
@@ -45,7 +45,7 @@ def test_stochastic_lambda_compiles_few_graphs() -> None:
     counter = CompileCounter()
     loss_fn.compile(backend=counter)
     for step in range(64):
-        loss_fn(torch.randn(32, 3), step)
+        loss_fn(torch.randn(32, 3), step=step)
     assert counter.frame_count == 5  # 0, 1, ..., 4 quarters of the intervals
 
 
