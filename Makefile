@@ -1,4 +1,4 @@
-# make train | test | test-all | lint | bench | bench-full | bench-compare | clean: each does its own set-up in .venv; a second run is quick.
+# make train | test | test-all | operators | lint | bench | bench-full | bench-compare | clean: each does its own set-up in .venv; a second run is quick.
 # Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
 
 TORCH  ?= torch==2.13.0
@@ -11,7 +11,7 @@ BIN   := .venv/bin
 READY := .venv/.ready
 FIRST := .venv/.torch
 
-.PHONY: train test test-all lint bench bench-full bench-compare clean
+.PHONY: train test test-all operators lint bench bench-full bench-compare clean
 .DEFAULT_GOAL := train
 
 # torch goes first and pinned, so that the package's own range never fetches a second one.
@@ -35,6 +35,10 @@ train: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+operators: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore -m support.operator_database > docs/operators.new
+	mv docs/operators.new docs/operators.md
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
