@@ -43,7 +43,8 @@ _WRITES = """
 _POOLING = """
     max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
     max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices
-    adaptive_max_pool3d_with_indices fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d local_response_norm
+    adaptive_max_pool3d_with_indices fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d
+    local_response_norm
 """
 _LOSSES = """
     mse_loss l1_loss smooth_l1_loss huber_loss kl_div cross_entropy nll_loss binary_cross_entropy gaussian_nll_loss
