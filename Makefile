@@ -1,17 +1,22 @@
-# make train | test | test-all | operators | lint | bench | bench-full | bench-compare | clean: each does its own set-up in .venv; a second run is quick.
+# make train | test | test-all | operators | lint | bench | bench-full | bench-compare | wheels | gpu | clean: each but gpu does its own set-up in
+# .venv; a second run is quick.
 # Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
 
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 BENCH  ?= .benchmarks/run.json
+MINUTES ?= 6
+WHEELS ?= .wheels
+WHEELS_FOR ?= 3.12
 RUN    ?= runs/$(basename $(notdir $(CONFIG)))
 
 BIN   := .venv/bin
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 READY := .venv/.ready
 FIRST := .venv/.torch
 
-.PHONY: train test test-all operators lint bench bench-full bench-compare clean
+.PHONY: train test test-all operators lint bench bench-full bench-compare wheels gpu clean
 .DEFAULT_GOAL := train
 
 # torch goes first and pinned, so that the package's own range never fetches a second one.
@@ -56,6 +61,14 @@ bench bench-full: $(READY)
 # make bench-compare OLD=before.json [BENCH=after.json]: fails where a ratio got worse.
 bench-compare: $(READY)
 	$(BIN)/python -m benchmarks.compare $(OLD) $(BENCH)
+
+# On a machine with a network: what a bare image with CUDA and PyTorch lacks, for its version of Python, under 64 MB.
+wheels: $(READY)
+	$(BIN)/python -m benchmarks.gpu.wheels $(WHEELS) --python $(WHEELS_FOR)
+
+# On a machine with a GPU, network or not, in the Python that has PyTorch: every part in turn, or make gpu PART=tiles.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) $(if $(PART),--part $(PART)) $(if $(wildcard $(WHEELS)),--wheels $(WHEELS)) $(if $(TVM),--tvm $(TVM))
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

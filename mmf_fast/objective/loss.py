@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.forward.dual import JVP_MODES, jvp
+from mmf_fast.contract import check_cond, check_network, check_output
+from mmf_fast.forward.functional import JVP_MODES, jvp
 from mmf_fast.objective.draws import WHOLE_BATCH, BatchShare, Draw, Points, check, column, draw
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
@@ -70,7 +71,8 @@ def preset(objective: str) -> dict[str, Any]:
 class MeanFlowLoss(nn.Module):
     """The loss of an average-velocity network `net(z, r, t, **cond)`, as a module whose forward computes the loss.
 
-    net: any callable u(z, r, t, **cond) -> (B, ...) like z, with r, t of shape (B,); usually an nn.Module.
+    net: any callable u(z, r, t, **cond) -> (B, ...) like z, with r, t of shape (B,); usually an nn.Module. Another
+        call is adapted by mmf_fast.Adapter.
     times: the law of (r, t) and the share of samples with r < t. Only these run as Duals.
     lam: the curriculum of SG_lambda, or a constant in [0, 1].
     tangent: direction w of du/dt. "predicted": w = stopgrad(u(z, t, t)), the network's own marginal velocity.
@@ -103,6 +105,7 @@ class MeanFlowLoss(nn.Module):
         jvp: str = "dual",
     ) -> None:
         super().__init__()
+        check_network(net)
         self.net = net
         self.times = times or TimeSampler()
         self.lam = lam if isinstance(lam, LambdaSchedule) else LambdaSchedule(value=lam)
@@ -134,6 +137,7 @@ class MeanFlowLoss(nn.Module):
     def forward(
         self,
         x: Tensor,
+        *,
         step: int = 0,
         noise: Tensor | None = None,
         times: tuple[Tensor, Tensor] | None = None,
@@ -147,6 +151,8 @@ class MeanFlowLoss(nn.Module):
         global batch x is, drawn for from (seed, step) alone; by default all, from the global generator. cond: passed to
         the network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
         """
+        given = {"step": step or None, "noise": noise, "times": times, "part": None if part is WHOLE_BATCH else part}
+        check_cond(self.net, {name: value for name, value in given.items() if value is not None}, "loss_fn")
         generator = part.generator(step, x.device)
         check(x, noise, times, cond)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
@@ -215,7 +221,9 @@ class MeanFlowLoss(nn.Module):
 
     def _velocity(self, points: Points) -> Tensor:
         """u(z, t, t), the marginal velocity; nothing is evaluated for no rows."""
-        return self.net(points.z, points.t, points.t, **points.cond) if len(points.t) else points.z
+        if not len(points.t):
+            return points.z
+        return check_output(self.net(points.z, points.t, points.t, **points.cond), points.z)
 
     def _average(self, points: Points, w: Tensor, tangent_grad: bool) -> tuple[Any, Any]:
         """u(z, r, t) and du/dt along (w, 0, 1)."""
@@ -272,7 +280,7 @@ class MeanFlowLoss(nn.Module):
 
 
 def _with_r(net: Callable[..., Any], r: Tensor, cond: dict[str, Any], z: Tensor, t: Tensor) -> Any:
-    return net(z, r, t, **cond)
+    return check_output(net(z, r, t, **cond), z)
 
 
 def _errors(square: Tensor, instants: int) -> dict[str, Tensor]:
