@@ -1,5 +1,4 @@
-"""What torch.compile is told, without importing it: Dynamo takes longer to import than torch, and most programs that use
-this package have no need of it."""
+"""What torch.compile is told without importing Dynamo: that takes longer than importing torch, often for nothing."""
 
 from __future__ import annotations
 
