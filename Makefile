@@ -1,4 +1,4 @@
-# make train | test | test-all | lint | bench | bench-full | bench-compare | wheels | gpu | clean: each but gpu does its own set-up in
+# make train | test | test-all | operators | lint | bench | bench-full | bench-compare | wheels | gpu | clean: each but gpu does its own set-up in
 # .venv; a second run is quick.
 # Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu" TRITON=triton==3.6.0
 
@@ -17,7 +17,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 READY := .venv/.ready
 FIRST := .venv/.torch
 
-.PHONY: train test test-all lint bench bench-full bench-compare wheels gpu clean
+.PHONY: train test test-all operators lint bench bench-full bench-compare wheels gpu clean
 .DEFAULT_GOAL := train
 
 # torch goes first and pinned, with the triton that goes with it, so that no range fetches a second one.
@@ -42,6 +42,10 @@ train: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+operators: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore -m support.operator_database > docs/operators.new
+	mv docs/operators.new docs/operators.md
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
