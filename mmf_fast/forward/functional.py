@@ -21,11 +21,14 @@ from torch.overrides import TorchFunctionMode
 from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
 from mmf_fast.forward.interception import intercepted
 from mmf_fast.forward.replay import RandomState
+from mmf_fast.forward.rules.by_pytorch import WITHOUT_GRAPH
+from mmf_fast.forward.rules.families import spellings
 from mmf_fast.forward.rules.sdpa import multi_head_attention_forward
 
 __all__ = ["JVP_MODES", "FiniteDifference", "check_mode", "jvp"]
 
 JVP_MODES = ("dual", "func", "finite_difference")
+_WRONG_GRADIENTS = {*WITHOUT_GRAPH, torch.native_batch_norm, torch.native_layer_norm}
 
 
 class FiniteDifference(NamedTuple):
@@ -138,14 +141,11 @@ def finite_difference_jvp(
     # The last evaluation leaves the generators as one run of the network does.
     above = at(h, graph=graph and tangent_grad)
     below = at(-h, graph=graph and tangent_grad) if way.order == 2 else None
-    if random is None:
-        y = at(0.0, graph=graph)
-    else:
-        y = fn(*primals)
+    y = at(0.0, graph=graph) if random is None else fn(*primals)
     if y.dtype in (torch.bfloat16, torch.float16) and not compiling:
         warnings.warn(
-            f"finite differences of {y.dtype} outputs carry a rounding error of about {torch.finfo(y.dtype).eps / h:.0g} "
-            'times the value: compute the network in float32, or use jvp="dual"',
+            f"finite differences of {y.dtype} err by about {torch.finfo(y.dtype).eps / h:.0g} times the value, from "
+            'rounding: compute the network in float32, or use jvp="dual"',
             stacklevel=2,
         )
     return y, (above - y) / h if below is None else (above - below) / (2 * h)
@@ -156,16 +156,21 @@ class _NoRandomNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name.startswith(_DRAWS) or (name.endswith("dropout") and _drops(*args, **kwargs)) or kwargs.get("dropout_p"):
+        if func in _DRAWS or (func in _DROPOUTS and _drops(*args, **kwargs)) or kwargs.get("dropout_p"):
             raise NotImplementedError(
-                f'compiled, jvp="finite_difference" cannot give {name} the same random numbers twice: use jvp="dual", or '
-                "do not compile"
+                'compiled, jvp="finite_difference" cannot give a network the same random numbers twice (here in '
+                f'{func.__name__}): use jvp="dual", or do not compile'
             )
         return func(*args, **kwargs)
 
 
-_DRAWS = ("rand", "bernoulli", "normal", "multinomial", "uniform", "exponential")
+_DROPOUTS = set(spellings("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"))
+_DRAWS = {
+    *spellings(
+        "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"
+    ),
+    *spellings("multinomial", "poisson", "normal_", "uniform_", "bernoulli_", "exponential_", "random_"),
+}
 
 
 def _drops(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True) -> bool:
@@ -184,7 +189,7 @@ class _ExactDerivatives(TorchFunctionMode):
         if func in _COMPOSITIONS:
             with self:  # compositions may call each other
                 return _COMPOSITIONS[func](*args, **kwargs)
-        if self.tangent_grad and getattr(func, "__name__", "") in _WRONG_GRADIENTS:
+        if self.tangent_grad and func in _WRONG_GRADIENTS:
             raise NotImplementedError(
                 f'the gradient through the tangent of {func.__name__} is wrong in PyTorch, so jvp="func" has it at '
                 "lambda = 0 only: compute it outside the network, or keep lambda at 0"
@@ -313,14 +318,6 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
     # PyTorch's own calls attention where no TorchFunctionMode sees it.
     return multi_head_attention_forward(*args, **kwargs)[0]
 
-
-# Saved factors count as constants.
-_WRONG_GRADIENTS = frozenset(
-    """det slogdet logdet solve solve_ex tensorsolve triangular_solve cholesky cholesky_ex cholesky_inverse cholesky_solve
-    linalg_det linalg_slogdet linalg_solve linalg_solve_ex linalg_tensorsolve linalg_cholesky linalg_cholesky_ex eigh
-    linalg_eigh eigvalsh linalg_eigvalsh householder_product linalg_householder_product orgqr pinv pinverse linalg_pinv
-    eig linalg_eig native_batch_norm native_layer_norm""".split()
-)
 
 _COMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,

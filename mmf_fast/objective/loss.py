@@ -181,8 +181,8 @@ class MeanFlowLoss(nn.Module):
             r = t: 1 + 2 = 3      r < t, lam = 0: 2 + 2 = 4      r < t, lam > 0: 2 + 4 = 6
             + 1 per r < t for a predicted tangent that has no partner      + 1 per sample for u(z, t, t | null)
 
-        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central differences:
-        another evaluation of each r < t, with its backward where lam > 0.
+        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
+        differences evaluate each r < t once more, with a backward where lam > 0.
         """
         intervals = self.times.intervals(batch)
         _, exact = self._exact(intervals, step)

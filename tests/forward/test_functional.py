@@ -19,7 +19,7 @@ def tensor(*shape: int) -> Tensor:
 
 
 def check(net: nn.Module, x: Tensor, dx: Tensor) -> None:
-    """Value, tangent and gradient through the tangent of mode "func" against differences of a plain forward, backward."""
+    """Value, tangent and gradient through the tangent of mode "func" against differences."""
     net = net.double().eval()
     y, dy = jvp(net, (x,), (dx,), mode="func")
     c, h, parameters = tensor(*y.shape), 1e-4, list(net.parameters())
