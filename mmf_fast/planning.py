@@ -268,9 +268,7 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
             [[_stage(stage), f"{communication(one, ranks, stage) / 1e9:.3f}", *_times(one, cluster, ranks, stage)]
              for stage in STAGES],
         ),
-        f"\nAn eager step starts about {one.launches} kernels at lambda 0 and {steps[1.0].launches} above, which takes the "
-        f"host {1e3 * LAUNCH * one.launches:.1f} and {1e3 * LAUNCH * steps[1.0].launches:.1f} ms at {1e6 * LAUNCH:.0f} us "
-        "each: no step is faster than that without train.compile.",
+        _launches(one, steps[1.0]),
         "\nWithout activations, GB of one GPU by ZeRO stage:\n",
         table(
             ["GPUs", *map(_stage, STAGES)],
@@ -283,6 +281,14 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
         ),
     ]  # fmt: skip
     return "\n".join(text)
+
+
+def _launches(zero: Job, above: Job) -> str:
+    least = [f"{1e3 * LAUNCH * job.launches:.1f}" for job in (zero, above)]
+    return (
+        f"\nAn eager step starts about {zero.launches} kernels at lambda 0 and {above.launches} above, which takes the host "
+        f"{' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: no step is faster than that without train.compile."
+    )
 
 
 def _memory_row(one: Job, ranks: int, stage: int, kept: dict[float, int]) -> list[str]:
