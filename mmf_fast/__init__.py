@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from mmf_fast.sampling import sample
     from mmf_fast.training import Optimizer, Train, Trainer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Adapter",
     "DiffusersAdapter",
@@ -20,6 +22,7 @@ __all__ = [
     "MissingRuleError",
     "Optimizer",
     "TimeSampler",
+    "__version__",
     "Train",
     "Trainer",
     "attention",

@@ -56,9 +56,9 @@ class Config:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies `key=value` overrides (dotted keys; `model=mlp` is short for `model.name=mlp`).
+    """Reads a YAML file, or the shipped configuration of that name, and applies `key=value` overrides.
 
-    A file that does not exist is looked for among the configurations installed with the package.
+    Keys are dotted. `model=mlp` is short for `model.name=mlp`; `model={name: mlp, width: 8}` replaces the file's model.
     Raises ConfigError.
     """
     path = find(path)
@@ -69,6 +69,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = OmegaConf.load(path)
         if not isinstance(tree, Mapping):
             raise ConfigError("must be a mapping of keys to values")
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key in ("data", "model", "loss") and value.startswith("{"):
+                tree[key] = {}
         given = OmegaConf.from_dotlist([_expand(override) for override in overrides])
         merged = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True, throw_on_missing=True)
     except OSError as error:

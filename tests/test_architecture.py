@@ -1,6 +1,7 @@
 """Imports go down only, and MAY_IMPORT says which: it is the map of the house, quoted in CONTRIBUTING.md."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,3 +136,11 @@ def test_no_module_of_the_package_hides_another_library() -> None:
     libraries = {"torch", "triton", "numpy", "scipy", "sklearn", "omegaconf", "safetensors", "tensorboard", "tqdm"}
     libraries |= {"matplotlib", "yaml", "PIL", "deepspeed", "datasets", "evaluate", "transformers", "einops", "apex"}
     assert names & (set(sys.stdlib_module_names) | libraries) == set()
+
+
+def test_whoever_wants_the_loss_alone_imports_torch_and_little_else() -> None:
+    """Dynamo alone takes as long to import as torch; the rest is what training and evaluation need."""
+    late = ["torch._dynamo", "matplotlib", "omegaconf", "PIL", "scipy", "sklearn", "safetensors", "deepspeed"]
+    code = f"import sys, mmf_fast.models, mmf_fast.sampling; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -110,7 +110,7 @@ def test_a_file_that_is_no_configuration(toy: Path, text: str, advice: str) -> N
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.yaml.*--config"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: there is no such file; .* a shipped one: .*digits"):
         config.load(tmp_path / "absent.yaml")
 
 
@@ -224,10 +224,17 @@ def test_convert_coerces_nothing_else(value: Any, hint: Any) -> None:
         convert(value, hint, "key")
 
 
+def test_a_mapping_replaces_what_the_file_says_of_a_component(toy: Path) -> None:
+    assert config.load(toy, ["model={name: mlp, depth: 3}"]).model == {"name": "mlp", "depth": 3}
+    assert config.load(toy, ["model.depth=3"]).model == {"name": "mlp", "width": 16, "depth": 3}
+
+
 def test_a_wheel_finds_its_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bare name that is no file here is looked for where setup.py installs configs/."""
+    """A bare name that is no file here is looked for where setup.py installs configs/; a path is not."""
     installed = tmp_path / "share" / "mmf_fast" / "configs"
     installed.mkdir(parents=True)
     (installed / "mine.yaml").write_text(TOY)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert config.load("configs/mine.yaml").model["width"] == 16
+    assert config.load("mine").model["width"] == config.load("mine.yaml").model["width"] == 16
+    with pytest.raises(ConfigError, match=r"wrong/mine.yaml: there is no such file; .*: .*digits.*, mine"):
+        config.load("wrong/mine.yaml")

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmf_fast.contract import bare
@@ -63,6 +61,9 @@ def save_pretrained(
     state_dict: weights to save in place of the network's own, such as their moving average.
     Raises ValueError when the weights are not this network's or the folder cannot be written.
     """
+    from safetensors import SafetensorError  # here, as below: networks alone do without it
+    from safetensors.torch import save_file
+
     folder, net = Path(folder), bare(net)
     state = net.state_dict() if state_dict is None else state_dict
     config = description(net)
@@ -118,6 +119,8 @@ def load_pretrained(folder: str | Path, net: nn.Module | None = None) -> tuple[A
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     """The weights, compared with their checksum, and the text of model.json."""
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise ValueError(f"{path} is missing; give the folder of a run that has saved its model")
     try:

@@ -126,23 +126,31 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [f"{key} ({one.get(key, 'default')} -> {other.get(key, 'default')})" for key in keys]
 
 
-def find(path: str | Path) -> Path:
-    """The file at `path`, or else the one of that name beside this checkout's or installation's configurations."""
+def find(path: str | Path, ending: str = ".yaml") -> Path:
+    """A file that is there, or of a bare name (digits, zero1.json) the one shipped with the package.
+
+    Raises ConfigError where there is neither; a path with a folder in it is never looked for elsewhere.
+    """
     path = Path(path)
-    checkout = Path(__file__).parent.parent.parent / "configs" / path.name
-    installed = Path(sysconfig.get_path("data"), "share", "mmf_fast", "configs", path.name)
-    return next((each for each in (path, checkout, installed) if each.exists()), path)
+    if path.is_file():
+        return path
+    folders = [Path(__file__).parents[2] / "configs", Path(sysconfig.get_path("data"), "share", "mmf_fast", "configs")]
+    shipped = {each.name: each for folder in reversed(folders) for each in sorted(folder.glob(f"*{ending}"))}
+    if path.parent == Path() and (name := path.name.removesuffix(ending) + ending) in shipped:
+        return shipped[name]
+    names = ", ".join(name.removesuffix(".yaml") for name in sorted(shipped)) or "none"
+    raise ConfigError(f"{path}: there is no such file; pass a path, or the name of a shipped one: {names}")
 
 
 def read_zero(path: str | Path) -> dict[str, Any]:
     """The DeepSpeed configuration (JSON) that train.zero names. Raises ConfigError."""
-    path = find(path)
     try:
+        path = find(path, ".json")
         tree = json.loads(path.read_text())
+    except ConfigError as error:
+        raise ConfigError(f"train.zero={error}") from error
     except OSError as error:
-        raise ConfigError(
-            f"train.zero={path}: {error.strerror or error}; zero1.json to zero3.json are there"
-        ) from error
+        raise ConfigError(f"train.zero={path}: {error.strerror or error}; pass another file") from error
     except ValueError as error:
         raise ConfigError(f"train.zero={path}: is not JSON ({error})") from error
     if not isinstance(tree, dict):

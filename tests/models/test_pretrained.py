@@ -68,7 +68,7 @@ def test_a_failed_save_leaves_the_weights_and_what_they_are_together(saved, net,
         raise OSError("No space left on device")
 
     if failing == "model.safetensors":
-        monkeypatch.setattr(pretrained, "save_file", part_then_full_disk)
+        monkeypatch.setattr("safetensors.torch.save_file", part_then_full_disk)
     else:  # which is there for people
         monkeypatch.setattr("pathlib.Path.write_text", lambda path, text: part_then_full_disk(None, path))
     with pytest.raises(ValueError, match=r"cannot write a model to .*No space left.*choose a writable folder"):
