@@ -61,12 +61,10 @@ class Job:
     flops: float
     forwards: float
     calls: tuple[int, int]
-    share: float = 0.0
 
     def divides(self, batch: int, ranks: int) -> bool:
-        """Whether ranks and accumulated passes can share a batch, and its samples with r < t, equally."""
-        parts = ranks * self.accumulate
-        return batch % parts == 0 and round(self.share * batch) % parts == 0
+        """Whether ranks and accumulated passes can share a batch equally."""
+        return batch % (ranks * self.accumulate) == 0
 
     @property
     def weight(self) -> int:
@@ -136,7 +134,6 @@ def job(settings: config.Config, lam: float) -> Job:
         flops=forwards * net.flops(train.batch),
         forwards=forwards,
         calls=(counted.all, counted.with_graph),
-        share=loss_fn.times.share,
     )
 
 
@@ -175,7 +172,7 @@ def _loss(settings: config.Config, lam: float) -> tuple[MeanFlowLoss, tuple[int,
 
 def _on_meta(loss_fn: MeanFlowLoss, shape: tuple[int, ...], rows: int) -> None:
     x = torch.empty(rows, *shape, device="meta")
-    cond = {"y": torch.zeros(rows, dtype=torch.int64, device="meta")} if loss_fn.null_label else {}
+    cond = {"y": torch.zeros(rows, dtype=torch.int64, device="meta")} if loss_fn.null_label is not None else {}
     with _fused_operators(), _FlashAttention():
         loss_fn(x, **cond)
 
@@ -225,8 +222,8 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
     one, train = steps[0.0], settings.train
     if not one.divides(train.batch, ranks):
         raise config.ConfigError(
-            f"{ranks} GPUs x train.accumulate={train.accumulate} cannot share train.batch={train.batch} and its "
-            f"samples with r < t (times.share={one.share}) equally: choose another batch"
+            f"{ranks} GPUs x train.accumulate={train.accumulate} cannot share train.batch={train.batch} equally: "
+            "choose another batch"
         )
     rows = train.batch // (ranks * train.accumulate)
     kept = {lam: activations(settings, lam, rows) for lam in steps}

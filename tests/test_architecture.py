@@ -21,9 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"models", "objective", "data", "registry"},
     "evaluation": {"sampling", "models", "data", "pictures", "files", "devices", "distributed"},
     "__init__": {"sampling", "models", "objective", "forward"},
-    "sampling": {"models", "contract", "pictures", "files", "devices"},
+    "sampling": {"models", "contract", "conditions", "pictures", "files", "devices"},
     "models": {"forward", "contract", "files", "registry"},
-    "objective": {"forward", "ops", "contract"},
+    "objective": {"forward", "ops", "contract", "conditions"},
     "data": {"files", "registry"},
     "forward": {"ops"},
     "ops": set(),
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": set(),
     "registry": set(),
     "contract": set(),
+    "conditions": set(),
 }  # fmt: skip
 BELOW_FORWARD = {"torch", "triton", "mmf_fast"}  # forward and ops stand on these alone
 

@@ -115,7 +115,7 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         found: list[dict[str, Tensor]] = []
-        for part, rows in parts(self.accumulate, self.rank, self.world_size, self.seed):
+        for part, rows in parts(len(x), self.accumulate, self.rank, self.world_size, self.seed):
             with self.phases("loss"):
                 output = self.engine(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
             with self.phases("backward"):

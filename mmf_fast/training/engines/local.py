@@ -29,10 +29,11 @@ def learning_rate(step: int, config: Optimizer, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def parts(accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:
-    """The parts of a global batch that rank `rank` takes in turn, and where they lie in its rows rank::world_size."""
+def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:
+    """The parts of a global batch that rank `rank` takes in turn, and where they lie in its own rows of it."""
+    own = rows // accumulate
     for i in range(accumulate):
-        yield BatchShare(rank + world_size * i, world_size * accumulate, seed), slice(i, None, accumulate)
+        yield BatchShare(rank * accumulate + i, world_size * accumulate, seed), slice(i * own, (i + 1) * own)
 
 
 class LocalEngine:
@@ -67,7 +68,7 @@ class LocalEngine:
             x = x.to(self.device, non_blocking=True)
             cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
         found: list[dict[str, Tensor]] = []
-        for part, rows in parts(self.accumulate, 0, 1, self.seed):
+        for part, rows in parts(len(x), self.accumulate, 0, 1, self.seed):
             with self.phases("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 output = self.loss_fn(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
             with self.phases("backward"):
