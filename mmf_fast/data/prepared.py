@@ -46,6 +46,7 @@ class Manifest:
 
     shape: of one sample.  classes: their names, where the source tells.  source: path, format, options.
     facts: of latents: holds ("mean-std" or "sample"), scaled_by, flipped.  skipped: samples that could not be read.
+    report: for humans: the rule that told samples and labels, what was left out, how many samples each class has.
     files: {name: {"bytes": int, "sha256": str}}.
     """
 
@@ -59,6 +60,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
     version: int = _VERSION
 
     @property

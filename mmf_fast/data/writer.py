@@ -117,10 +117,21 @@ class Writer:
             files=files,
             facts=self.source.facts,
             skipped=self.skipped,
+            report=self._report(),
         )
         write_text(self.folder / MANIFEST, manifest.text())
         (self.folder / _PROGRESS).unlink(missing_ok=True)
         return manifest
+
+    def _report(self) -> dict[str, Any]:
+        """What was taken by which rule, what was left out, and how many samples each class has."""
+        report: dict[str, Any] = {"rule": self.source.rule, "left_out": self.source.left_out}
+        if self.labelled:
+            classes = self.source.num_classes or self.highest + 1
+            counts = np.bincount(np.load(self.folder / LABELS, mmap_mode="r"), minlength=classes).tolist()
+            names = self.source.classes or range(classes)
+            report["classes"] = {str(name): count for name, count in zip(names, counts, strict=True)}
+        return report
 
     # ---- pieces -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
-"""JVPs for networks that Duals cannot run (einops, isinstance checks, compiled kernels of their own).
+"""The Jacobian-vector product of a function, in one of three ways: `jvp`.
 
+Duals are the fast one. The others are for networks that Duals cannot run (isinstance checks, kernels of their own):
 `func_jvp` is torch.func.jvp made right: the gradient that PyTorch returns through the tangent of layer, batch and
 instance norm is silently wrong, so these are decomposed, and so is attention, which has no forward derivative.
 `finite_difference_jvp` needs two evaluations of any function and is biased by its step.
@@ -16,7 +17,57 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["finite_difference_jvp", "func_jvp"]
+from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
+from mmf_fast.forward.interception import intercepted
+
+__all__ = ["JVP_MODES", "finite_difference_jvp", "func_jvp", "jvp"]
+
+JVP_MODES = ("dual", "func", "finite_difference")
+
+
+def jvp(
+    fn: Callable[..., Any],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    tangent_grad: bool = True,
+    mode: str = "dual",
+) -> tuple[Tensor, Tensor]:
+    """The value of `fn` at `primals` and its directional derivative along `tangents`.
+
+    fn: maps tensors to one tensor (or Duals to one Dual).
+    tangents: one per primal, of its shape and dtype; None is a symbolic zero.
+    tangent_grad: whether gradients flow through the tangent (SG_1) or not (SG_0, cheaper: nothing is saved for it).
+    mode: "dual" runs fn on Duals; "func" is torch.func.jvp with exact norms and attention; "finite_difference"
+        evaluates fn twice and is biased by its step.
+    Raises ValueError for tangents that do not fit and for an unknown mode; MissingRuleError for an operation without
+    a rule; TypeError when fn does not return one tensor.
+    """
+    if mode not in JVP_MODES:
+        raise ValueError(f"unknown jvp mode {mode!r}: choose one of {', '.join(JVP_MODES)}")
+    if len(primals) != len(tangents):
+        raise ValueError(
+            f"jvp got {len(primals)} primals and {len(tangents)} tangents: give one tangent (or None) each"
+        )
+    for i, (x, dx) in enumerate(zip(primals, tangents, strict=True)):
+        if dx is not None and dx.shape != x.shape:
+            raise ValueError(
+                f"tangent {i} has shape {tuple(dx.shape)}, its primal {tuple(x.shape)}: they must be equal"
+            )
+
+    if mode == "dual":
+        kind = Dual if tangent_grad else DetachedDual
+        duals = [x if dx is None else kind(x, dx) for x, dx in zip(primals, tangents, strict=True)]
+        with intercepted():
+            out = fn(*duals)
+        y, dy = primal(out), tangent(out)
+    elif mode == "func":
+        y, dy = func_jvp(fn, primals, tangents)
+    else:
+        y, dy = finite_difference_jvp(fn, primals, tangents)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"jvp needs a function that returns one tensor, not {type(y).__name__}: wrap it to pick one")
+    dy = torch.zeros_like(y) if dy is None else dy  # no operation carried a tangent: fn is constant in its arguments
+    return y, dy if tangent_grad else dy.detach()
 
 
 def func_jvp(

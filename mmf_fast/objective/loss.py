@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmf_fast.conditions import per_sample
 from mmf_fast.contract import check_cond, check_network, check_output
-from mmf_fast.forward.dual import JVP_MODES, jvp
+from mmf_fast.forward.functional import JVP_MODES, jvp
 from mmf_fast.objective.draws import (
     WHOLE_BATCH,
     BatchShare,

@@ -97,7 +97,7 @@ def test_edm_without_dataset_json_has_no_labels(tmp_path):
 
 def test_class_folders_are_numbered_in_sorted_order(tmp_path):
     images = pictures(4)
-    names = ["n01440764/b.png", "n01440764/a.png", "n09/x/deep.png", "n001/a.png"]
+    names = ["n01440764/b.png", "n01440764/a.png", "n09/deep.png", "n001/a.png"]
     files = {name: png(image) for name, image in zip(names, images, strict=True)}
     files |= {"n09/readme.txt": b"x", ".DS_Store": b"x", "n001/._a.png": b"x"}
     for path in (write_folder(tmp_path / "set", files), write_zip(tmp_path / "set.zip", files)):
@@ -109,14 +109,20 @@ def test_class_folders_are_numbered_in_sorted_order(tmp_path):
 def test_train_and_val_folders(tmp_path):
     images = pictures(2)
     write_folder(tmp_path, {"train/cat/1.png": png(images[0]), "val/cat/1.png": png(images[1])})
-    assert np.array_equal(read(tmp_path, "images")[0], images[:1])
-    assert np.array_equal(read(tmp_path, "images", split="validation")[0], images[1:])
+    for split, expected in (("train", images[:1]), ("validation", images[1:])):
+        with pytest.raises(DataError, match="cat: all samples lie in this folder: a class, or no labels"):
+            open_source(tmp_path, split=split)
+        root = {"train": "train", "validation": "val"}[split]
+        found, labels, source = read(tmp_path, "images", root=root)
+        assert np.array_equal(found, expected) and labels == [0] and source.classes == ["cat"]
 
 
 def test_a_class_may_be_called_train(tmp_path):
     images = pictures(2)
     write_folder(tmp_path, {"train/1.png": png(images[0]), "aeroplane/1.png": png(images[1])})
-    assert read(tmp_path, "images")[1] == [0, 1]
+    with pytest.raises(DataError, match=r"are train of aeroplane, train splits, or classes.*--root '\.' for classes"):
+        open_source(tmp_path)
+    assert read(tmp_path, "images", root=".")[1] == [0, 1]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
@@ -188,7 +194,7 @@ def test_parquet(tmp_path):
 def test_damaged_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, pictures(3), [0, 1, None])
-    with pytest.raises(DataError, match=r"a.parquet\[2\]: label is None"):
+    with pytest.raises(DataError, match=r"a.parquet: column label: some labels are missing"):
         read(path, "parquet")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="damaged or truncated"):
@@ -238,15 +244,15 @@ def test_log_variances_become_standard_deviations(tmp_path):
     logvar = np.concatenate([values[:, :4], 2 * np.log(values[:, 4:])], 1)
     path = write_folder(tmp_path, {f"n01/{i}.npy": npy(value) for i, value in enumerate(logvar)})
     with pytest.raises(DataError, match="--latents"):
-        open_source(path)
-    found, labels, _ = read(path, "latents", latents="mean-logvar")
+        open_source(path, root=".")
+    found, labels, _ = read(path, "latents", latents="mean-logvar", root=".")
     assert np.allclose(found, values, rtol=1e-5) and labels == [0, 0]
     with pytest.raises(SampleError, match="perhaps --latents mean-logvar"):
-        read(path, "latents", latents="mean-std")
+        read(path, "latents", latents="mean-std", root=".")
     extreme = np.concatenate([np.zeros((1, 4, 4)), np.full((1, 4, 4), -100.0)]).astype("f4")
     (tmp_path / "n01" / "0.npy").write_bytes(npy(extreme))
     (tmp_path / "n01" / "1.npy").write_bytes(npy(extreme))
-    assert np.allclose(read(path, "latents", latents="mean-logvar")[0][:, 1], np.exp(-15))
+    assert np.allclose(read(path, "latents", latents="mean-logvar", root=".")[0][:, 1], np.exp(-15))
 
 
 def test_moments_of_the_mirrored_image(tmp_path):
@@ -354,7 +360,7 @@ DAMAGED = {
     ),
     "truncated pickle in a tar": (
         lambda p: cifar_tar(p, data_batch_3=cifar_batches()[0]["data_batch_3"][:-3000]),
-        "cifar-10-python.tar.gz:data_batch_3: damaged or truncated",
+        "cifar-10-python.tar.gz:cifar-10-batches-py/data_batch_3: damaged or truncated",
     ),
     "truncated pickle": (
         lambda p: cut(write_folder(p, cifar_batches()[0]) / "data_batch_5").parent,
@@ -400,7 +406,7 @@ DAMAGED = {
     ),
     "dataset.json with a vector": (
         lambda p: json_with(p, b'{"labels": [["00000/img00000000.png", [0, 1]]]}'),
-        r"label of 00000/img00000000\.png is \[0, 1\], not a number",
+        r"00000/img00000000\.png: label is \[0, 1\], not a number from 0 but a list of 2",
     ),
     "dataset.json with a negative label": (
         lambda p: json_with(p, b'{"labels": [["00000/img00000000.png", -1]]}'),

@@ -284,7 +284,7 @@ REFUSED = {
             "a/img-mean-std-0.npy": edm2(np.ones((1, 8, 4, 4), "f4"), [0])["00000/img-mean-std-00000000.npy"],
             "a/img-mean-std-1.npy": edm2(np.ones((1, 8, 2, 2), "f4"), [0])["00000/img-mean-std-00000000.npy"],
         },
-        {},
+        {"root": "."},
         r"img-mean-std-1\.npy: is 8x2x2, those before are 8x4x4; encode them alike",
     ),
 }

@@ -93,8 +93,8 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_tar(path: Path, files: dict[str, bytes], folder: str = "cifar-10-batches-py/") -> Path:
-    """In the order of the published archive, which is not that of the numbers."""
-    with tarfile.open(path, "w:gz") as archive:
+    """In the order of CIFAR-10's archive, which is not that of the numbers; packed where the name says so."""
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w:") as archive:
         for name in sorted(files, reverse=True):
             member = tarfile.TarInfo(folder + name)
             member.size = len(files[name])

@@ -19,53 +19,52 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
-from mmf_fast.data.formats.images import labels_of, split_folder
-from mmf_fast.data.formats.sources import DataError, Item, SampleError, Source
-from mmf_fast.data.formats.trees import Tree, open_tree
+from mmf_fast.data.formats.layout import Layout, lay_out, left_out
+from mmf_fast.data.formats.sources import DataError, Item, Options, SampleError, Source
+from mmf_fast.data.formats.trees import Tree
 
-__all__ = ["SD_SCALE", "Contents", "open_latents"]
+__all__ = ["LATENT_ENDINGS", "SD_SCALE", "Contents", "open_latents"]
 
+LATENT_ENDINGS = (".npy", ".npz")
 Contents = Literal["mean-std", "mean-logvar", "sample", "scaled-sample"]
 SD_SCALE = 0.18215  # the factor that brings latents of the SD-VAE to about unit variance
 _FAST_DIT = re.compile(r"_features/\d+\.npy$")
 _LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clips to it before it takes the exponential
 
 
-def open_latents(path: Path, split: str, contents: str | None) -> Source:
-    """contents: what the files hold; needed where names and folders do not tell. Raises DataError."""
-    tree = open_tree(split_folder(path, split))
-    names = [name for name in tree.names if name.endswith((".npy", ".npz"))]
-    features = sorted((name for name in names if _FAST_DIT.search(name)), key=lambda name: (len(name), name))
+def open_latents(tree: Tree, options: Options) -> Source:
+    """Raises DataError, also where what the files hold cannot be told and is not said."""
+    contents = options.latents
+    features = sorted((name for name in tree.names if _FAST_DIT.search(name)), key=lambda name: (len(name), name))
     if features:  # in the order of their numbers
-        names, labels, classes = features, None, None
+        used = [*features, *(re.sub(r"_features/(\d+\.npy)$", r"_labels/\1", name) for name in features)]
+        found = Layout(features, None, None, "labels of fast-DiT", left_out(tree, used))
         contents = contents or "scaled-sample"
-    elif names:
-        labels, classes = labels_of(tree, names)
-        contents = contents or ("mean-std" if all("img-mean-std-" in name for name in names) else None)
     else:
-        raise DataError(f"{tree.path}: holds no latents; pass a folder or zip with npy or npz files")
+        found = lay_out(tree, LATENT_ENDINGS, options)
+        contents = contents or ("mean-std" if all("img-mean-std-" in name for name in found.names) else None)
     if contents is None:
-        raise DataError(f"{path}: what the files hold cannot be told; pass --latents {'|'.join(get_args(Contents))}")
-    flipped = names[0].endswith(".npz") and _has_flip(tree, names[0])
+        raise DataError(
+            f"{tree.path}: what the files hold cannot be told; pass --latents {'|'.join(get_args(Contents))}"
+        )
+    flipped = found.names[0].endswith(".npz") and _has_flip(tree, found.names[0])
     facts = {
         "holds": "mean-std" if contents.startswith("mean") else "sample",
         "scaled_by": SD_SCALE if contents == "scaled-sample" else 1.0,
         "flipped": flipped,
     }
 
-    num_classes = len(classes) if classes else None
-
     def items() -> Iterator[Item]:
-        for i, name in enumerate(names):
-            label = _fast_dit_label(tree, name) if features else None if labels is None else int(labels[i])
-            yield Item(tree.label(name), label, partial(_load, tree, name, str(contents), flipped))
+        for i, name in enumerate(found.names):
+            label = None if found.labels is None else int(found.labels[i])
+            label = _fast_dit_label(tree, name) if features else label
+            yield Item(tree.label(name), label, partial(_load, tree, name, contents, flipped))
 
-    return Source("latents", "latents", items, tree.identity(), len(names), num_classes, classes, facts)
+    return Source("latents", "latents", items, tree.identity(), len(found.names), facts=facts, **found.described())
 
 
 def _fast_dit_label(tree: Tree, name: str) -> int:

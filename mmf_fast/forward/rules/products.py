@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.forward.dual import Dual, missing_rule_error, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.interception import operands_keep_their_order
 from mmf_fast.forward.rules.families import add_tangents, rule, spellings
 
 
@@ -50,9 +51,10 @@ register_rule(operator.matmul)(lambda a, b: multilinear(torch.matmul, a, b))
 
 @register_rule(Tensor.matmul)
 def matmul_method(input: Any, other: Any) -> tuple[Any, Any]:
-    # Dynamo calls Tensor.matmul(b, a) for a @ b when a is not a tensor, and nothing tells it from b @ a.
-    if torch.compiler.is_dynamo_compiling() and not isinstance(input, Dual):
-        raise missing_rule_error(Tensor.matmul, "torch.compile may swap the operands of @, write torch.matmul(a, b)")
+    if torch.compiler.is_dynamo_compiling() and not isinstance(input, Dual) and not operands_keep_their_order():
+        raise missing_rule_error(
+            Tensor.matmul, "torch.compile may swap the operands of @, call the network by mmf_fast.jvp"
+        )
     return multilinear(torch.matmul, input, other)
 
 

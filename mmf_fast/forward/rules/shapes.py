@@ -25,8 +25,19 @@ linear_by_example("view_as", "reshape_as", "expand_as", "type_as", "to", "type")
 
 no_tangent(
     *spellings("size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "storage_offset"),
-    *spellings("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_pinned"),
-    *spellings("get_device", "data_ptr", "result_type", "is_same_size", "ndimension", "dim_order", "untyped_storage"),
+    *spellings(
+        "is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_pinned", "is_tensor"
+    ),
+    *spellings(
+        "get_device",
+        "data_ptr",
+        "result_type",
+        "is_same_size",
+        "is_tensor",
+        "ndimension",
+        "dim_order",
+        "untyped_storage",
+    ),
     *spellings("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"),
     *spellings("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "new_empty_strided"),
     *spellings("detach", "int", "long", "bool", "byte", "short", "char"),
