@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mmf_fast.conditions import per_sample
 from mmf_fast.contract import check_cond, check_network, check_output
 from mmf_fast.forward.functional import JVP_MODES, jvp
+from mmf_fast.objective.compiled import Compiled
 from mmf_fast.objective.draws import (
     WHOLE_BATCH,
     BatchShare,
@@ -128,6 +129,7 @@ class MeanFlowLoss(nn.Module):
         self.tangent, self.paired, self.stochastic = tangent, paired, stochastic
         self.p, self.c, self.guidance, self.jvp = p, c, guidance, jvp
         self.shared = tuple(shared)
+        self.compiled: Compiled | None = None
         self.null_label: int | None = getattr(net, "num_classes", 0) or None if null_label is None else null_label
         self._check()
 
@@ -195,7 +197,10 @@ class MeanFlowLoss(nn.Module):
         padded = self._called_elsewhere(step) if times is None else (False, False, False)
         d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
         of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a tensor: its value is not part of the graph
-        loss, found, square = self._compute(d, of_graph)
+        if self.compiled is None:
+            loss, found, square = self._compute(d, of_graph)
+        else:
+            loss, found, square = self.compiled(x, self, d, of_graph)
         per_sample_loss = torch.empty_like(found).index_copy_(0, order, found)
         share = intervals / (rows * part.count if times is None else rows)
         metrics = _errors(square, rows, share)
@@ -204,8 +209,9 @@ class MeanFlowLoss(nn.Module):
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the loss computation in place (fullgraph). Noise and times are still drawn eagerly, so a seed gives
-        the same draws either way; a change of lambda, step or times does not recompile."""
-        self._compute = torch.compile(self._compute, fullgraph=True, dynamic=False, **kwargs)  # type: ignore[method-assign]
+        the same draws either way; a change of lambda, step or times does not recompile, and batches of any size are
+        welcome (see Compiled)."""
+        self.compiled = Compiled(MeanFlowLoss._compute, kwargs)
 
     def forwards(self, batch: int, step: int = 0) -> int:
         """What a training step on `batch` samples costs, in forward passes of one sample: what the algorithm needs,
