@@ -8,6 +8,9 @@ from mmf_fast.objective import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampl
 if TYPE_CHECKING:
     from mmf_fast.models.adapter import Adapter, DiffusersAdapter
     from mmf_fast.sampling import sample
+    from mmf_fast.training import Optimizer, Train, Trainer
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
@@ -17,7 +20,11 @@ __all__ = [
     "LambdaSchedule",
     "MeanFlowLoss",
     "MissingRuleError",
+    "Optimizer",
     "TimeSampler",
+    "__version__",
+    "Train",
+    "Trainer",
     "attention",
     "jvp",
     "preset",
@@ -28,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """On first use: the loss alone needs neither what sampling needs nor the networks."""
+    """On first use: the loss alone needs neither what sampling needs nor the networks, nor the trainer."""
     if name == "sample":
         from mmf_fast.sampling import sample
 
@@ -37,4 +44,8 @@ def __getattr__(name: str) -> Any:
         from mmf_fast.models import adapter
 
         return getattr(adapter, name)
+    if name in ("Optimizer", "Train", "Trainer"):
+        from mmf_fast import training
+
+        return getattr(training, name)
     raise AttributeError(f"module 'mmf_fast' has no attribute {name!r}")

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["check_cond", "check_network", "check_output", "hidden_modules"]
+__all__ = ["bare", "check_cond", "check_network", "check_output", "hidden_modules"]
 
 ADAPT = "mmf_fast.Adapter(net, lambda net, z, r, t, **c: {call})"
 
@@ -93,18 +94,19 @@ def check_output(u: Any, z: Tensor) -> Any:
 # ---- what a network looks like from outside --------------------------------------------------------------------------
 
 
-def _unwrapped(net: Any) -> Any:
-    """The module inside torch.compile's and DDP's wrappers, whose own signatures say nothing."""
-    while isinstance(net, nn.Module):
-        inner = net._modules.get("_orig_mod") or (net._modules.get("module") if len(net._modules) == 1 else None)
-        if inner is None:
-            break
-        net = inner
-    return net
+def bare(net: Any) -> Any:
+    """The network itself, without what torch.compile, DDP or AveragedModel put around it."""
+    while True:
+        if isinstance(net, nn.Module) and "_orig_mod" in net._modules:
+            net = net._orig_mod
+        elif isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
+            net = net.module
+        else:
+            return net
 
 
 def _parameters(net: Any) -> list[inspect.Parameter]:
-    net = _unwrapped(net)
+    net = bare(net)
     try:
         own = isinstance(net, nn.Module) and not hasattr(net, "__signature__")
         return list(inspect.signature(net.forward if own else net).parameters.values())
@@ -113,7 +115,7 @@ def _parameters(net: Any) -> list[inspect.Parameter]:
 
 
 def _name(net: Any) -> str:
-    net = _unwrapped(net)
+    net = bare(net)
     return type(net).__name__ if isinstance(net, nn.Module) else getattr(net, "__name__", type(net).__name__)
 
 

@@ -1,7 +1,7 @@
 """Turns any known format into a prepared set: mmf prepare SRC OUT.
 
     mmf prepare cifar-10-python.tar.gz data/cifar10
-    mmf prepare ILSVRC2012/train data/imagenet64 --size 64
+    mmf prepare ILSVRC2012/train data/imagenet64 --size 64 --channels 3
     mmf prepare data/cifar10 --check
 
 Memory stays bounded whatever the size of the set, except for the names of its files. A run that was stopped goes on
@@ -69,7 +69,8 @@ def prepare(
             if found.source != json.loads(json.dumps(origin)):
                 raise DataError(f"{folder}: holds another prepared set; pass another OUT, or --overwrite")
             return found
-        tqdm.write(f"{path}: {opened.rule}{_listed('; not taken: ', opened.left_out)}", file=sys.stderr)
+        told = f"{path}: {opened.rule}{_listed('; images: ', opened.looks)}{_listed('; not taken: ', opened.left_out)}"
+        tqdm.write(told, file=sys.stderr)
         with Writer(folder, opened, options) as writer:
             _copy(opened, writer, skip_bad, workers or min(os.cpu_count() or 1, _MAX_WORKERS))
             return writer.finish(origin)
@@ -158,6 +159,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--label-column", metavar="NAME", help="of a table")
     result.add_argument("--allow-empty", action="store_true", help="class folders without samples keep their number")
     result.add_argument("--size", type=_positive, help="centre-crop and resize images to this side (as ADM does)")
+    result.add_argument("--channels", type=int, choices=(1, 3), help="where some images are greyscale and some are not")
+    result.add_argument("--background", metavar="COLOUR", help="below transparent pixels: a name, #rrggbb, or none")
     result.add_argument("--latents", choices=get_args(Contents), help="what latents hold, where names do not tell")
     result.add_argument("--num-classes", type=_positive, help="where SRC does not tell; default: largest label + 1")
     result.add_argument("--skip-bad", type=float, default=0.0, metavar="SHARE", help="leave out this share at most")

@@ -126,6 +126,8 @@ class Writer:
     def _report(self) -> dict[str, Any]:
         """What was taken by which rule, what was left out, and how many samples each class has."""
         report: dict[str, Any] = {"rule": self.source.rule, "left_out": self.source.left_out}
+        if self.source.looks:
+            report["images"] = self.source.looks
         if self.labelled:
             classes = self.source.num_classes or self.highest + 1
             counts = np.bincount(np.load(self.folder / LABELS, mmap_mode="r"), minlength=classes).tolist()

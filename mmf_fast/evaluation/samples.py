@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmf_fast import data
 from mmf_fast.devices import choose_device, device_of
@@ -36,7 +36,7 @@ from mmf_fast.evaluation.distances import frechet_distance, nearest, sliced_wass
 from mmf_fast.files import write_text
 from mmf_fast.models import load_pretrained
 from mmf_fast.pictures import save_arrows, save_field, save_rows
-from mmf_fast.sampling import evaluating, sample_in_chunks
+from mmf_fast.sampling import evaluating, import_made, network_option, sample_in_chunks, samples_of
 
 __all__ = ["evaluate", "evaluate_run", "table"]
 
@@ -75,19 +75,31 @@ def evaluate(
 
 
 def evaluate_run(
-    run: str | Path, steps: Sequence[int] = (1, 2, 4), seed: int = 0, device: str = "auto", pictures: bool = True
+    run: str | Path,
+    steps: Sequence[int] = (1, 2, 4),
+    seed: int = 0,
+    device: str = "auto",
+    pictures: bool = True,
+    net: nn.Module | None = None,
+    dataset: data.Dataset | None = None,
 ) -> dict[str, Any]:
     """`evaluate` for the network and the dataset of a run folder; writes evaluation.json and the pictures there.
 
+    net, dataset: of one's own, in place of those the run names; net takes the weights of the run.
     Raises ValueError for a missing or damaged run too.
     """
-    net, extra = load_pretrained(run)
-    if not isinstance(extra.get("data"), Mapping) or "name" not in extra["data"]:
-        raise ValueError(f"{Path(run) / 'model.json'} does not name its data; give the folder of a training run")
-    dataset = data.load(**extra["data"])
-    if (net.shape, net.num_classes) != (dataset.shape, dataset.num_classes):
+    net, extra = load_pretrained(run, net)
+    shape, num_classes = samples_of(net, extra, run)
+    if dataset is None:
+        if not isinstance(extra.get("data"), Mapping) or "name" not in extra["data"]:
+            raise ValueError(
+                f"{Path(run) / 'model.json'} does not name its data; give the folder of a training run, or its data "
+                "with --data package.module:make"
+            )
+        dataset = data.load(**extra["data"])
+    if (shape, num_classes) != (dataset.shape, dataset.num_classes):
         raise ValueError(
-            f"the network of {run} has shape {net.shape} and {net.num_classes} classes, "
+            f"the network of {run} has shape {shape} and {num_classes} classes, "
             f"but {dataset.name} has {dataset.shape} and {dataset.num_classes}; its model.json is not its own"
         )
     result = {"step": extra.get("step")} | evaluate(
@@ -202,12 +214,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    network_option(result)
+    result.add_argument("--data", metavar="MODULE:MAKE", help="data.Dataset of one's own")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    result = evaluate_run(options.run, options.steps, options.seed, options.device)
+    own = {"net": import_made(options.net), "dataset": import_made(options.data)}
+    result = evaluate_run(options.run, options.steps, options.seed, options.device, **own)
     print(
         f"{options.run}: {result['data']} after {result['step']} training steps, {result['samples']} samples per column"
     )

@@ -92,7 +92,7 @@ class Dual(NamedTuple):
             raise missing_rule_error(func, "a Dual cannot be written to out=; use the returned value")
         if "out" in kwargs:  # out=None, which functions written in Python pass on
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-        return _wrap(cls, *rule(*args, **kwargs))
+        return _wrap(cls, func, *rule(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         # Reached only by names without a rule: the methods that have one are attributes of the class.
@@ -123,6 +123,9 @@ Dual.__array_ufunc__ = None  # type: ignore[attr-defined]  # numpy scalars leave
 Dual._make = classmethod(lambda cls, parts: cls(*parts))  # type: ignore  # the one of NamedTuple counts with len
 Dual.T = property(lambda self: self.t())  # type: ignore[attr-defined]
 Dual.mT = property(lambda self: self.transpose(-2, -1))  # type: ignore[attr-defined]
+Dual.H = Dual.mH = property(lambda self: self.adjoint())  # type: ignore[attr-defined]
+Dual.real = property(lambda self: torch.real(self) if self.dtype.is_complex else self)  # type: ignore[attr-defined]
+Dual.imag = property(lambda self: torch.imag(self))  # type: ignore[attr-defined]
 
 
 class DetachedDual(Dual):
@@ -239,15 +242,17 @@ def _strip(x: Any) -> Any:
     return x
 
 
-def _wrap(cls: type[Dual], y: Any, dy: Any) -> Any:
+def _wrap(cls: type[Dual], func: Any, y: Any, dy: Any) -> Any:
     """Pair results with tangents; results without one (indices, symbolic zeros) stay plain."""
     if dy is None or (isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex())):
         return y
     if isinstance(y, (list, tuple)):
-        pairs = [_wrap(cls, y_i, dy_i) for y_i, dy_i in zip(y, dy, strict=True)]
+        pairs = [_wrap(cls, func, y_i, dy_i) for y_i, dy_i in zip(y, dy, strict=True)]
         return pairs if type(y) is list else tuple(pairs) if type(y) is tuple else type(y)(pairs)
     # A rule may leave its tangent smaller (broadcasting) or of another dtype (promotion, autocast) than its primal.
     if dy.dtype != y.dtype:
+        if dy.is_complex() and not y.is_complex():
+            raise missing_rule_error(func, "its rule gives a real result a complex tangent, take the real part")
         dy = dy.to(y.dtype)
     return cls(y, dy if dy.shape == y.shape else dy.expand(y.shape))
 

@@ -56,7 +56,8 @@ def jvp(
 
     if mode == "dual":
         kind = Dual if tangent_grad else DetachedDual
-        duals = [x if dx is None else kind(x, dx) for x, dx in zip(primals, tangents, strict=True)]
+        given = [dx if dx is None or tangent_grad else dx.detach() for dx in tangents]
+        duals = [x if dx is None else kind(x, dx) for x, dx in zip(primals, given, strict=True)]
         with intercepted():
             out = fn(*duals)
         y, dy = primal(out), tangent(out)

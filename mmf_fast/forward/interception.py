@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mmf_fast.forward.dual import DetachedDual, Dual, known_functions
+from mmf_fast.ops.tracing import constant_to_dynamo
 
 __all__ = ["intercepted", "operands_keep_their_order"]
 
@@ -59,7 +60,7 @@ def _duals(args: Any) -> list[Dual]:
     return found
 
 
-@torch.compiler.assume_constant_result
+@constant_to_dynamo
 def _prepare() -> bool:
     """What a pass needs of other libraries; runs while Dynamo traces, too. Each part is done once per process."""
     if "torch._dynamo" in sys.modules:
@@ -86,7 +87,7 @@ def _teach_dynamo() -> None:
     get_overridable_functions().update(known_functions())
 
 
-@torch.compiler.assume_constant_result
+@constant_to_dynamo
 def operands_keep_their_order() -> bool:
     """Whether Dynamo tells dual @ tensor from tensor @ dual, which it does once it was taught."""
     from torch._dynamo.variables import builtin

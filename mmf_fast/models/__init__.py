@@ -9,7 +9,14 @@ A network remembers the arguments it was built with in `net.config`, so that a s
 from mmf_fast.models.adapter import Adapter, DiffusersAdapter
 from mmf_fast.models.dit import DiT
 from mmf_fast.models.mlp import MLP
-from mmf_fast.models.pretrained import NETWORKS, Network, build, load_pretrained, save_pretrained
+from mmf_fast.models.pretrained import (
+    NETWORKS,
+    Network,
+    build,
+    load_pretrained,
+    register_network,
+    save_pretrained,
+)
 from mmf_fast.models.unet import UNet
 
 __all__ = [
@@ -22,5 +29,6 @@ __all__ = [
     "UNet",
     "build",
     "load_pretrained",
+    "register_network",
     "save_pretrained",
 ]

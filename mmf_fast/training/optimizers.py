@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.config import ConfigError, Optimizer
+from mmf_fast.training.settings import ConfigError, Optimizer
 
 __all__ = ["adam_options", "build_optimizer", "clip_or_skip"]
 

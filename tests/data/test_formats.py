@@ -125,12 +125,13 @@ def test_a_class_may_be_called_train(tmp_path):
     assert read(tmp_path, "images", root=".")[1] == [0, 1]
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_every_eight_bit_mode_becomes_rgb(mode, tmp_path):
-    image = Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).convert(mode)
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("1", 1), ("LA", 1), ("P", 3), ("RGBA", 3), ("CMYK", 3)])
+def test_every_eight_bit_mode_becomes_grey_or_rgb(mode, channels, tmp_path):
+    image = Image.new("RGB", (8, 8), (255, 0, 0) if channels == 3 else (255, 255, 255)).convert(mode)
     write_folder(tmp_path, {"a.png": encoded(image, "tiff" if mode == "CMYK" else "png")})
     found, labels, _ = read(tmp_path, "images")
-    assert found.shape == (1, 3, 8, 8) and (found == 255).all() and labels is None
+    assert found.shape == (1, channels, 8, 8) and labels is None
+    assert (found[0, 0] > 250).all() and (found[0, 1:] < 5).all()
 
 
 def test_sixteen_bits_are_refused(tmp_path):
@@ -385,10 +386,16 @@ DAMAGED = {
         lambda p: flip_bit(npz_folder(p) / "train_data_batch_2.npz", 9000).parent,
         "train_data_batch_2.npz: damaged or truncated.*CRC",
     ),
-    "npz without data": (lambda p: npz_folder(p, images=ROWS), "train_data_batch_4.npz: has no data.npy, labels.npy"),
+    "npz without data": (
+        lambda p: npz_folder(p, images=ROWS),
+        "train_data_batch_4.npz: has no data.npy, but images.npy",
+    ),
     "npz with a wrong label": (lambda p: npz_folder(p, data=ROWS, labels=[1, 0]), "label 0 of image 1"),
     "npz with wrong rows": (lambda p: npz_folder(p, data=ROWS[:, 1:], labels=[1, 2]), "not uint8"),
-    "npz of one dimension": (lambda p: npz_folder(p, data=ROWS[0], labels=[1, 2]), "not one image per row"),
+    "npz of one dimension": (
+        lambda p: npz_folder(p, data=ROWS[0], labels=[1, 2]),
+        r"data is uint8 \(12288,\), not uint8 \(n, 3",
+    ),
     "truncated zip": (lambda p: cut(edm_with(p)), "a.zip: is no zip.*or a truncated one"),
     "zip that climbs out": (lambda p: edm_with(p, **{"../evil.png": b""}), r"'\.\./evil\.png' points out"),
     "zip with an absolute name": (lambda p: edm_with(p, **{"/etc/x.png": b""}), "points out of the archive"),

@@ -186,8 +186,13 @@ def test_what_was_taken_and_left_out_is_told(tmp_path, capsys):
     files = CATS | {"cat/a.heic": b"x", "cat/b.heic": b"x", "notes.txt": b"x", ".DS_Store": b"x"}
     manifest = prepare(write_folder(tmp_path / "set", files), tmp_path / "out")
     left_out = {".heic": 2, ".txt": 1, "hidden or ignored": 1}
-    assert manifest.report == {"rule": "class folders", "left_out": left_out, "classes": {"cat": 2, "dog": 1}}
-    assert "class folders; not taken: 2 .heic, 1 .txt, 1 hidden or ignored" in capsys.readouterr().err
+    assert manifest.report == {
+        "rule": "class folders",
+        "left_out": left_out,
+        "images": {"colour": 3},
+        "classes": {"cat": 2, "dog": 1},
+    }
+    assert "class folders; images: 3 colour; not taken: 2 .heic, 1 .txt, 1 hidden or ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["jfif", "avif", "JPE", "tga", "webp"])

@@ -86,7 +86,7 @@ def test_metadata_is_the_primals(kind: type[Dual]) -> None:
 def test_hasattr_probing() -> None:
     x = Dual(tensor(2), tensor(2))
     assert hasattr(x, "reshape") and hasattr(x, "shape")
-    assert not hasattr(x, "is_no_attribute") and not hasattr(x, "keys") and not hasattr(x, "cumprod")
+    assert not hasattr(x, "is_no_attribute") and not hasattr(x, "keys") and not hasattr(x, "histc")
     assert getattr(x, "grad_fn", "default") == "default"
 
 
@@ -174,7 +174,7 @@ def test_a_symbolic_zero_dissolves(kind: type[Dual]) -> None:
         x @ tensor(3),
     ):
         assert type(out) is Tensor
-    assert type(torch.linalg.inv(kind(torch.eye(2), None))) is Tensor  # no rule is needed
+    assert type(torch.histc(kind(torch.eye(2), None))) is Tensor  # no rule is needed
 
 
 class Count(TorchDispatchMode):
@@ -224,16 +224,16 @@ def test_a_registered_rule_serves_functions_methods_and_operators(no_new_rules: 
 
     assert torch.equal(cube(x).tangent, 3 * x.primal**2 * x.tangent)
 
-    @register_rule(torch.cumprod, Tensor.cumprod)
-    def cumprod(x: Any, dim: int) -> tuple[Any, Any]:
-        return x.primal.cumprod(dim), x.primal.new_ones(())  # broadcast to the shape of the result
+    @register_rule(torch.histc, Tensor.histc)
+    def histc(x: Any, bins: int) -> tuple[Any, Any]:
+        return x.primal.histc(bins), x.primal.new_ones(())  # broadcast to the shape of the result
 
-    assert torch.equal(x.cumprod(0).tangent, torch.ones(3)) and torch.equal(torch.cumprod(x, 0).tangent, torch.ones(3))
+    assert torch.equal(x.histc(3).tangent, torch.ones(3)) and torch.equal(torch.histc(x, 3).tangent, torch.ones(3))
 
 
 class Inner(nn.Module):
     def forward(self, x: Any) -> Any:
-        return x.cumprod(0)
+        return x.histc(3)
 
 
 def test_the_error_names_operation_module_and_ways_out_in_one_line() -> None:
@@ -241,15 +241,31 @@ def test_the_error_names_operation_module_and_ways_out_in_one_line() -> None:
     with pytest.raises(MissingRuleError) as caught:
         net(Dual(tensor(3), tensor(3)))
     message = str(caught.value)
-    assert message.startswith("no forward-mode rule for cumprod in 1 (Inner): ") and "\n" not in message
+    assert message.startswith("no forward-mode rule for histc in 1 (Inner): ") and "\n" not in message
     assert "register_rule" in message and 'jvp="func"' in message
 
 
-def test_truth_value_and_length_do_not_pass_for_a_tensors() -> None:
+@every_kind
+def test_the_length_is_the_primals(kind: type[Dual]) -> None:
+    x = kind(tensor(5, 2), tensor(5, 2))
+    assert len(x) == 5 and torch.equal((x.sum(0) / len(x)).tangent, x.tangent.sum(0) / 5)
+    assert type(x._replace(tangent=None)) is kind and len(list(x)) == 2  # still a tuple of two
+    with pytest.raises(TypeError, match="0-d"):
+        len(kind(tensor(), tensor()))
+
+
+def test_truth_value_and_number_do_not_pass_for_a_tensors() -> None:
     with pytest.raises(MissingRuleError, match=r"x\.primal"):
         bool(Dual(torch.ones(()), torch.ones(())))
     with pytest.raises(TypeError):
         float(Dual(torch.ones(()), torch.ones(())))  # type: ignore[arg-type]
+
+
+def test_a_rule_may_not_give_a_real_result_a_complex_tangent(no_new_rules: None) -> None:
+    """It would lose its imaginary part without a word."""
+    register_rule(torch.histc)(lambda x: (x.primal, x.primal * 1j))
+    with pytest.raises(MissingRuleError, match="histc.*real part"):
+        torch.histc(Dual(tensor(3), tensor(3)))
 
 
 # -- compilation -------------------------------------------------------------------------------------------------------

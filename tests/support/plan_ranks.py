@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from mmf_fast import MeanFlowLoss
-from mmf_fast.config import Optimizer, Train, read_zero
 from mmf_fast.models import DiT
 from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
+from mmf_fast.training.settings import Optimizer, Train, read_zero
 
 BUCKET = 10_000  # elements: what lies in DeepSpeed's buckets, and small weights that stay gathered, are not planned
 SHARES = {"all_reduce": 2, "reduce_scatter_tensor": 1, "all_gather_into_tensor": 1}  # x (n - 1) / n of the tensor

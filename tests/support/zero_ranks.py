@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from support.engine_cases import data, loss_function, optimizer, train
 
-from mmf_fast.config import read_zero
 from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
+from mmf_fast.training.settings import read_zero
 
 
 def run(case: dict, folder: Path, name: str) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmf_fast.data.formats.arrays import holds_images, open_arrays
 from mmf_fast.data.formats.batches import open_cifar10, open_imagenet
+from mmf_fast.data.formats.idx import IDX_NAME, open_idx
 from mmf_fast.data.formats.images import IMAGE_ENDINGS, open_images
 from mmf_fast.data.formats.latents import LATENT_ENDINGS, open_latents
 from mmf_fast.data.formats.parquet import open_parquet
@@ -27,11 +29,14 @@ class Format(NamedTuple):
 
 
 _LAYOUT = {"root", "labels", "allow_empty"}
+_PIXELS = {"size", "channels", "background"}
 FORMATS = {
     "cifar10": Format(open_cifar10, frozenset()),
     "imagenet": Format(open_imagenet, frozenset()),
-    "images": Format(open_images, frozenset({*_LAYOUT, "size"})),
-    "parquet": Format(open_parquet, frozenset({"labels", "label_column", "size"})),
+    "idx": Format(open_idx, frozenset({"labels"})),
+    "arrays": Format(open_arrays, frozenset({"labels", "label_column"})),
+    "images": Format(open_images, frozenset({*_LAYOUT, *_PIXELS})),
+    "parquet": Format(open_parquet, frozenset({"labels", "label_column", *_PIXELS})),
     "latents": Format(open_latents, frozenset({*_LAYOUT, "latents"})),
 }
 
@@ -60,13 +65,16 @@ def detect(path: Path) -> str:
 
 
 def _format_of(tree: Tree) -> str:
-    stems = {name.rpartition("/")[2].removesuffix(".npz") for name in tree.names}
+    bases = [name.rpartition("/")[2] for name in tree.names]
+    stems = {base.removesuffix(".npz") for base in bases}
     if stems & {"data_batch_1", "test_batch"}:
         return "cifar10"
     if stems & {"train_data_batch_1", "val_data"}:
         return "imagenet"
+    if any(IDX_NAME.fullmatch(base) for base in bases):
+        return "idx"
     endings = {ending(name) for name in tree.names}
     for format, known in {"parquet": {".parquet"}, "images": IMAGE_ENDINGS, "latents": LATENT_ENDINGS}.items():
         if endings & set(known):
-            return format
+            return "arrays" if format == "latents" and holds_images(tree) else format
     raise DataError(f"{tree.path}: holds nothing of a known format; pass --format, one of {', '.join(FORMATS)}")

@@ -12,15 +12,13 @@ time (1.6 GB of ImageNet-64); an npz is streamed.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmf_fast.data.formats.arrays import array_file, read_array, rows
 from mmf_fast.data.formats.layout import left_out
 from mmf_fast.data.formats.pickles import load_dict
 from mmf_fast.data.formats.sources import DataError, Item, Options, Source, identity_of_files, identity_of_names
@@ -32,7 +30,6 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 _CIFAR10 = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 _IMAGENET = {"train": [f"train_data_batch_{i}" for i in range(1, 11)], "validation": ["val_data"]}
-_ROWS = 256  # rows of an npz read at once
 
 
 # ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
@@ -59,57 +56,17 @@ def open_imagenet(tree: Tree, options: Options) -> Source:
 
 def _npz(tree: Tree, name: str, first_label: int, classes: int) -> Iterator[Item]:
     path = tree.label(name)
-    with _open_npz(tree, name) as archive:
-        with archive.open("labels.npy") as file:
-            labels = np.lib.format.read_array(file, allow_pickle=False)
-        with archive.open("data.npy") as file:
-            (count, *row), dtype = _npy_header(file, path)
-            side = _side(path, dtype, (count, *row))
-            label = _labels(path, labels, count, first_label, classes)
-            for first in range(0, count, _ROWS):
-                rows = min(_ROWS, count - first)
-                data = np.frombuffer(_exactly(file, rows * row[0], path), np.uint8)
-                images = data.reshape(rows, 3, side, side)
-                for i in range(rows):
-                    yield _item(f"{path}[{first + i}]", label(first + i), images[i])
-            file.read(1)  # zipfile compares its checksum at the end
+    labels = read_array(tree, name, "labels")
+    with array_file(tree, name, "data") as (file, shape, dtype):
+        side = _side(path, dtype, shape)
+        label = _labels(path, labels, shape[0], first_label, classes)
+        for i, row in enumerate(rows(file, shape, dtype, path)):
+            yield _item(f"{path}[{i}]", label(i), row.reshape(3, side, side))
 
 
 def _npz_rows(tree: Tree, name: str) -> int:
-    with _open_npz(tree, name) as archive, archive.open("data.npy") as file:
-        return _npy_header(file, tree.label(name))[0][0]
-
-
-@contextmanager
-def _open_npz(tree: Tree, name: str) -> Iterator[zipfile.ZipFile]:
-    """A zip file whose damages become DataError, wherever in the block they show."""
-    path = tree.label(name)
-    try:
-        with tree.open(name) as file, zipfile.ZipFile(file) as archive:
-            missing = {"data.npy", "labels.npy"} - set(archive.namelist())
-            if missing:
-                raise DataError(f"{path}: has no {', '.join(sorted(missing))}; pass npz files with data and labels")
-            yield archive
-    except DataError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path}: damaged or truncated ({error}); fetch it again") from error
-
-
-def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if fortran or len(shape) != 2:
-        raise DataError(f"{name}: data is {shape}{' in Fortran order' if fortran else ''}, not one image per row")
-    return shape, dtype
-
-
-def _exactly(file: Any, size: int, name: str) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
-        raise DataError(f"{name}: data ends early; fetch it again")
-    return data
+    with array_file(tree, name, "data") as (_, shape, _):
+        return shape[0]
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ train-00000-of-00005.parquet, or train/0000.parquet; validation, test. Read with
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmf_fast.data.formats.images import decode_image
 from mmf_fast.data.formats.labels import numbering
 from mmf_fast.data.formats.layout import left_out, split_of
+from mmf_fast.data.formats.pixels import Pixels, survey
 from mmf_fast.data.formats.sources import DataError, Item, Options, Source, identity_of_files
 from mmf_fast.data.formats.trees import Tree
 
@@ -48,22 +49,31 @@ def open_parquet(tree: Tree, options: Options) -> Source:
     count = sum(reader.metadata.num_rows for reader in readers)
     for reader in readers:
         reader.close()
+    cells = ((name, partial(io.BytesIO, data)) for name, data, _ in _rows(pq, files, image, None))
+    pixels, looks = survey(cells, count, options)
     return Source(
         "parquet",
         "images",
-        partial(_items, pq, files, image, label, number, options.size),
+        partial(_items, pq, files, image, label, number, pixels),
         identity_of_files(files),
         count,
         len(classes) if classes else None,
         classes,
         rule=rule,
         left_out=left_out(tree, names),
+        looks=looks,
     )
 
 
 def _items(
-    pq: Any, files: Sequence[Path], image: str, label: str | None, number: Callable[[Any], int], size: int | None
+    pq: Any, files: Sequence[Path], image: str, label: str | None, number: Callable[[Any], int], pixels: Pixels
 ) -> Iterator[Item]:
+    for name, data, value in _rows(pq, files, image, label):
+        yield Item(name, None if label is None else number(value), partial(pixels.decode, data, name))
+
+
+def _rows(pq: Any, files: Sequence[Path], image: str, label: str | None) -> Iterator[tuple[str, bytes, Any]]:
+    """(name, encoded image, stated label) of each row."""
     columns = [image] if label is None else [image, label]
     for file in files:
         reader, row = _open(pq, file), 0
@@ -71,12 +81,12 @@ def _items(
             for batch in reader.iter_batches(batch_size=_ROWS, columns=columns):
                 labels = [None] * batch.num_rows if label is None else batch.column(label).to_pylist()
                 for cell, value in zip(batch.column(image).to_pylist(), labels, strict=True):
-                    name = f"{file}[{row}]"
                     data = cell.get("bytes") if isinstance(cell, dict) else cell
                     if not data:
-                        raise DataError(f"{name}: has no image bytes, a path at most; embed the images in the parquet")
-                    found = None if label is None else number(value)
-                    yield Item(name, found, partial(decode_image, data, name, size))
+                        raise DataError(
+                            f"{file}[{row}]: has no image bytes, a path at most; embed the images in the parquet"
+                        )
+                    yield f"{file}[{row}]", data, value
                     row += 1
         except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
             if isinstance(error, DataError):

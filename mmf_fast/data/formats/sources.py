@@ -54,6 +54,8 @@ class Options:
     labels: "none", or "parents": the class of a file is the folder it lies in.  label_column: of a table.
     allow_empty: class folders without a sample keep their number.
     size: images are centre-cropped and resized to this side.
+    channels: 1 or 3, of images of which some are greyscale and some are not.
+    background: colour below transparent pixels, or "none".
     latents: what latents hold, see latents.py.
     """
 
@@ -64,6 +66,8 @@ class Options:
     label_column: str | None = None
     allow_empty: bool = False
     size: int | None = None
+    channels: int | None = None
+    background: str | None = None
     latents: str | None = None
 
     def given(self) -> dict[str, Any]:
@@ -80,6 +84,7 @@ class Source:
     identity: changes with the content as far as names, sizes and dates tell; a restart compares it.
     facts: what else training has to know of the samples.
     rule: what decided which files are samples and what their labels are.  left_out: {kind: files that are not samples}.
+    looks: {kind: how many of the images are of it}.
     """
 
     format: str
@@ -92,6 +97,7 @@ class Source:
     facts: dict[str, Any] = field(default_factory=dict)
     rule: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
+    looks: dict[str, int] = field(default_factory=dict)
 
 
 def check_member(archive: Path, name: str) -> None:

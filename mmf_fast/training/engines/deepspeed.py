@@ -27,12 +27,12 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from mmf_fast.config import ConfigError, Optimizer, Train
-from mmf_fast.sampling import choose_device
+from mmf_fast.devices import choose_device
 from mmf_fast.training.ema import move_average
-from mmf_fast.training.engines import StepResult
-from mmf_fast.training.engines.local import learning_rate, parts
+from mmf_fast.training.engines.base import StepResult
+from mmf_fast.training.engines.local import parts
 from mmf_fast.training.optimizers import adam_options, build_optimizer, clip_or_skip
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, learning_rate
 from mmf_fast.training.timing import Phases
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -1,32 +1,18 @@
 """The engine of one process and one device: AdamW, clipping, moving average, mixed precision, torch.compile."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.config import ConfigError, Optimizer, Train
+from mmf_fast.devices import choose_device
 from mmf_fast.objective import BatchShare
-from mmf_fast.sampling import choose_device
 from mmf_fast.training.ema import EMA
-from mmf_fast.training.engines import StepResult
+from mmf_fast.training.engines.base import StepResult
 from mmf_fast.training.optimizers import adam_options, clip_or_skip
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, learning_rate
 from mmf_fast.training.timing import Phases
-
-
-def learning_rate(step: int, config: Optimizer, steps: int) -> float:
-    """lr * min(1, (step + 1) / warmup) [* (1 + cos(pi (step - warmup) / (steps - warmup))) / 2 after the warm-up].
-
-    A function of the step alone, so it needs no state in a checkpoint.
-    """
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup) / max(1, steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:

@@ -13,8 +13,8 @@ import torch
 from support.engine_cases import data, loss_function, optimizer, train
 from support.launch import ROOT, SUPPORT, environment, two_ranks
 
-from mmf_fast.config import ConfigError, read_zero
 from mmf_fast.training.engines.local import LocalEngine
+from mmf_fast.training.settings import ConfigError, read_zero
 
 pytest.importorskip("deepspeed")
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from mmf_fast.config import Optimizer, Train
 from mmf_fast.models import MLP
 from mmf_fast.objective import BatchShare, MeanFlowLoss
-from mmf_fast.training.engines.local import LocalEngine, learning_rate
+from mmf_fast.training.engines.local import LocalEngine
+from mmf_fast.training.settings import learning_rate
 
 
 class Output(NamedTuple):
