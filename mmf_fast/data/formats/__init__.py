@@ -73,6 +73,10 @@ def _format_of(tree: Tree) -> str:
         return "imagenet"
     if any(IDX_NAME.fullmatch(base) for base in bases):
         return "idx"
+    if "data.mdb" in bases:
+        raise DataError(
+            f"{tree.path}: is an LMDB, often of pickles, which is not read; export it as npz or safetensors"
+        )
     endings = {ending(name) for name in tree.names}
     for format, known in {"parquet": {".parquet"}, "images": IMAGE_ENDINGS, "latents": LATENT_ENDINGS}.items():
         if endings & set(known):
