@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ def per_sample(cond: Any, batch: int, shared: Collection[str] = ()) -> Paths:
 
     shared: names of what belongs to all samples, whatever its length, at any depth.
     """
-    if isinstance(cond, (Tensor, np.ndarray)):
+    if _is_array(cond):
         return ((),) if cond.ndim and len(cond) == batch else ()
     found = tuple(
         (key, *path)
@@ -44,7 +43,7 @@ def take(cond: Any, rows: slice | Tensor, paths: Paths) -> Any:
     if paths == ((),):
         if isinstance(cond, Tensor) or isinstance(rows, slice):
             return cond[rows]
-        if isinstance(cond, np.ndarray):
+        if _is_array(cond):
             return cond[rows.cpu().numpy()]
         return _like(cond, [cond[i] for i in rows.tolist()])
     cut = {}
@@ -62,6 +61,11 @@ def _mapped(cond: Any, move: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(cond, Tensor):
         return move(cond)
     return _replaced(cond, {key: _mapped(value, move) for key, value in _children(cond)})
+
+
+def _is_array(cond: Any) -> bool:
+    """A tensor, or an array of numpy, which need not be here."""
+    return isinstance(cond, Tensor) or (hasattr(cond, "ndim") and type(cond).__module__.startswith("numpy"))
 
 
 def _children(cond: Any) -> list[tuple[Any, Any]]:

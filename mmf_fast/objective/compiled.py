@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
 __all__ = ["Compiled"]
 
@@ -33,6 +32,8 @@ class Compiled:
 
     def __call__(self, data: Tensor, *args: Any) -> Any:
         """function(*args); data: whose shape decides."""
+        from torch._dynamo.exc import FailOnRecompileLimitHit  # takes longer than importing torch, often for nothing
+
         own = data.shape in self.shapes or len(self.shapes) < OWN_SHAPES
         if own:
             self.shapes.add(data.shape)
