@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"training", "models", "objective", "data", "registry"},
     "__init__": {"training", "sampling", "models", "objective", "forward"},
     "training": {
-        "sampling", "models", "objective", "data", "contract",
+        "sampling", "models", "objective", "data", "contract", "conditions",
         "pictures", "files", "devices", "distributed",
     },
     "evaluation": {"sampling", "models", "data", "pictures", "files", "devices", "distributed"},
@@ -30,8 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": set(),
     "pictures": {"files"},
     "files": set(),
+    "distributed": {"devices"},
     "devices": set(),
-    "distributed": set(),
     "registry": set(),
     "contract": set(),
     "conditions": set(),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmf_fast.conditions import per_sample
 from mmf_fast.contract import check_cond, check_network, check_output
-from mmf_fast.forward.functional import JVP_MODES, jvp
+from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.compiled import Compiled
 from mmf_fast.objective.draws import (
     WHOLE_BATCH,
@@ -101,7 +101,7 @@ class MeanFlowLoss(nn.Module):
     guidance: guidance inside the target; needs labels `y` and a null label.
     null_label: defaults to `net.num_classes`.
     shared: names of conditions that belong to all samples even where they have as many rows as there are samples.
-    jvp: "dual", "func" or "finite_difference" (see mmf_fast.jvp).
+    jvp: "dual", "func", "finite_difference" or FiniteDifference(step, order) (see mmf_fast.jvp).
     Raises ValueError for settings that do not fit together.
     """
 
@@ -119,7 +119,7 @@ class MeanFlowLoss(nn.Module):
         guidance: Guidance | None = None,
         null_label: int | None = None,
         shared: Collection[str] = (),
-        jvp: str = "dual",
+        jvp: str | FiniteDifference = "dual",
     ) -> None:
         super().__init__()
         check_network(net)
@@ -136,8 +136,7 @@ class MeanFlowLoss(nn.Module):
     def _check(self) -> None:
         if self.tangent not in TANGENTS:
             raise ValueError(f"tangent is {self.tangent!r}: choose one of {', '.join(TANGENTS)}")
-        if self.jvp not in JVP_MODES:
-            raise ValueError(f"jvp is {self.jvp!r}: choose one of {', '.join(JVP_MODES)}")
+        check_mode(self.jvp)
         if self.p < 0 or self.c < 0:
             raise ValueError(f"p and c are {self.p} and {self.c}: they must not be negative")
         if self.paired and self.tangent != "predicted":
@@ -220,13 +219,15 @@ class MeanFlowLoss(nn.Module):
             r = t: 1 + 2 = 3      r < t, lam = 0: 2 + 2 = 4      r < t, lam > 0: 2 + 4 = 6
             + 1 per r < t for a predicted tangent that has no partner      + 1 per sample for u(z, t, t | null)
 
-        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t.
+        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
+        differences evaluate each r < t once more, with a backward where lam > 0.
         """
         intervals = self._intervals(batch, 1, _even(step)[0])
         _, graphs = self._graphs(intervals, step, _even(step)[1])
         needs_u = self.tangent == "predicted" or self._guided_by_class
         cost = 3 * (batch - intervals) + 4 * intervals + 2 * graphs
         cost += intervals if needs_u and not self.paired else 0
+        cost += intervals + 2 * graphs if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
         return cost + (batch if self.guidance is not None and self.guidance.active else 0)
 
     def _intervals(self, rows: int, parts: int, chance: float) -> int:
