@@ -37,10 +37,12 @@ class Arguments:
             self.holds(same and t.layout == torch.strided, f"{expected}, {found}")
             self.holds(not contiguous or t.is_contiguous(), f"{name} must be contiguous, its strides are {t.stride()}")
 
-    def like(self, x: Tensor, **named: Tensor | None) -> None:
-        """Of the dtype, shape and place in memory of x."""
-        self.tensors(x.shape, **named)
+    def like(self, **named: Tensor | None) -> None:
+        """Of the dtype, shape and place in memory of x, which has no gaps there."""
+        x = self.x
+        self.holds(torch.empty_like(x, device="meta").stride() == x.stride(), "x must have no gaps in memory")
         for name, t in named.items():
+            self.tensors(x.shape, None, False, **{name: t})
             alike = t is None or all(a == b for a, b, n in zip(t.stride(), x.stride(), x.shape, strict=True) if n > 1)
             self.holds(alike, f"{name} must have the strides of its primal")
 

@@ -56,7 +56,7 @@ def define(
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
     *,
-    check: Callable[..., None],
+    check: Callable[..., Any],
 ) -> Any:
     """Define the operator mmf_fast::<schema> and return it (an OpOverload, to call and to give an autograd formula).
 

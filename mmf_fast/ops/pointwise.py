@@ -115,15 +115,18 @@ def _backward_triton(g: Tensor | None, h: Tensor, x: Tensor, dx: Tensor, act: st
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")
 
 
+def check_activation(arguments: Arguments, act: str) -> None:
+    arguments.holds(act in ACTIVATIONS, f"unknown activation {act!r}: choose one of {', '.join(ACTIVATIONS)}")
+
+
 def _check(x: Tensor, dx: Tensor, act: str, *_: Any) -> None:
     _check_backward(None, x, x, dx, act)
 
 
 def _check_backward(g: Any, h: Tensor, x: Tensor, dx: Tensor, act: str) -> None:
     arguments = Arguments("activation", x)
-    arguments.holds(act in ACTIVATIONS, f"unknown activation {act!r}: choose one of {', '.join(ACTIVATIONS)}")
-    arguments.holds(torch._prims_common.is_non_overlapping_and_dense(x), "x must have no gaps in memory")
-    arguments.like(x, x=x, dx=dx, g=g, h=h)
+    check_activation(arguments, act)
+    arguments.like(dx=dx, g=g, h=h)
 
 
 _operator = define(
