@@ -54,7 +54,7 @@ def sample(
     shape = tuple(shape)
     check_network(net)
     given = {"steps": steps if steps != 1 else None, "noise": noise, "seed": seed, "generator": generator}
-    check_cond(net, {name: value for name, value in given.items() if value is not None}, "sample")
+    check_cond(net, given, "sample")
     if steps < 1:
         raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
     if (noise is not None) + (seed is not None) + (generator is not None) > 1:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmf_fast.conditions import per_sample
-from mmf_fast.contract import check_cond, check_network, check_output
+from mmf_fast.contract import check_cond, check_network, check_output, names_taken
 from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.compiled import Compiled
 from mmf_fast.objective.draws import (
@@ -130,6 +130,7 @@ class MeanFlowLoss(nn.Module):
         self.p, self.c, self.guidance, self.jvp = p, c, guidance, jvp
         self.shared = tuple(shared)
         self.compiled: Compiled | None = None
+        self.ambiguous = names_taken(net, ("step", "noise", "times", "part"))
         self.null_label: int | None = getattr(net, "num_classes", 0) or None if null_label is None else null_label
         self._check()
 
@@ -172,8 +173,9 @@ class MeanFlowLoss(nn.Module):
         cond: passed to the network; leaves with B rows follow their samples, through dicts, lists and tuples.
         Raises ValueError for shapes or times that do not fit.
         """
-        given = {"step": step, "noise": noise, "times": times, "part": None if part is WHOLE_BATCH else part}
-        check_cond(self.net, {name: value for name, value in given.items() if value is not None}, "loss_fn")
+        if self.ambiguous:
+            given = {"step": step, "noise": noise, "times": times, "part": None if part is WHOLE_BATCH else part}
+            check_cond(self.net, given, "loss_fn")
         check(x, noise, times, cond)
         rows, dtype = len(x), torch.float64 if x.dtype == torch.float64 else torch.float32
         told, step = step, step or 0
