@@ -87,7 +87,7 @@ def _backward_calls(
     g, h, q, dq, k, dk, v, dv = map(_unit, (g, h, q, dq, k, dk, v, dv))
     delta, gam = torch.empty_like(lse), None if h is None else torch.empty_like(lse)
     arguments = _named(g=g, h=h, o=o, do=d_o, gam=gam) | {"del_ptr": delta}
-    size = {"HAS_H": h is not None, "E": v.shape[-1], "BLOCK_E": _block(v.shape[-1])}
+    size = {"HAS_H": h is not None, "E": v.shape[-1]}
     yield _call(kernels.delta_kernel, q, k, arguments, size, q.shape[2], "block_m")
 
     flags = has_flags(H=h, DQ=dq, DK=dk, DV=dv) | _constants(q, v, mask, causal)
@@ -116,18 +116,12 @@ def _named(**tensors: Any) -> dict[str, Any]:
     return {f"{name}_ptr": x for name, x in tensors.items()} | strides
 
 
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def _constants(q: Tensor, v: Tensor, mask: Any, causal: bool) -> dict[str, Any]:
     return {
         "MASK": "none" if mask is None else "bool" if mask.dtype == torch.bool else "bias",
         "CAUSAL": causal,
         "D": q.shape[-1],
         "E": v.shape[-1],
-        "BLOCK_D": _block(q.shape[-1]),
-        "BLOCK_E": _block(v.shape[-1]),
         "PRECISION": "tf32" if q.dtype == torch.float32 and _tf32() else "ieee",
     }
 
@@ -138,7 +132,7 @@ def _call(kernel: Any, q: Tensor, k: Tensor, arguments: dict, constants: dict, r
     wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     kind = kernel.__name__.removesuffix("_kernel")
     number = "tf32" if q.dtype == torch.float32 else "16 bits"
-    large = max(constants.get("BLOCK_D", 0), constants["BLOCK_E"]) > 64
+    large = max(constants.get("D", 0), constants["E"]) > 64
     configs = [Config(32, 0, 4, 1)] if kind == "delta" else CONFIGS[kind, number, large]
     if kind == "key" and constants["MASK"] == "bool":  # Triton 3.6 spills 128 bytes of the one made for sm_90
         configs = sorted(configs, key=lambda config: config.since == 90)
