@@ -16,21 +16,9 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops.gpu import triton
+from mmf_fast.ops.tiles import Config
 
-__all__ = ["Call", "Config", "chip", "run", "usable"]
-
-
-class Config(NamedTuple):
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    since: int = 80  # the chips it is for, see `chip`
-
-    def constants(self, kernel: Any) -> dict[str, int]:
-        """Its block sizes, as far as the kernel has them."""
-        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
-        return {name: size for name, size in blocks.items() if name in kernel.arg_names}
+__all__ = ["Call", "blocks", "chip", "run"]
 
 
 class Call(NamedTuple):
@@ -40,12 +28,18 @@ class Call(NamedTuple):
     grid: Callable[[Config], int]
     arguments: dict[str, Any]
     constants: dict[str, Any]
-    configs: list[Config]
+    configs: Callable[[int], list[Config]]  # for a chip, see `chip`; the first is the default
     sizes: tuple[int, ...]  # the class of its sizes: calls that agree in it share a choice
 
 
 _chosen: dict[Any, Config] = {}
 _INTERPRETED = Config(32, 16, 4, 1)
+
+
+def blocks(config: Config, kernel: Any) -> dict[str, int]:
+    """The block sizes of a configuration, as far as the kernel has them."""
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
 
 
 def run(call: Call) -> None:
@@ -62,17 +56,12 @@ def chip(capability: tuple[int, int]) -> int:
     return {9: 90, 10: 100}.get(capability[0], 80)
 
 
-def usable(configs: list[Config], chip: int) -> list[Config]:
-    """Those for this chip; the first is the default."""
-    return [config for config in configs if config.since <= chip]
-
-
 def _choice(call: Call, device: torch.device) -> Config:
     dtypes = tuple(x.dtype for x in call.arguments.values() if isinstance(x, Tensor))
     key = (call.kernel.__name__, device, dtypes, tuple(call.constants.items()), call.sizes)
     if key in _chosen:
         return _chosen[key]
-    configs = usable(call.configs, chip(torch.cuda.get_device_capability(device)))
+    configs = call.configs(chip(torch.cuda.get_device_capability(device)))
     if (
         len(configs) == 1
         or os.environ.get("MMF_FAST_AUTOTUNE") == "0"
@@ -96,7 +85,7 @@ def _launch(call: Call, config: Config) -> None:
     call.kernel[(call.grid(config),)](
         **call.arguments,
         **call.constants,
-        **config.constants(call.kernel),
+        **blocks(config, call.kernel),
         num_warps=config.warps,
         num_stages=config.stages,
     )
