@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mmf_fast
 from mmf_fast.forward.dual import DetachedDual, Dual
-from mmf_fast.forward.rules import attention as rule
+from mmf_fast.forward.rules import sdpa as rule
 from mmf_fast.ops import native
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "-")

@@ -1,0 +1,38 @@
+"""The tiles of the attention kernels: one configuration for each kernel, chip, head size and kind of numbers.
+
+Plain data, so that a sweep of tiles on a GPU can write it. Until one has run, the entries are what a static model of
+the compiled kernels ranks first among those that pass tests/ops/test_compile_gate.py: their inner loop uses tensor
+cores, does no product twice and spills no register. None has been measured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["TILES", "Config", "choices"]
+
+
+class Config(NamedTuple):
+    """Queries and keys of a tile (a kernel takes those that it has), warps of a program, stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# kernel -> (chip, head size, numbers) -> configuration. chip: 80, 90 or 100, see mmf_fast.ops.autotune.chip. head size:
+# of q or of v, the larger; the entry of the next larger size serves one that is not here. numbers: "16 bits", "tf32".
+TILES: dict[str, dict[tuple[int, int, str], Config]] = {}
+
+
+def choices(kernel: str, head_size: int, numbers: str, chip: int) -> list[Config]:
+    """What may be tried for a kernel: its entry, which is the default, and those of larger heads, which need no more.
+
+    Raises KeyError for a head size above all of the table.
+    """
+    table = TILES[kernel]
+    sizes = sorted(d for c, d, n in table if (c, n) == (chip, numbers) and d >= head_size)
+    if not sizes:
+        raise KeyError(f"no tiles of {kernel} for chip {chip}, head size {head_size}, {numbers}")
+    return list(dict.fromkeys(table[chip, d, numbers] for d in sizes))
