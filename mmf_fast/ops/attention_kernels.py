@@ -18,9 +18,9 @@ __all__ = ["delta_kernel", "forward_kernel", "key_kernel", "query_kernel"]
 
 # -- rows of a head ----------------------------------------------------------------------------------------------------
 #
-# The width of a tile is a power of two, so a head of D columns is kept as two tiles of columns, (head,) or (head, tail):
+# The width of a tile is a power of two, so D columns are one tile or two, (head,) or (head, tail):
 #
-#     D = 64 + tail:   a b^T = a_head b_head^T + a_tail b_tail^T,      p b = (p b_head, p b_tail)
+#     a b^T = a_head b_head^T + a_tail b_tail^T,      p b = (p b_head, p b_tail)
 #
 # 72 and 80 columns are 64 + 16, 88 and 96 are 64 + 32: 1.11, 1.00, 1.09 and 1.00 times the work of D columns, where one
 # tile of 128 does 1.78, 1.60, 1.45 and 1.33 times. Where head and tail would be alike (104, 112, 120) one tile is both.
@@ -30,7 +30,7 @@ __all__ = ["delta_kernel", "forward_kernel", "key_kernel", "query_kernel"]
 def head_columns(D):
     """Columns of the first tile: the largest power of two in D, or the next one if no smaller tile holds the rest."""
     largest = max(16, 1 << (D.bit_length() - 1))
-    return largest if D <= largest or tail_width(D - largest) < largest else 2 * largest
+    return largest if largest >= D or tail_width(D - largest) < largest else 2 * largest
 
 
 @constexpr_function

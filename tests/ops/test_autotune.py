@@ -30,7 +30,9 @@ def timed(monkeypatch):
 def choose(*sizes):
     def kernel(): ...
 
-    return autotune._choice(Call(kernel, lambda c: 1, {"x": torch.zeros(1)}, {"D": 64}, {90: CONFIGS}.__getitem__, sizes), "cuda:0")
+    return autotune._choice(
+        Call(kernel, lambda c: 1, {"x": torch.zeros(1)}, {"D": 64}, {90: CONFIGS}.__getitem__, sizes), "cuda:0"
+    )
 
 
 def test_the_fastest_configuration_for_the_chip_is_found_once_per_class_of_sizes(timed):

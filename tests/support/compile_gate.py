@@ -102,11 +102,11 @@ def needed_flops(name: str, c: dict) -> float:
     S and S' are 1 + (q') + (k') products over a head of q, O and O' are 1 + (S') + (v') over one of v; the backward
     kernels compute S, S', G and G' anew, which takes as many.
     """
-    of_q, of_v = {
-        "forward_kernel": (1, 1), "key_kernel": (2, 2), "query_kernel": (2, 1),
-    }.get(name.rpartition(".")[2], (0, 0))  # fmt: skip
-    if not of_q:
+    module, _, kernel = name.partition(".")
+    sides = {"forward_kernel": (1, 1), "key_kernel": (2, 2), "query_kernel": (2, 1)}
+    if module != "attention_kernels" or kernel not in sides:
         return 0.0
+    of_q, of_v = sides[kernel]
     dq, dk, dv = (c[f"HAS_{x}"] for x in ("DQ", "DK", "DV"))
     products = of_q * (1 + dq + dk) * c["D"] + of_v * (1 + (dq or dk) + dv) * c["E"]
     return 2.0 * products * c["BLOCK_M"] * c["BLOCK_N"]
@@ -118,7 +118,9 @@ def compile_for(chip: int, launch: tuple) -> dict:
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     code = disassembly.assemble(compiled.asm["ptx"], arch)
-    loops = [(disassembly.tensor_core_flops(loop, options["num_warps"]), disassembly.spills(loop)) for loop in code.loops]
+    loops = [
+        (disassembly.tensor_core_flops(loop, options["num_warps"]), disassembly.spills(loop)) for loop in code.loops
+    ]
     flops = max([of_loop for of_loop, _ in loops] + disassembly.blackwell_flops(compiled.asm["ttgir"]), default=0.0)
     constants = {kernel.arg_names[k[0]]: v for k, v in constants.items() if v is not None}
     needed = needed_flops(name, constants)
@@ -183,7 +185,7 @@ def call_operators() -> None:
         interpolate.interpolate(image, noise, tau)
         interpolate.interpolate(torch.zeros(image.shape, dtype=torch.uint8), noise, tau)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # attention has no kernels for exact float32
-        for width in (32, 64, 72, 128) if EVERYTHING else (64, 72):
+        for width in (32, 64, 72, 80, 96, 128) if EVERYTHING else (64, 72):
             backward(*attention.attention(*draw(*[(1, 2, 256, width)] * 6, dtype=dtype)))
         q, k, v, *d = draw(*[(1, 2, 256, 64)] * 6, dtype=dtype)
         backward(attention.attention(q, k, v, *d, tangent_grad=False)[0])
