@@ -65,10 +65,8 @@ def load_rows(pointer, strides, first, size, BLOCK: tl.constexpr, D: tl.constexp
     """Rows [first, first + BLOCK) of one head, zero outside (size, D). Offsets within a head fit into 32 bits."""
     HEAD: tl.constexpr = head_columns(D)
     TAIL: tl.constexpr = tail_columns(D)
-    rows = (load_block(pointer, strides, first, size, 0, BLOCK, D, HEAD),)
-    if TAIL > 0:
-        rows = rows + (load_block(pointer, strides, first, size, HEAD, BLOCK, D, TAIL),)
-    return rows
+    head = load_block(pointer, strides, first, size, 0, BLOCK, D, HEAD)
+    return (head, load_block(pointer, strides, first, size, HEAD, BLOCK, D, TAIL)) if TAIL > 0 else (head,)
 
 
 @jit
@@ -95,27 +93,20 @@ def store_rows(pointer, strides, rows, factor, first, size, BLOCK: tl.constexpr,
 def zero_rows(BLOCK: tl.constexpr, D: tl.constexpr):
     HEAD: tl.constexpr = head_columns(D)
     TAIL: tl.constexpr = tail_columns(D)
-    rows = (tl.zeros((BLOCK, HEAD), tl.float32),)
-    if TAIL > 0:
-        rows = rows + (tl.zeros((BLOCK, TAIL), tl.float32),)
-    return rows
+    head = tl.zeros((BLOCK, HEAD), tl.float32)
+    return (head, tl.zeros((BLOCK, TAIL), tl.float32)) if TAIL > 0 else (head,)
 
 
 @jit
 def scaled(rows, factor):
-    out = (rows[0] * factor,)
-    if len(rows) > 1:
-        out = out + (rows[1] * factor,)
-    return out
+    return (rows[0] * factor, rows[1] * factor) if len(rows) > 1 else (rows[0] * factor,)
 
 
 @jit
 def plus(rows, others, factor):
     """rows + factor * others"""
-    out = (rows[0] + factor * others[0],)
-    if len(rows) > 1:
-        out = out + (rows[1] + factor * others[1],)
-    return out
+    head = rows[0] + factor * others[0]
+    return (head, rows[1] + factor * others[1]) if len(rows) > 1 else (head,)
 
 
 @jit
@@ -131,10 +122,8 @@ def inner(a, b):
 def dot(p, b, acc, PRECISION: tl.constexpr):
     """acc + p b"""
     p = p.to(b[0].dtype)
-    out = (tl.dot(p, b[0], acc[0], input_precision=PRECISION),)
-    if len(b) > 1:
-        out = out + (tl.dot(p, b[1], acc[1], input_precision=PRECISION),)
-    return out
+    head = tl.dot(p, b[0], acc[0], input_precision=PRECISION)
+    return (head, tl.dot(p, b[1], acc[1], input_precision=PRECISION)) if len(b) > 1 else (head,)
 
 
 @jit

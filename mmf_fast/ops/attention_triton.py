@@ -135,10 +135,11 @@ def _call(kernel: Any, q: Tensor, k: Tensor, arguments: dict, constants: dict, r
     kind = kernel.__name__.removesuffix("_kernel")
     numbers = "tf32" if q.dtype == torch.float32 else "16 bits"
     width = max(constants.get("D", 0), constants["E"])
+    masked = constants.get("MASK", "none") != "none"
     heads = q.shape[0] * H
     sizes = tuple(map(triton.next_power_of_2, (N, M, heads)))
 
     def grid(config: Config) -> int:
         return heads * triton.cdiv(rows, getattr(config, block))
 
-    return Call(kernel, grid, wanted, constants, functools.partial(choices, kind, width, numbers), sizes)
+    return Call(kernel, grid, wanted, constants, functools.partial(choices, kind, width, numbers, masked), sizes)

@@ -2,8 +2,12 @@
 
 A kernel, its constants and the class of its sizes are timed with every configuration at their first call on a device,
 and the choice is kept for the life of the process. The default (the first configuration for the chip) is taken without
-timing while a CUDA graph is captured, under torch.use_deterministic_algorithms (another choice rounds differently) and
-with MMF_FAST_AUTOTUNE=0. The interpreter has small blocks, so that small tests have several.
+timing while a CUDA graph is captured, under torch.use_deterministic_algorithms (another choice rounds differently),
+with MMF_FAST_AUTOTUNE=0, and by the ranks of a run of several: those that time keep the others waiting in the next
+collective, noise makes them choose differently, and the slowest choice sets the pace of all. A choice shared by a
+collective would be worse, since ranks may meet a class of sizes at different times or alone.
+
+The interpreter has small blocks, so that small tests have several.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmf_fast.ops.gpu import triton
@@ -64,6 +69,7 @@ def _choice(call: Call, device: torch.device) -> Config:
     configs = call.configs(chip(torch.cuda.get_device_capability(device)))
     if (
         len(configs) == 1
+        or _several_ranks()
         or os.environ.get("MMF_FAST_AUTOTUNE") == "0"
         or torch.are_deterministic_algorithms_enabled()
         or torch.cuda.is_current_stream_capturing()
@@ -72,6 +78,10 @@ def _choice(call: Call, device: torch.device) -> Config:
     times = {config: _time(call, config) for config in configs}
     _chosen[key] = min(times, key=times.__getitem__)
     return _chosen[key]
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _time(call: Call, config: Config) -> float:

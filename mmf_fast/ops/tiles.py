@@ -22,7 +22,8 @@ class Config(NamedTuple):
 
 
 # kernel -> (chip, head size, numbers) -> configuration. chip: 80, 90 or 100, see mmf_fast.ops.autotune.chip. head size:
-# of q or of v, the larger; the entry of the next larger size serves one that is not here. numbers: "16 bits", "tf32".
+# of q or of v, the larger; the entry of the next larger size serves one that is not here. numbers: "16 bits",
+# "tf32"; with ", mask" behind it, what serves calls with a mask in its place.
 TILES: dict[str, dict[tuple[int, int, str], Config]] = {
     "forward": {
         (80, 64, "16 bits"): Config(128, 64, 8, 2),
@@ -37,6 +38,7 @@ TILES: dict[str, dict[tuple[int, int, str], Config]] = {
         (100, 80, "16 bits"): Config(128, 32, 8, 2),
         (100, 96, "16 bits"): Config(128, 32, 8, 2),
         (100, 128, "16 bits"): Config(64, 32, 8, 2),
+        (80, 64, "16 bits, mask"): Config(128, 32, 8, 3),
         (80, 64, "tf32"): Config(128, 32, 8, 1),
         (80, 80, "tf32"): Config(128, 16, 8, 1),
         (80, 128, "tf32"): Config(32, 32, 8, 2),
@@ -68,6 +70,7 @@ TILES: dict[str, dict[tuple[int, int, str], Config]] = {
         (100, 80, "16 bits"): Config(32, 64, 8, 2),
         (100, 96, "16 bits"): Config(32, 64, 8, 2),
         (100, 128, "16 bits"): Config(64, 32, 8, 2),
+        (80, 64, "16 bits, mask"): Config(32, 32, 4, 2),
         (80, 64, "tf32"): Config(32, 32, 4, 1),
         (80, 80, "tf32"): Config(16, 64, 4, 1),
         (80, 128, "tf32"): Config(16, 16, 4, 1),
@@ -91,6 +94,7 @@ TILES: dict[str, dict[tuple[int, int, str], Config]] = {
         (100, 80, "16 bits"): Config(64, 32, 8, 2),
         (100, 96, "16 bits"): Config(64, 32, 8, 2),
         (100, 128, "16 bits"): Config(64, 64, 8, 1),
+        (90, 64, "16 bits, mask"): Config(64, 32, 4, 2),
         (80, 64, "tf32"): Config(128, 16, 8, 1),
         (80, 80, "tf32"): Config(64, 16, 4, 1),
         (80, 128, "tf32"): Config(32, 16, 8, 1),
@@ -104,13 +108,17 @@ TILES: dict[str, dict[tuple[int, int, str], Config]] = {
 }
 
 
-def choices(kernel: str, head_size: int, numbers: str, chip: int) -> list[Config]:
+def choices(kernel: str, head_size: int, numbers: str, masked: bool, chip: int) -> list[Config]:
     """What may be tried for a kernel: its entry, which is the default, and those of larger heads, which need no more.
 
     Raises KeyError for a head size above all of the table.
     """
-    table = TILES[kernel]
-    sizes = sorted(d for c, d, n in table if (c, n) == (chip, numbers) and d >= head_size)
-    if not sizes:
+    kinds = (f"{numbers}, mask", numbers) if masked else (numbers,)
+    entries = [
+        (d, kinds.index(kind), config)
+        for (on, d, kind), config in TILES[kernel].items()
+        if on == chip and kind in kinds and d >= head_size
+    ]
+    if not entries:
         raise KeyError(f"no tiles of {kernel} for chip {chip}, head size {head_size}, {numbers}")
-    return list(dict.fromkeys(table[chip, d, numbers] for d in sizes))
+    return list(dict.fromkeys(config for *_, config in sorted(entries)))

@@ -117,7 +117,8 @@ def compile_for(chip: int, launch: tuple) -> dict:
     arch, limit = CHIPS[chip]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    code = disassembly.assemble(compiled.asm["ptx"], arch)
+    matmul = bool(TENSOR_CORE_PRODUCT.search(compiled.asm["ttir"]))
+    code = disassembly.assemble(compiled.asm["ptx"], arch, look_inside=matmul)
     loops = [
         (disassembly.tensor_core_flops(loop, options["num_warps"]), disassembly.spills(loop)) for loop in code.loops
     ]
@@ -138,7 +139,7 @@ def compile_for(chip: int, launch: tuple) -> dict:
         "shared": compiled.metadata.shared,
         "shared_limit": limit,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
-        "matmul": bool(TENSOR_CORE_PRODUCT.search(compiled.asm["ttir"])),
+        "matmul": matmul,
         "tensor_cores": bool(TENSOR_CORES.search(compiled.asm["ptx"])),
     }
 
@@ -185,7 +186,8 @@ def call_operators() -> None:
         interpolate.interpolate(image, noise, tau)
         interpolate.interpolate(torch.zeros(image.shape, dtype=torch.uint8), noise, tau)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # attention has no kernels for exact float32
-        for width in (32, 64, 72, 80, 96, 128) if EVERYTHING else (64, 72):
+        widths = (64, 72) if dtype == torch.bfloat16 else (64,)
+        for width in (32, 64, 72, 80, 96, 128) if EVERYTHING else widths:
             backward(*attention.attention(*draw(*[(1, 2, 256, width)] * 6, dtype=dtype)))
         q, k, v, *d = draw(*[(1, 2, 256, 64)] * 6, dtype=dtype)
         backward(attention.attention(q, k, v, *d, tangent_grad=False)[0])

@@ -32,15 +32,15 @@ class Assembled:
     loops: list[list[str]]  # instructions of the innermost loops
 
 
-def assemble(ptx: str, architecture: str) -> Assembled:
-    """architecture: as ptxas names it, sm_90a."""
+def assemble(ptx: str, architecture: str, look_inside: bool) -> Assembled:
+    """architecture: as ptxas names it, sm_90a. look_inside: find the loops, which takes about as long again."""
     ptxas = TOOLS / "ptxas-blackwell"
     ptxas = ptxas if architecture.startswith("sm_1") and ptxas.exists() else TOOLS / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
         report = _run(ptxas, "-v", f"--gpu-name={architecture}", source, "-o", cubin).stderr
-        sass = _run(TOOLS / "nvdisasm", "-c", cubin).stdout
+        sass = _run(TOOLS / "nvdisasm", "-c", cubin).stdout if look_inside else ""
     registers = re.search(r"Used (\d+) registers", report)
     assert registers is not None, report
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
