@@ -1,25 +1,32 @@
-# make train | test | test-all | lint | bench | bench-full | bench-compare | clean: each does its own set-up in .venv; a second run is quick.
-# Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu"
+# make train | test | test-all | operators | lint | bench | bench-full | bench-compare | wheels | gpu | clean: each but gpu does its own set-up in
+# .venv; a second run is quick.
+# Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu" TRITON=triton==3.6.0
 
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 BENCH  ?= .benchmarks/run.json
+MINUTES ?= 6
+WHEELS ?= .wheels
+WHEELS_FOR ?= 3.12
 RUN    ?= runs/$(basename $(notdir $(CONFIG)))
 
 BIN   := .venv/bin
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 READY := .venv/.ready
 FIRST := .venv/.torch
 
-.PHONY: train test test-all lint bench bench-full bench-compare clean
+.PHONY: train test test-all operators lint bench bench-full bench-compare wheels gpu clean
 .DEFAULT_GOAL := train
 
-# torch goes first and pinned, so that the package's own range never fetches a second one.
+# torch goes first and pinned, with the triton that goes with it, so that no range fetches a second one.
 $(FIRST):
 	@echo "setting up .venv: torch and the other libraries are fetched once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(if $(filter Linux,$(shell uname)),$(BIN)/python -m pip install --quiet $(TRITON))
 	@touch $@
 
 $(READY): $(FIRST) pyproject.toml setup.py
@@ -35,6 +42,10 @@ train: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+operators: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore -m support.operator_database > docs/operators.new
+	mv docs/operators.new docs/operators.md
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""
@@ -52,6 +63,14 @@ bench bench-full: $(READY)
 # make bench-compare OLD=before.json [BENCH=after.json]: fails where a ratio got worse.
 bench-compare: $(READY)
 	$(BIN)/python -m benchmarks.compare $(OLD) $(BENCH)
+
+# On a machine with a network: what a bare image with CUDA and PyTorch lacks, for its version of Python, under 64 MB.
+wheels: $(READY)
+	$(BIN)/python -m benchmarks.gpu.wheels $(WHEELS) --python $(WHEELS_FOR)
+
+# On a machine with a GPU, network or not, in the Python that has PyTorch: every part in turn, or make gpu PART=tiles.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) $(if $(PART),--part $(PART)) $(if $(wildcard $(WHEELS)),--wheels $(WHEELS)) $(if $(TVM),--tvm $(TVM))
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measure import copy_bandwidth, machine, product_rate
+from benchmarks.measure import limits, machine
+from benchmarks.results import rounded
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
@@ -63,13 +64,9 @@ def length(request: pytest.FixtureRequest, full: bool) -> float:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    profile = {"profile": "full" if config.getoption("--full") else "quick"}
     machine_info.clear()
-    machine_info |= machine(device) | {
-        "profile": "full" if config.getoption("--full") else "quick",
-        "copy GB/s": copy_bandwidth(device) / 1e9,
-        "product GFLOP/s": {name: product_rate(device, dtype) / 1e9 for name, dtype in dtypes.items()},
-    }
+    machine_info |= machine(device) | profile | limits(device)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
@@ -80,17 +77,9 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     ]
     run = {"machine": output_json["machine_info"], "rows": rows}
     output_json.clear()
-    output_json |= _rounded(run)
+    output_json |= rounded(run)
 
 
 def _suite(fullname: str) -> str:
     """benchmarks/test_step.py::test_step[...] -> step"""
     return fullname.partition(".py::")[0].rpartition("test_")[2]
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

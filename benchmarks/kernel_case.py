@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Stopwatch
+from benchmarks.measure import Stopwatch, reason, repeat
 
 Outputs = Sequence[Tensor]
 
@@ -35,10 +35,14 @@ class Case(NamedTuple):
     compiles: bool = True
 
 
-def measure(benchmark: Any, case: Case, device: str, length: float, compiled: bool) -> dict[str, Any]:
-    """Medians of interleaved runs over `length` seconds. Nothing is timed before both versions agree.
+def measure(
+    case: Case, device: str, length: float, compiled: bool, repeat: Callable[..., Any] = repeat
+) -> dict[str, Any]:
+    """Medians of interleaved runs over `length` seconds, five at the least (two at 0, where a figure means nothing).
+    Nothing is timed before both versions agree.
 
-    Raises ValueError where they do not.
+    repeat(run, setup=, rounds=): calls both in turn; pytest-benchmark's `pedantic`, or a plain loop.
+    Raises ValueError where the versions do not agree. Of the others, those that fail are named with their error.
     """
     versions = {"fused": case.fused, "composed": case.composed}
     if compiled and case.compiles:
@@ -51,7 +55,9 @@ def measure(benchmark: Any, case: Case, device: str, length: float, compiled: bo
     if not error < case.tolerance:
         raise ValueError(f"{case.op} {case.shape}: fused and composed differ by {error:.1e}; not timed")
     del results
-    fused, *others = watches = [Stopwatch(run, device) for run in (versions | case.others).values()]
+    failed = _failing(case.others)
+    versions |= {name: run for name, run in case.others.items() if name not in failed}
+    fused, *others = watches = [Stopwatch(run, device) for run in versions.values()]
 
     def time_others() -> None:
         for watch in others:
@@ -61,8 +67,8 @@ def measure(benchmark: Any, case: Case, device: str, length: float, compiled: bo
 
     time_others(), fused()  # warm up
     once = sum(watch.times.pop() for watch in watches)
-    benchmark.pedantic(fused, setup=time_others, rounds=round(min(max(length / (2 * once), 5), 2000)))
-    times = {name: watch.times for name, watch in zip(versions | case.others, watches, strict=True)}
+    repeat(fused, setup=time_others, rounds=round(min(max(length / (2 * once), 5 if length else 2), 2000)))
+    times = {name: watch.times for name, watch in zip(versions, watches, strict=True)}
     took = statistics.median(fused.times)
     return {
         "op": case.op,
@@ -76,7 +82,19 @@ def measure(benchmark: Any, case: Case, device: str, length: float, compiled: bo
         "FLOP/s": case.flops / took,
         "error against composed": error,
         "rounds": len(fused.times),
+        **({"failed": failed} if failed else {}),
     }
+
+
+def _failing(runs: dict[str, Callable[[], Outputs]]) -> dict[str, str]:
+    """Those that do not run here, and why."""
+    found = {}
+    for name, run in runs.items():
+        try:
+            run()
+        except Exception as error:
+            found[name] = reason(error)
+    return found
 
 
 def _faster(fused: list[float], other: list[float]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from mmf_fast.ops.sg_loss import sg_loss
 
 Draw = Callable[..., Tensor]  # draw(*shape, grad=True) -> a leaf of the dtype and on the device that are measured
 DUAL_BACKWARD = "dual + backward"
+IMAGES = {"toy": (1, 3, 4, 4), "small": (64, 3, 64, 64), "large": (512, 3, 256, 256)}
 
 
-def sg_loss_cases(draw: Draw, large: bool) -> Iterator[Case]:
-    shape = (512, 3, 256, 256) if large else (64, 3, 64, 64)
+def sg_loss_cases(draw: Draw, size: str) -> Iterator[Case]:
+    shape = IMAGES[size]
     u, du, x, noise = draw(*shape), draw(*shape), draw(*shape, grad=False), draw(*shape, grad=False)
     tau, lam = torch.rand(shape[0], device=u.device), torch.tensor(0.5, device=u.device)
     yield Case(
@@ -35,8 +36,8 @@ def sg_loss_cases(draw: Draw, large: bool) -> Iterator[Case]:
     )
 
 
-def interpolate_cases(draw: Draw, large: bool) -> Iterator[Case]:
-    shape = (512, 3, 256, 256) if large else (64, 3, 64, 64)
+def interpolate_cases(draw: Draw, size: str) -> Iterator[Case]:
+    shape = IMAGES[size]
     noise = draw(*shape, grad=False)
     t = torch.rand(shape[0], device=noise.device)
     stored = torch.randint(0, 256, shape, dtype=torch.uint8, device=noise.device)
@@ -50,8 +51,8 @@ def interpolate_cases(draw: Draw, large: bool) -> Iterator[Case]:
     )
 
 
-def layer_norm_cases(draw: Draw, large: bool) -> Iterator[Case]:
-    shape = (256, 256, 1152) if large else (32, 64, 256)
+def layer_norm_cases(draw: Draw, size: str) -> Iterator[Case]:
+    shape = {"toy": (1, 2, 8), "small": (32, 64, 256), "large": (256, 256, 1152)}[size]
     x, dx, g, h = (draw(*shape, grad=i < 2) for i in range(4))
     modulation = [draw(shape[0], 1, shape[2]) for _ in range(4)]
     yield from dual_and_backward(
@@ -63,15 +64,15 @@ def layer_norm_cases(draw: Draw, large: bool) -> Iterator[Case]:
     )
 
 
-def group_norm_cases(draw: Draw, large: bool) -> Iterator[Case]:
-    shape = (64, 256, 64, 64) if large else (16, 64, 32, 32)
+def group_norm_cases(draw: Draw, size: str) -> Iterator[Case]:
+    shape = {"toy": (1, 32, 2, 2), "small": (16, 64, 32, 32), "large": (64, 256, 64, 64)}[size]
     for layout in (torch.contiguous_format, torch.channels_last):
         image = [draw(*shape, grad=False).contiguous(memory_format=layout) for _ in range(4)]
         yield from _group_norm(image, draw(shape[1]), draw(shape[1]), shape, layout)
 
 
-def activation_cases(draw: Draw, large: bool) -> Iterator[Case]:
-    shape = (256, 256, 4608) if large else (32, 64, 1024)
+def activation_cases(draw: Draw, size: str) -> Iterator[Case]:
+    shape = {"toy": (1, 2, 8), "small": (32, 64, 1024), "large": (256, 256, 4608)}[size]
     x, dx, g, h = (draw(*shape, grad=i < 2) for i in range(4))
     for act in ("gelu_tanh", "gelu", "silu"):
         yield from dual_and_backward(

@@ -23,7 +23,7 @@ from mmf_fast import config, sample
 from mmf_fast.data import load
 from mmf_fast.evaluation.distances import sliced_wasserstein
 from mmf_fast.models import load_pretrained
-from mmf_fast.training import Trainer
+from mmf_fast.train import build_trainer
 
 ROOT = Path(__file__).parent.parent
 LAMBDAS = {"0": ["loss.lam=0"], "0.5": ["loss.lam=0.5"], "1": ["loss.lam=1"], "curriculum": []}
@@ -40,7 +40,7 @@ def train(data: str, lam: str, tangent: str, overrides: list[str]) -> torch.Tens
     warnings.simplefilter("ignore")
     options = [*LAMBDAS[lam], *TANGENTS[tangent], "train.sample_every=0", *overrides]
     with tempfile.TemporaryDirectory() as folder:
-        Trainer(config.load(ROOT / "configs" / f"{data}.yaml", options), Path(folder) / "run").fit()
+        build_trainer(config.load(ROOT / "configs" / f"{data}.yaml", options), Path(folder) / "run").fit()
         net, _ = load_pretrained(Path(folder) / "run")
     noise = torch.randn(POINTS, 2, generator=torch.Generator().manual_seed(1))
     return sample(net, (POINTS, 2), noise=noise)

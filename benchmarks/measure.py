@@ -6,6 +6,7 @@ import datetime
 import itertools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 Run = Callable[[], Any]
+HEAD_START = 2_000_000  # clock cycles, about a millisecond
 
 
 class Stopwatch:
@@ -35,18 +37,27 @@ class Stopwatch:
 
 
 def seconds(run: Run, device: str) -> float:
-    """The time of one run."""
+    """The time of one run. A GPU waits a moment first: as in training, the host is ahead of it, so that what Python
+    needs to launch the first kernels is not counted; a run that the host cannot feed fast enough still shows it."""
     if device == "cpu":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START)
     begin.record()
     run()
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def repeat(run: Run, setup: Run, rounds: int) -> None:
+    """What pytest-benchmark's `pedantic` does, where no pytest runs."""
+    for _ in range(rounds):
+        setup()
+        run()
 
 
 BLOCK = 3  # timed runs of a version in a row
@@ -68,6 +79,13 @@ def ratio(times: list[float], baseline: list[float]) -> dict[str, Any]:
         "baseline seconds": statistics.median(baseline),
         "rounds": len(pairs),
     }
+
+
+def reason(error: BaseException) -> str:
+    """Kind and message in a line. Dynamo's own messages tell where; why is what they quote."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    quoted = re.search(r": got (\w+)\(['\"](.*)", said)
+    return (f"{quoted[1]}: {quoted[2]}" if quoted else said)[:200]
 
 
 def peak_bytes(run: Run, device: str) -> int:
@@ -158,6 +176,16 @@ def product_rate(device: str, dtype: torch.dtype, size: int | None = None) -> fl
     size = size or (1536 if device == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / statistics.median([seconds(lambda: a @ b, device) for _ in range(8)][2:])
+
+
+def limits(device: str, size: int | None = None) -> dict[str, Any]:
+    """What bounds everything else on this machine. size: of the copy, in bytes, and of the product: for quick tests."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    side = size and round((size / 4) ** 0.5)
+    return {
+        "copy GB/s": copy_bandwidth(device, size) / 1e9,
+        "product GFLOP/s": {name: product_rate(device, dtype, side) / 1e9 for name, dtype in dtypes.items()},
+    }
 
 
 def machine(device: str) -> dict[str, Any]:

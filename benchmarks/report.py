@@ -1,7 +1,8 @@
 """From committed runs to docs/performance.md and its plots: python -m benchmarks.report [--check]
 
-Reads benchmarks/results/<device>/full.json, which `make bench-full` wrote, replaces what stands between the two markers
-in docs/performance.md, and draws docs/performance_*.png. With --check it only says whether page and runs agree.
+Reads benchmarks/results/<device>/, what `make bench-full` wrote (full.json) and `make gpu` (a file per part), replaces
+what stands between the two markers in docs/performance.md, and draws docs/performance_*.png. With --check it only says
+whether page and runs agree.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, OURS
+from benchmarks.gpu import report as gpu
 from benchmarks.plots import draw
 from benchmarks.results import Row, crossed, rows_of, share_of_roof
 from mmf_fast.planning import table
@@ -182,8 +184,8 @@ def runs() -> list[Path]:
 
 
 def section() -> str:
-    found = [one_device(path) for path in runs()]
-    return f"{BEGIN}\n" + "\n\n".join(found or ["No run is committed yet: `make bench`."]) + f"\n{END}"
+    found = [gpu.section(RESULTS), *map(one_device, runs())]
+    return f"{BEGIN}\n" + "\n\n".join(found) + f"\n{END}"
 
 
 def main() -> int:

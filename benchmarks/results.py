@@ -1,4 +1,4 @@
-"""Reading a committed run: its rows, and what they reach of the machine's limits."""
+"""The rows of a run: what is written, how they are found again, and what they reach of the machine's limits."""
 
 from __future__ import annotations
 
@@ -27,3 +27,12 @@ def crossed(rows: list[Row], line: Callable[[Row], str], column: Callable[[Row],
     for row in rows:
         found.setdefault(line(row), {})[column(row)] = row
     return found
+
+
+def rounded(value: Any) -> Any:
+    """What goes into a file: four digits of every float."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value

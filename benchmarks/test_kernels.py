@@ -6,41 +6,17 @@ the compiled composition too. Every timed run follows an untimed one of the same
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks.kernel_case import Case, measure
-from benchmarks.kernels_attention import attention_cases
-from benchmarks.kernels_norms import (
-    activation_cases,
-    group_norm_cases,
-    interpolate_cases,
-    layer_norm_cases,
-    sg_loss_cases,
-)
+from benchmarks.kernel_case import measure
+from benchmarks.operators import OPERATORS, case_at, cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATORS = {
-    "sg_loss": sg_loss_cases,
-    "interpolate": interpolate_cases,
-    "modulated_layer_norm": layer_norm_cases,
-    "group_norm_silu": group_norm_cases,
-    "activation": activation_cases,
-    "attention": attention_cases,
-}
-DTYPES = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if DEVICE == "cuda" else {})
-
-
-def cases(operator: str, precision: str, device: str) -> Iterator[Case]:
-    def draw(*shape: int, grad: bool = True) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=DTYPES[precision]).requires_grad_(grad)
-
-    return OPERATORS[operator](draw, large=DEVICE == "cuda")
+SIZE = "large" if DEVICE == "cuda" else "small"
+PRECISIONS = ["fp32", "bf16"] if DEVICE == "cuda" else ["fp32"]
 
 
 def parameters() -> list[Any]:
@@ -48,18 +24,16 @@ def parameters() -> list[Any]:
     return [
         pytest.param(operator, precision, i, id=f"{case.op} {case.shape} | {case.mode} | {precision}")
         for operator in OPERATORS
-        for precision in DTYPES
-        for i, case in enumerate(cases(operator, precision, "meta"))
+        for precision in PRECISIONS
+        for i, case in enumerate(cases(operator, precision, "meta", SIZE))
     ]
 
 
 @pytest.mark.parametrize(("operator", "precision", "place"), parameters())
 def test_kernel(benchmark: Any, length: float, operator: str, precision: str, place: int) -> None:
-    torch.manual_seed(0)
-    case = next(itertools.islice(cases(operator, precision, DEVICE), place, None))
-    case = case._replace(tolerance=1e-4 if precision == "fp32" else 3e-2)
+    case = case_at(place, operator, precision, DEVICE, SIZE)
     benchmark.group = operator
-    row = measure(benchmark, case, DEVICE, length / 4, compiled=DEVICE == "cuda")
+    row = measure(case, DEVICE, length / 4, compiled=DEVICE == "cuda", repeat=benchmark.pedantic)
     benchmark.extra_info |= row
     over = ", ".join(f"{found['ratio']:.2f} x {name}" for name, found in row["speedup over"].items())
     print(f"\n{case.op} {case.shape} {case.mode}: {1e3 * row['seconds']['fused']:.2f} ms, {over}")

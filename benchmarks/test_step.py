@@ -1,108 +1,33 @@
 """One training step against the flow-matching step of the same network: pytest benchmarks/test_step.py
 
-A step is loss, backward and a fused AdamW. Each case is timed in turn with flow matching in the same process, by blocks
-of a few steps (flow matching, case, flow matching, ...): benchmarks.measure.ratio. Flow matching is the same network on
-plain tensors with PyTorch's fused attention, eager or compiled. Before a case is timed, its loss and gradient are
-compared with those of an independent implementation; a way of the field that fails here is a row with its error.
+How it is measured: benchmarks/step_case.py. A way of the field that fails here is a row with its error.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from benchmarks.cases import (
-    CASES,
-    CPU_NETWORKS,
-    FLOW_MATCHING,
-    GPU_NETWORKS,
-    OURS,
-    TOKENS,
-    WIDTHS,
-    Case,
-    Network,
-)
-from benchmarks.measure import (
-    BLOCK,
-    Run,
-    Stopwatch,
-    count_flops,
-    loss_of,
-    peak_bytes,
-    ratio,
-    take_gradient,
-    training_step,
-)
+from benchmarks.cases import CASES, CPU_NETWORKS, GPU_NETWORKS, OURS, TOKENS, WIDTHS
+from benchmarks.step_case import Workload, measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NETWORKS = {**(CPU_NETWORKS if DEVICE == "cpu" else GPU_NETWORKS), **TOKENS, **WIDTHS}
-TOLERANCE = {"fp32": 2e-3 if DEVICE == "cuda" else 1e-4, "bf16": 5e-2}  # relative, of loss and gradient
-COUNTED = 16  # samples on which FLOPs are counted and gradients compared: their quarter still splits at lambda = 0.5
-
-
-def value_and_gradient(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> tuple[float, Tensor]:
-    """Of what the first seed draws."""
-    torch.manual_seed(0)
-    value = loss_of(loss_fn, x, precision)
-    value.backward()
-    return value.item(), take_gradient(net)
-
-
-def errors(net: nn.Module, case: Case, loss_fn: nn.Module, x: Tensor, mode: str, precision: str) -> dict[str, float]:
-    """Relative errors of loss and gradient. Truth: for eager code, MeanFlowLoss over torch.func.jvp with the norms
-    decomposed, in float32; for compiled code, the same case in eager mode."""
-    if mode == "eager":
-        x = x[:COUNTED]
-        truth, precise = Case(case.share, case.loss).build(net, jvp="func"), "fp32"
-    else:
-        truth, precise = case.build(net), precision
-    value, gradient = value_and_gradient(net, loss_fn, x, precision)
-    true_value, true_gradient = value_and_gradient(net, truth, x, precise)
-    return {
-        "loss": abs(value - true_value) / abs(true_value),
-        "gradient": float((gradient - true_gradient).norm() / true_gradient.norm()),
-    }
-
-
-def flops(net: nn.Module, case: Case, x: Tensor, precision: str) -> float:
-    """Of a step on x, by those of its first samples."""
-    few = x[:COUNTED]
-    return count_flops(training_step(net, case.build(net), few, precision)) * len(x) / len(few)
-
-
-def reason(error: Exception) -> str:
-    """Kind and message in a line. Dynamo's own messages tell where; why is what they quote."""
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    quoted = re.search(r": got (\w+)\(['\"](.*)", said)
-    return (f"{quoted[1]}: {quoted[2]}" if quoted else said)[:200]
 
 
 @pytest.fixture(scope="module")
-def workloads() -> Callable[..., tuple[nn.Module, Tensor, Run, dict[str, float]]]:
-    """Network, data, the step of flow matching and what it needs, made once per (network, mode, precision)."""
-    made: dict[tuple[str, str, str], Any] = {}
+def workloads() -> Callable[..., Workload]:
+    """Made once per (network, mode, precision)."""
+    made: dict[tuple[str, str, str], Workload] = {}
 
-    def get(name: str, mode: str, precision: str) -> Any:
+    def get(name: str, mode: str, precision: str) -> Workload:
         key = (name, mode, precision)
         if key not in made:
             made.clear()  # one after the other: two do not fit where one is large
-            torch.compiler.reset()
-            network: Network = NETWORKS[name]
-            net, x = network.make(DEVICE), network.data(DEVICE)
-            if DEVICE == "cuda" and isinstance(net.input, nn.Conv2d):  # faster there; on the CPU it is not
-                net, x = (value.to(memory_format=torch.channels_last) for value in (net, x))
-            loss_fn = FLOW_MATCHING.build(net)
-            if mode == "compiled":
-                loss_fn.compile()
-            baseline = training_step(net, loss_fn, x, precision)
-            baseline()
-            base = {"flops": flops(net, FLOW_MATCHING, x, precision), "bytes": peak_bytes(baseline, DEVICE)}
-            made[key] = net, x, baseline, base
+            made[key] = Workload.of(NETWORKS[name], DEVICE, mode, precision)
         return made[key]
 
     return get
@@ -145,54 +70,10 @@ def parameters() -> list[Any]:
 def test_step(
     benchmark: Any, workloads: Any, length: float, network: str, mode: str, precision: str, name: str
 ) -> None:
-    case = CASES[name]
-    net, x, baseline, base = workloads(network, mode, precision)
-    row = benchmark.extra_info
-    row |= {"batch": list(x.shape), "parameters": sum(p.numel() for p in net.parameters()), "bound": case.bound()}
-    row |= {"share": case.share, "way": case.way, "loss": case.loss}
     benchmark.group = f"{network}, {mode}, {precision}"
-
-    loss_fn = case.build(net)
-    if mode == "compiled":
-        loss_fn.compile()
-    run = training_step(net, loss_fn, x, precision)
-    try:
-        row["errors"] = errors(net, case, loss_fn, x, mode, precision)
-        run()
-    except Exception as error:
-        if case.way == OURS:
-            raise
-        row["error"] = reason(error)
+    row = measure(CASES[name], workloads(network, mode, precision), length, repeat=benchmark.pedantic)
+    if "error" in row:
         benchmark.pedantic(lambda: None)
-        return
-    if case.way == OURS and max(row["errors"].values()) > TOLERANCE[precision]:
-        pytest.fail(f"loss or gradient is wrong, so it is not timed: {row['errors']}")
-
-    peak = peak_bytes(run, DEVICE)
-    cost = flops(net, case, x, precision)
-    ours, theirs = Stopwatch(run, DEVICE), Stopwatch(baseline, DEVICE)
-    theirs(), theirs(), ours(), ours()
-    pair = ours.times.pop() + theirs.times.pop()
-    ours.times.clear(), theirs.times.clear()
-    blocks = round(min(max(length / ((BLOCK + 1) * pair), 2), 30))
-
-    def take_turns() -> None:
-        """Before each block the baseline has its own, and each first an untimed run: in training a step follows its
-        like, and finds memory as that left it."""
-        if len(ours.times) % BLOCK == 0:
-            for timed in (baseline, *[theirs] * BLOCK, run):
-                timed()
-
-    benchmark.pedantic(ours, setup=take_turns, rounds=blocks * BLOCK)
-    for timed in (baseline, *[theirs] * BLOCK):
-        timed()
-    row |= ratio(ours.times, theirs.times)
-    row |= {
-        "share of bound": case.bound() / row["ratio"],
-        "flops": cost,
-        "flops over flow matching": cost / base["flops"],
-        "FLOP/s": cost / row["seconds"],
-        "peak bytes": peak,
-        "peak over flow matching": peak / base["bytes"],
-    }
-    print(f"\n{benchmark.group}: {name}: {row['ratio']:.3f} (bound {row['bound']:.3f})")
+    else:
+        print(f"\n{benchmark.group}: {name}: {row['ratio']:.3f} (bound {row['bound']:.3f})")
+    benchmark.extra_info |= row

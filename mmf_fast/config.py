@@ -6,87 +6,25 @@ component, so that a new model or dataset is configurable as soon as it exists:
     data   {name, **options of the dataset}           model  {name, **arguments of the network}
     loss   {objective, **arguments of MeanFlowLoss}   (an objective is a preset; what is written beside it overrides)
 
-The other two, `optimizer` and `train`, are the dataclasses below.
+The other two, `optimizer` and `train`, are dataclasses of training/settings.py.
 """
 
 import dataclasses
 import inspect
-import json
 import math
-import sysconfig
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mmf_fast import data, models, objective
-from mmf_fast.registry import nearest
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line that names the key and the way out."""
-
-
-# A field so marked may differ between a run and its resumption: it says how long and where to run and what to record,
-# and no training step depends on it. An argument of a network says the same by Annotated[type, "free"].
-FREE = {"free": True}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """AdamW, its learning rate, gradient clipping and the moving average of the weights."""
-
-    # The same AdamW from PyTorch (fused), NVIDIA Apex, or DeepSpeed: on GPUs, or on the CPU where the
-    # ZeRO file offloads the optimizer. All but the first need train.zero.
-    kind: Literal["adamw", "apex", "deepspeed_fused", "deepspeed_cpu"] = field(default="adamw", metadata=FREE)
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    warmup: int = 100  # steps of linear warm-up
-    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0 after train.steps
-    ema: float = 0.999  # largest decay of the moving average of the weights
-
-    def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr must be positive", self.lr)
-        _require(all(0 <= beta < 1 for beta in self.betas), "betas must lie in [0, 1)", self.betas)
-        _require(self.eps > 0, "eps must be positive", self.eps)
-        _require(self.weight_decay >= 0, "weight_decay must be at least 0", self.weight_decay)
-        _require(self.clip >= 0, "clip must be at least 0 (0: no clipping)", self.clip)
-        _require(self.warmup >= 0, "warmup must be at least 0", self.warmup)
-        _require(0 <= self.ema < 1, "ema must lie in [0, 1)", self.ema)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """How long, on what, and what is recorded. Intervals are in steps."""
-
-    batch: int = 128  # samples per step, over all processes and accumulation steps
-    accumulate: int = field(default=1, metadata=FREE)  # backward passes per step, each on its part of the batch
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: autocast, weights stay float32
-    steps: int = field(default=2000, metadata=FREE)
-    zero: str = field(default="", metadata=FREE)  # a DeepSpeed configuration such as zero1.json; empty: no DeepSpeed
-    device: str = field(default="auto", metadata=FREE)  # auto: cuda where there is one, else cpu
-    compile: bool = field(default=False, metadata=FREE)
-    log_every: int = field(default=10, metadata=FREE)
-    sample_every: int = field(default=500, metadata=FREE)  # 0: only at the end
-    checkpoint_every: int = field(default=500, metadata=FREE)
-    keep: int = field(default=3, metadata=FREE)  # checkpoints kept
-    max_bad_steps: int = field(default=20, metadata=FREE)  # non-finite steps in a row before the run stops
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "accumulate", "steps", "log_every", "checkpoint_every", "keep", "max_bad_steps"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        _require(
-            self.batch % self.accumulate == 0, f"accumulate must divide the batch of {self.batch}", self.accumulate
-        )
-        _require(self.sample_every >= 0, "sample_every must be at least 0 (0: only at the end)", self.sample_every)
+from mmf_fast.registry import Registry, is_path, nearest, parameters_of
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, find
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,30 +42,23 @@ class Config:
         """The whole configuration as plain dicts, lists and scalars: what config.yaml holds and `from_tree` reads."""
         return _plain(self)
 
-    def fingerprint(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Flat {dotted key: value} of everything a training step depends on (all but what is marked free).
+    def identity(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Flat {dotted key: value} of the data, the network and the loss, without what a network marks free.
 
-        identity: of the dataset; it replaces the options of `data` that it names.
+        data: identity of the dataset; it replaces the options of `data` that it names.
         """
-        free = {
-            f"{section}.{f.name}"
-            for section, kind in (("optimizer", Optimizer), ("train", Train))
-            for f in dataclasses.fields(kind)
-            if f.metadata.get("free")
-        } | {
-            f"model.{name}"
-            for name, hint in _hints(models.NETWORKS[self.model["name"]], include_extras=True).items()
-            if get_origin(hint) is Annotated and "free" in hint.__metadata__
-        }
+        hints = _hints(models.NETWORKS.find(self.model["name"]), include_extras=True)
+        free = {name for name, hint in hints.items() if "free" in getattr(hint, "__metadata__", ())}
         tree = self.tree()
-        tree["data"] |= identity
-        return {key: value for key, value in _flatten(tree) if key not in free}
+        tree["data"] |= data
+        tree["model"] = {key: value for key, value in tree["model"].items() if key not in free}
+        return dict(_flatten({section: tree[section] for section in ("data", "model", "loss")}))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies `key=value` overrides (dotted keys; `model=mlp` is short for `model.name=mlp`).
+    """Reads a YAML file, or the shipped configuration of that name, and applies `key=value` overrides.
 
-    A file that does not exist is looked for among the configurations installed with the package.
+    Keys are dotted. `model=mlp` is short for `model.name=mlp`; `model={name: mlp, width: 8}` replaces the file's model.
     Raises ConfigError.
     """
     path = find(path)
@@ -138,6 +69,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = OmegaConf.load(path)
         if not isinstance(tree, Mapping):
             raise ConfigError("must be a mapping of keys to values")
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key in ("data", "model", "loss") and value.startswith("{"):
+                tree[key] = {}
         given = OmegaConf.from_dotlist([_expand(override) for override in overrides])
         merged = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True, throw_on_missing=True)
     except OSError as error:
@@ -145,28 +80,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: " + " ".join(str(error).split())) from error
     return from_tree(merged)
-
-
-def find(path: str | Path) -> Path:
-    """The file at `path`, or else the one of that name beside this checkout's or installation's configurations."""
-    path = Path(path)
-    checkout = Path(__file__).parent.parent / "configs" / path.name
-    installed = Path(sysconfig.get_path("data"), "share", "mmf_fast", "configs", path.name)
-    return next((each for each in (path, checkout, installed) if each.exists()), path)
-
-
-def read_zero(path: str | Path) -> dict[str, Any]:
-    """The DeepSpeed configuration (JSON) that train.zero names. Raises ConfigError."""
-    path = find(path)
-    try:
-        tree = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"train.zero={path}: {error.strerror or error}; zero1.json to zero3.json are there"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"train.zero={path}: is not JSON ({error})") from error
-    return _mapping(tree, "train.zero")
 
 
 def from_tree(tree: Any) -> Config:
@@ -187,20 +100,20 @@ def from_tree(tree: Any) -> Config:
 _OTHERS: dict[str, Any] = {"optimizer": Optimizer, "train": Train, "seed": int}
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys in which two fingerprints differ, as "key (value of one -> value of other)"."""
-    keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
-    return [f"{key} ({one.get(key, 'default')} -> {other.get(key, 'default')})" for key in keys]
-
-
 # ---- components: keys and types from the signature -------------------------------------------------------------------
 
 
-def _component(tree: Any, section: str, known: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+def _component(tree: Any, section: str, known: Registry[Any]) -> dict[str, Any]:
     tree = _mapping(tree, section)
-    name = _one_of(tree.get("name", "unset"), known, f"{section}.name")
+    name = tree.get("name", "unset")
+    if not is_path(name):
+        _one_of(name, known, f"{section}.name")
+    try:
+        target = known.find(name)
+    except ValueError as error:
+        raise ConfigError(f"{section}.name: {error}") from error
     options = {key: value for key, value in tree.items() if key != "name"}
-    return {"name": name, **_arguments(known[name], options, section, extra=("name",))}
+    return {"name": name, **_arguments(target, options, section, extra=("name",))}
 
 
 def _loss(tree: Any) -> dict[str, Any]:
@@ -226,14 +139,19 @@ def _arguments(
     without: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Converts `given` to keyword arguments of `target` by its signature's annotations."""
-    parameters = [name for name in inspect.signature(target).parameters if name not in without]
+    parameters, takes_any = parameters_of(target)
     hints = _hints(target)
-    _known(given, [*extra, *parameters], section)
+    if not takes_any:
+        _known(given, [*extra, *(name for name in parameters if name not in without)], section)
     return {key: convert(value, hints.get(key, Any), f"{section}.{key}") for key, value in given.items()}
 
 
 def _hints(target: Callable[..., Any], include_extras: bool = False) -> dict[str, Any]:
-    return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=include_extras)
+    """{argument: annotation}; nothing of a function that is not ours and whose annotations cannot be evaluated."""
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=include_extras)
+    except (NameError, TypeError):
+        return {}
 
 
 # ---- conversion ------------------------------------------------------------------------------------------------------
@@ -310,11 +228,6 @@ def _convert_sequence(value: Any, origin: Any, args: tuple[Any, ...], key: str) 
 
 
 # ---- small pieces ----------------------------------------------------------------------------------------------------
-
-
-def _require(holds: bool, rule: str, value: Any) -> None:
-    if not holds:
-        raise ConfigError(f"{rule}, is {value}")
 
 
 def _mapping(value: Any, key: str) -> dict[str, Any]:

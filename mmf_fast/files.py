@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 __all__ = ["WriteError", "digest", "remove_drafts", "write_text", "writing"]
 
 
@@ -58,6 +56,8 @@ def remove_drafts(folder: Path, pattern: str = "*") -> None:
 
 def digest(path: Path) -> str:
     """sha256 of a file, with a progress bar that goes away, on the first of several ranks. Raises OSError."""
+    from tqdm import tqdm  # the loss and sampling do without it
+
     result = hashlib.sha256()
     size = path.stat().st_size
     other = int(os.environ.get("RANK", 0)) > 0

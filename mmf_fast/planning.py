@@ -28,7 +28,7 @@ from mmf_fast import config, data
 from mmf_fast.devices import peak_flops
 from mmf_fast.forward.dual import Dual
 from mmf_fast.objective import LambdaSchedule, MeanFlowLoss
-from mmf_fast.training.build import build_loss
+from mmf_fast.train import build_loss
 
 __all__ = ["Cluster", "Job", "activations", "communication", "job", "main", "memory", "report", "step_time", "table"]
 

@@ -6,7 +6,7 @@ mmf sample --run runs/digits --steps 1 --out grid.png --classes 0 1 2
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmf_fast.contract import check_cond, check_network, check_output
 from mmf_fast.devices import choose_device, device_of
 from mmf_fast.files import writing
 from mmf_fast.models import load_pretrained
 from mmf_fast.pictures import save_grid
+from mmf_fast.registry import import_object
 
 __all__ = ["draw_run", "evaluating", "sample", "sample_in_chunks"]
 
@@ -45,9 +47,13 @@ def sample(
         global generator). A seed draws on the CPU, so that it means the same noise on every device.
     cond: conditions such as y (B,) int64; tensors are moved to the device of the network.
 
-    Raises ValueError for steps below 1, a noise of another shape, or noise given twice.
+    Raises ValueError for steps below 1, a noise of another shape, noise given twice, a network with another call, and
+    an output that is no tensor like z.
     """
     shape = tuple(shape)
+    check_network(net)
+    given = {"steps": steps if steps != 1 else None, "noise": noise, "seed": seed, "generator": generator}
+    check_cond(net, {name: value for name, value in given.items() if value is not None}, "sample")
     if steps < 1:
         raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
     if (noise is not None) + (seed is not None) + (generator is not None) > 1:
@@ -66,7 +72,7 @@ def sample(
     with evaluating(net):
         for t, r in zip(times[:-1], times[1:], strict=True):
             r_B, t_B = (z.new_full(shape[:1], time, dtype=time_dtype) for time in (r, t))
-            z = z - (t - r) * net(z, r_B, t_B, **cond)
+            z = z - (t - r) * check_output(net(z, r_B, t_B, **cond), z)
     return z
 
 
@@ -109,36 +115,57 @@ def draw_run(
     count: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    net: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Samples x (N, *shape) of the network in a run folder, on the CPU, and their labels y (N,), None without classes.
 
     classes: the labels, repeated in turn up to `count`; by default all of them, or the first 10.
     count: by default 8 per class, 64 images without classes, 2,000 points of a toy.
-    device: "auto" is CUDA where there is one.
+    device: "auto" is CUDA where there is one.  net: takes the weights of the run, for a network of one's own.
     Raises ValueError for a missing or damaged run, an unknown class or device, steps or count below 1, samples that are
     not finite.
     """
-    net, _ = load_pretrained(run)
-    if classes and not net.num_classes:
+    net, extra = load_pretrained(run, net)
+    shape, num_classes = samples_of(net, extra, run)
+    if classes and not num_classes:
         raise ValueError(f"the network of {run} has no classes: leave --classes out")
     for label in classes or ():
-        if not 0 <= label < net.num_classes:
+        if not 0 <= label < num_classes:
             raise ValueError(
-                f"class {label} is unknown to the network of {run}: its classes are 0 to {net.num_classes - 1}"
+                f"class {label} is unknown to the network of {run}: its classes are 0 to {num_classes - 1}"
             )
-    labels = list(classes or range(min(net.num_classes, 10)))
+    labels = list(classes or range(min(num_classes, 10)))
     if count is None:
-        count = 8 * len(labels) or (2000 if len(net.shape) == 1 else 64)
+        count = 8 * len(labels) or (2000 if len(shape) == 1 else 64)
     if count < 1:
         raise ValueError(f"count is {count}: ask for at least 1 sample")
     net.to(choose_device(device))
-    noise = torch.randn(count, *net.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
     y = torch.tensor(labels)[torch.arange(count) % len(labels)] if labels else None
     cond: dict[str, Any] = {} if y is None else {"y": y}
     x = sample_in_chunks(net, noise, steps, **cond).cpu()
     if not torch.isfinite(x).all():
         raise ValueError(f"the network of {run} gives samples that are not finite: its training has diverged")
     return x, y
+
+
+def samples_of(net: Any, extra: Mapping[str, Any], run: str | Path) -> tuple[tuple[int, ...], int]:
+    """Shape of a sample and number of classes, as the network says, or else what was saved beside its weights."""
+    shape = getattr(net, "shape", extra.get("shape"))
+    if shape is None:
+        raise ValueError(f"{run} does not say which shape its samples have: give the network an attribute `shape`")
+    return tuple(shape), int(getattr(net, "num_classes", extra.get("num_classes")) or 0)
+
+
+def network_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--net", metavar="MODULE:MAKE", help="network of one's own: the class or function that makes it"
+    )
+
+
+def import_made(path: str | None) -> Any:
+    """What the function or class at an import path returns; nothing of None. Raises ValueError."""
+    return None if path is None else import_object(path)()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -152,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--count", type=int, help="samples in all (default: 8 per class, or 64 images, or 2000 points)")
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    network_option(result)
     return result
 
 
@@ -160,7 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = options.out
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out {out}: the name must end in .png or .npz")
-    x, y = draw_run(options.run, options.steps, options.classes, options.count, options.seed, options.device)
+    x, y = draw_run(
+        options.run,
+        options.steps,
+        options.classes,
+        options.count,
+        options.seed,
+        options.device,
+        import_made(options.net),
+    )
     if out.suffix == ".png":
         columns = len(options.classes) if options.classes else 0 if y is None else len(y.unique())
         save_grid(x, out, columns if columns > 1 else 8)

@@ -1,12 +1,71 @@
-"""Command line of the training: python mmf_fast/train.py --config configs/digits.yaml [key=value ...]."""
+"""The training by configuration: here, and nowhere else, a configuration becomes objects.
+
+    python mmf_fast/train.py --config configs/digits.yaml [key=value ...]
+
+An own network, loss or dataset needs no configuration: see `mmf_fast.training.Trainer`.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from mmf_fast import config
+from mmf_fast import data, models
+from mmf_fast.config import Config, ConfigError, load
+from mmf_fast.objective import MeanFlowLoss
+from mmf_fast.registry import parameters_of
 from mmf_fast.training import Trainer
+from mmf_fast.training.trainer import seed_everything
+
+__all__ = ["build_loss", "build_trainer", "main"]
+
+
+def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
+    """Network and loss of a configuration; shape and class count come from the data where the model has none.
+
+    Raises ConfigError where the model's contradict the data.
+    """
+    shape, points = dataset.shape, len(dataset.shape) == 1
+    implied: dict[str, Any] = {"num_classes": dataset.num_classes}
+    implied |= {"dim": shape[0]} if points else {"channels": shape[0], "input_size": shape[-1]}
+    name = config.model["name"]
+    accepted, _ = parameters_of(models.NETWORKS.find(name))
+    own, other = {"channels", "input_size"}, {"dim"}  # by which a network of images says so, and one of points
+    if points:
+        own, other = other, own
+    if not accepted.keys() & own and accepted.keys() & other:
+        raise ConfigError(
+            f"model.name={name} does not take samples of shape {shape} (data.name={dataset.name}); choose another model"
+        )
+    for key in implied.keys() & config.model.keys():
+        if config.model[key] != implied[key]:
+            raise ConfigError(
+                f"model.{key} is {config.model[key]}, but that of data.name={dataset.name} is {implied[key]}; "
+                f"leave model.{key} out"
+            )
+    net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
+    loss = {key: value for key, value in config.loss.items() if key != "objective"}
+    return MeanFlowLoss(net, **loss)
+
+
+def build_trainer(config: Config, run: str | Path, resume: bool = False, profile: bool = False) -> Trainer:
+    """The trainer of a configuration. Raises what `Trainer` raises."""
+    seed_everything(config.seed)  # of the weights, and of dropout: what the loss draws has a generator of its own
+    dataset = data.load(**config.data)
+    return Trainer(
+        build_loss(config, dataset),
+        dataset,
+        run,
+        train=config.train,
+        optimizer=config.optimizer,
+        seed=config.seed,
+        record=config.tree(),
+        identity=config.identity(dataset.identity),
+        extra={"data": config.tree()["data"]},
+        resume=resume,
+        profile=profile,
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 128 + n on signal n. Raises what the Trainer raises."""
     options = parser().parse_intermixed_args(arguments)
     if options.config is None and not (options.resume and options.run):
-        raise config.ConfigError("--config is missing; for instance --config configs/digits.yaml")
+        raise ConfigError("--config is missing; for instance --config configs/digits.yaml")
     path = options.config or options.run / "config.yaml"
     run = options.run or Path("runs") / path.stem
-    trainer = Trainer(config.load(path, options.overrides), run, options.resume, options.profile)
+    trainer = build_trainer(load(path, options.overrides), run, options.resume, options.profile)
     finished = trainer.fit()
     if finished or trainer.stopped_by is None:
         if trainer.is_main:

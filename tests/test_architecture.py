@@ -1,6 +1,7 @@
 """Imports go down only, and MAY_IMPORT says which: it is the map of the house, quoted in CONTRIBUTING.md."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,27 +12,28 @@ PACKAGE = Path(__file__).parent.parent / "mmf_fast"
 # room -> what it imports, from the top floor down; no more than the code does.
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "train": {"cli", "config", "training"},
+    "planning": {"train", "config", "objective", "data", "forward", "devices"},
+    "train": {"cli", "config", "training", "models", "objective", "data", "registry"},
     "cli": set(),  # it finds each command by name
-    "planning": {"config", "training", "objective", "data", "forward", "devices"},
+    "config": {"training", "models", "objective", "data", "registry"},
+    "__init__": {"training", "sampling", "models", "objective", "forward"},
     "training": {
-        "config", "sampling", "models", "objective", "data",
+        "sampling", "models", "objective", "data", "contract",
         "pictures", "files", "devices", "distributed",
     },
-    "config": {"models", "objective", "data", "registry"},
     "evaluation": {"sampling", "models", "data", "pictures", "files", "devices", "distributed"},
-    "__init__": {"sampling", "objective", "forward"},
-    "sampling": {"models", "pictures", "files", "devices"},
-    "models": {"forward", "files", "registry"},
-    "objective": {"forward", "ops"},
+    "sampling": {"models", "contract", "pictures", "files", "devices", "registry"},
+    "models": {"forward", "contract", "files", "registry"},
+    "objective": {"forward", "ops", "contract"},
     "data": {"files", "registry"},
     "forward": {"ops"},
     "ops": set(),
     "pictures": {"files"},
     "files": set(),
+    "distributed": {"devices"},
     "devices": set(),
-    "distributed": set(),
     "registry": set(),
+    "contract": set(),
 }  # fmt: skip
 BELOW_FORWARD = {"torch", "triton", "mmf_fast"}  # forward and ops stand on these alone
 
@@ -116,6 +118,7 @@ def test_no_two_modules_have_one_name() -> None:
         ("mmf_fast.ops.attention", "from mmf_fast.models import layers"),
         ("mmf_fast.training.trainer", "import deepspeed"),
         ("mmf_fast.training.trainer", "from mmf_fast import Dual"),
+        ("mmf_fast.training.engines.local", "from mmf_fast.config import ConfigError"),
     ],
 )
 def test_an_import_that_goes_up_is_noticed(own: str, source: str) -> None:
@@ -133,3 +136,11 @@ def test_no_module_of_the_package_hides_another_library() -> None:
     libraries = {"torch", "triton", "numpy", "scipy", "sklearn", "omegaconf", "safetensors", "tensorboard", "tqdm"}
     libraries |= {"matplotlib", "yaml", "PIL", "deepspeed", "datasets", "evaluate", "transformers", "einops", "apex"}
     assert names & (set(sys.stdlib_module_names) | libraries) == set()
+
+
+def test_whoever_wants_the_loss_alone_imports_torch_and_little_else() -> None:
+    """Dynamo alone takes as long to import as torch; the rest is what training and evaluation need."""
+    late = ["torch._dynamo", "matplotlib", "omegaconf", "PIL", "scipy", "sklearn", "safetensors", "deepspeed"]
+    code = f"import sys, mmf_fast.models, mmf_fast.sampling; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -9,6 +9,7 @@ import yaml
 from mmf_fast import config
 from mmf_fast.config import ConfigError, convert
 from mmf_fast.objective import Guidance, LambdaSchedule, TimeSampler
+from mmf_fast.training.settings import differences, fixed
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TOY = "data: {name: two_moons}\nmodel: {name: mlp, width: 16}\nloss: {objective: mmf}\n"
@@ -109,33 +110,71 @@ def test_a_file_that_is_no_configuration(toy: Path, text: str, advice: str) -> N
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.yaml.*--config"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: there is no such file; .* a shipped one: .*digits"):
         config.load(tmp_path / "absent.yaml")
 
 
+def fingerprint(cfg: config.Config) -> dict[str, Any]:
+    return {**cfg.identity({}), **fixed(cfg.optimizer, cfg.train), "seed": cfg.seed}
+
+
 def test_length_and_logging_are_not_part_of_the_fingerprint(toy: Path) -> None:
-    one = config.load(toy).fingerprint({})
-    longer = config.load(toy, ["train.steps=9", "train.log_every=3", "train.keep=1", "train.device=cpu"]).fingerprint(
-        {}
-    )
-    assert config.differences(one, longer) == []
-    same_steps = config.load(toy, ["optimizer.kind=apex"]).fingerprint({})
-    assert config.differences(one, same_steps) == []
-    other = config.load(toy, ["model.width=8", "train.batch=7", "seed=1", "loss.lam=0.5"]).fingerprint({})
-    changed = {text.split()[0] for text in config.differences(one, other)}
+    one = fingerprint(config.load(toy))
+    longer = config.load(toy, ["train.steps=9", "train.log_every=3", "train.keep=1", "train.device=cpu"])
+    assert differences(one, fingerprint(longer)) == []
+    same_steps = config.load(toy, ["optimizer.kind=apex"])
+    assert differences(one, fingerprint(same_steps)) == []
+    other = config.load(toy, ["model.width=8", "train.batch=7", "seed=1", "loss.lam=0.5"])
+    changed = {text.split()[0] for text in differences(one, fingerprint(other))}
     assert {"model.width", "train.batch", "seed", "loss.lam"} <= changed
     assert all(key in changed or key.startswith("loss.lam.") for key in changed)
 
 
 @pytest.mark.parametrize("name", ["dit", "unet"])
 def test_a_free_argument_of_the_network_is_not_part_of_the_fingerprint(name: str) -> None:
-    def fingerprint(**model: Any) -> dict[str, Any]:
+    def made(**model: Any) -> dict[str, Any]:
         tree = {"data": {"name": "digits"}, "model": {"name": name, "dropout": 0.1, **model}, "loss": {}}
-        return config.from_tree(tree).fingerprint({})
+        return fingerprint(config.from_tree(tree))
 
-    kept = fingerprint()
-    assert fingerprint(recompute=True) == kept and kept["model.dropout"] == 0.1
-    assert config.differences(kept, fingerprint(dropout=0.2)) == ["model.dropout (0.1 -> 0.2)"]
+    kept = made()
+    assert made(recompute=True) == kept and kept["model.dropout"] == 0.1
+    assert differences(kept, made(dropout=0.2)) == ["model.dropout (0.1 -> 0.2)"]
+
+
+OWN = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, width: int, num_classes: int = 0, **rest): super().__init__()
+def points(count: int = 5): ...
+"""
+
+
+def test_import_paths_name_networks_and_data_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = "own_for_test_config"
+    (tmp_path / f"{own}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    tree = {
+        "data": {"name": f"{own}:points", "count": 7},
+        "model": {"name": f"{own}:Net", "width": 4.0, "anything": "x"},
+        "loss": {},
+    }
+    cfg = config.from_tree(tree)
+    assert cfg.model == {"name": "own_for_test_config:Net", "width": 4, "anything": "x"}
+    assert config.from_tree(cfg.tree()) == cfg and fingerprint(cfg)["data.count"] == 7
+    for change, message in (
+        (
+            {"data": {"name": "own_for_test_config:points", "cuont": 7}},
+            "unknown key data.cuont; did you mean data.count",
+        ),
+        (
+            {"data": {"name": "own_for_test_config:pionts"}},
+            "data.name: 'own_for_test_config:pionts' cannot be imported",
+        ),
+        ({"model": {"name": "no_such_module:Net"}}, "model.name: 'no_such_module:Net' cannot be imported"),
+        ({"model": {"name": f"{own}:Net", "width": "wide"}}, "model.width: must be int"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config.from_tree({**tree, **change})
 
 
 @dataclass(frozen=True)
@@ -185,10 +224,17 @@ def test_convert_coerces_nothing_else(value: Any, hint: Any) -> None:
         convert(value, hint, "key")
 
 
+def test_a_mapping_replaces_what_the_file_says_of_a_component(toy: Path) -> None:
+    assert config.load(toy, ["model={name: mlp, depth: 3}"]).model == {"name": "mlp", "depth": 3}
+    assert config.load(toy, ["model.depth=3"]).model == {"name": "mlp", "width": 16, "depth": 3}
+
+
 def test_a_wheel_finds_its_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bare name that is no file here is looked for where setup.py installs configs/."""
+    """A bare name that is no file here is looked for where setup.py installs configs/; a path is not."""
     installed = tmp_path / "share" / "mmf_fast" / "configs"
     installed.mkdir(parents=True)
     (installed / "mine.yaml").write_text(TOY)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert config.load("configs/mine.yaml").model["width"] == 16
+    assert config.load("mine").model["width"] == config.load("mine.yaml").model["width"] == 16
+    with pytest.raises(ConfigError, match=r"wrong/mine.yaml: there is no such file; .*: .*digits.*, mine"):
+        config.load("wrong/mine.yaml")

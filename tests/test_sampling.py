@@ -222,7 +222,7 @@ def test_the_default_grid_has_one_column_per_class(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("run", "arguments", "message"),
     [
-        ("absent", [], "absent/model.json is missing"),
+        ("absent", [], "absent/model.safetensors is missing"),
         ("images", ["--out", "grid.gif"], "--out grid.gif: the name must end in .png or .npz"),
         ("images", ["--classes", "3", "10"], "class 10 is unknown"),
         ("images", ["--count", "0"], "count is 0"),

@@ -7,13 +7,15 @@
     dataset = load("images", path="data/cifar10")   a folder that mmf prepare SRC OUT wrote
     x, y = dataset.batch(17, 1024, rank=3, world_size=8)    rows 3, 11, 19, ... of the same global batch
 
-To add a dataset: a function whose typed keyword arguments are its options and that returns a `Dataset`, entered below.
+To add a dataset: a function whose typed keyword arguments are its options and that returns a `Dataset`, or what
+`as_dataset` takes; its name in a configuration is "package.module:function", or what `register_dataset` was given.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from mmf_fast.data.adapt import as_dataset
 from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset
 from mmf_fast.data.digits import digits
 from mmf_fast.data.formats import DataError
@@ -23,9 +25,19 @@ from mmf_fast.data.prefetch import Prefetcher
 from mmf_fast.data.toy2d import checkerboard, circles, eight_gaussians, two_moons
 from mmf_fast.registry import Registry
 
-__all__ = ["DATASETS", "ArrayDataset", "Batch", "DataError", "Dataset", "Prefetcher", "load"]
+__all__ = [
+    "DATASETS",
+    "ArrayDataset",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Prefetcher",
+    "as_dataset",
+    "load",
+    "register_dataset",
+]
 
-DATASETS: Registry[Dataset] = Registry(
+DATASETS: Registry[Any] = Registry(
     "dataset",
     "option",
     "data",
@@ -43,8 +55,11 @@ DATASETS: Registry[Dataset] = Registry(
 
 
 def load(name: str, **options: Any) -> Dataset:
-    """The dataset called `name`, with the options of its function in `DATASETS`.
+    """The dataset called `name`, with the options of its function in `DATASETS` or at the import path.
 
     Raises ValueError for an unknown name, an unknown or a missing option, or a value the dataset refuses.
     """
-    return DATASETS.build(name, **options)
+    return as_dataset(DATASETS.build(name, **options))
+
+
+register_dataset = DATASETS.register  # register_dataset("faces", function): data={"name": "faces", ...}

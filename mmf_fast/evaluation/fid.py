@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mmf_fast.data.dataset import row_noise
@@ -39,8 +39,8 @@ from mmf_fast.distributed import agree, rank_and_count
 from mmf_fast.evaluation.distances import gaussian_frechet
 from mmf_fast.evaluation.statistics import Statistics, Sums, read_statistics, write_statistics
 from mmf_fast.files import digest, write_text
-from mmf_fast.models import Network, load_pretrained
-from mmf_fast.sampling import sample
+from mmf_fast.models import load_pretrained
+from mmf_fast.sampling import import_made, network_option, sample, samples_of
 
 __all__ = ["Inception", "evaluate_fid", "sample_statistics", "set_statistics", "to_uint8"]
 
@@ -100,22 +100,26 @@ def to_uint8(x: Tensor, rounding: Rounding) -> Tensor:
 
 
 def sample_statistics(
-    net: Network,
+    net: Callable[..., Tensor],
     features: Inception,
     count: int = 50_000,
     steps: int = 1,
     seed: int = 0,
     batch: int = 64,
     rounding: Rounding = "round",
+    shape: tuple[int, ...] | None = None,
+    num_classes: int | None = None,
 ) -> Statistics:
     """Statistics of `count` samples of `net`, of which each rank draws samples rank, rank + ranks, ...; on each rank.
 
+    shape, num_classes: of a sample, where the network has no attributes of these names.
     Raises ValueError for samples that are not finite.
     """
+    shape, classes = samples_of(net, {"shape": shape, "num_classes": num_classes}, "the network")
 
     def draw(rows: range) -> Tensor:
-        noise = torch.from_numpy(row_noise((seed, _NOISE_KEY), rows, (len(rows), *net.shape)))
-        cond: dict[str, Any] = {"y": torch.tensor(rows) % net.num_classes} if net.num_classes else {}
+        noise = torch.from_numpy(row_noise((seed, _NOISE_KEY), rows, (len(rows), *shape)))
+        cond: dict[str, Any] = {"y": torch.tensor(rows) % classes} if classes else {}
         x = sample(net, noise.shape, steps, noise, **cond)
         if not torch.isfinite(x).all():
             raise ValueError("the network gives samples that are not finite: its training has diverged")
@@ -163,9 +167,11 @@ def evaluate_fid(
     device: str = "auto",
     rounding: Rounding = "round",
     save_reference: str | Path | None = None,
+    net: nn.Module | None = None,
 ) -> dict[str, Any]:
     """The FID of a run's samples with all it depends on; rank 0 writes it to fid.json in the run folder.
 
+    net: takes the weights of the run, for a network of one's own.
     Every rank of a process group calls it and gets {"fid", "samples", ...}, on ranks above 0 without "fid".
     Raises ValueError, on all ranks where it fails on one.
     """
@@ -173,20 +179,23 @@ def evaluate_fid(
     if target == torch.device("cuda"):
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
-    def prepare() -> tuple[Network, dict[str, Any], Inception, Statistics | PreparedSet, str]:
+    def prepare() -> tuple[nn.Module, dict[str, Any], Inception, Statistics | PreparedSet, str]:
         _check_numbers(count, batch, steps, seed)
-        net, extra = load_pretrained(run)
-        _check_images(net, extra, run)
+        loaded, extra = load_pretrained(run, net)
+        extra["shape"], extra["num_classes"] = samples_of(loaded, extra, run)
+        _check_images(extra, run)
         features = Inception(inception, target)
-        found = _open(reference, net, features, save_reference)
-        return net.to(target), extra, features, found, _checksum(reference, found)
+        found = _open(reference, extra["shape"], features, save_reference)
+        return loaded.to(target), extra, features, found, _checksum(reference, found)
 
-    net, extra, features, found, checksum = agree(prepare)
+    network, extra, features, found, checksum = agree(prepare)
     real = found if isinstance(found, Statistics) else set_statistics(found, features, batch)
     rank, ranks = rank_and_count()
     if save_reference is not None:
         agree(lambda: write_statistics(save_reference, real) if rank == 0 else None)
-    fake = sample_statistics(net, features, count, steps, seed, batch, rounding)
+    fake = sample_statistics(
+        network, features, count, steps, seed, batch, rounding, extra["shape"], extra["num_classes"]
+    )
     result = {
         "samples": count,
         "steps": steps,
@@ -210,25 +219,25 @@ def _check_numbers(count: int, batch: int, steps: int, seed: int) -> None:
         raise ValueError(f"count {count}, batch {batch}, steps {steps}, seed {seed}: at least 2, 1, 1 and 0 are needed")
 
 
-def _check_images(net: Network, extra: dict[str, Any], run: str | Path) -> None:
-    data = extra.get("data")
+def _check_images(extra: dict[str, Any], run: str | Path) -> None:
+    data, shape = extra.get("data"), extra["shape"]
     if isinstance(data, dict) and data.get("name") == "latents":
         raise ValueError(f"{run}: its samples are latents; decode them to images first, there is no decoder here")
-    if len(net.shape) != 3 or net.shape[0] not in (1, 3):
-        raise ValueError(f"{run}: its samples have shape {net.shape}; images of 1 or 3 channels have an FID")
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"{run}: its samples have shape {shape}; images of 1 or 3 channels have an FID")
 
 
 def _open(
-    reference: str | Path, net: Network, features: Inception, save_reference: str | Path | None
+    reference: str | Path, shape: tuple[int, ...], features: Inception, save_reference: str | Path | None
 ) -> Statistics | PreparedSet:
     """Statistics, or a prepared set of which they are to be computed; it must fit network and features."""
     path = Path(reference)
     if (path / MANIFEST).is_file():
         images = open_prepared(path, "images")
-        if images.manifest.shape != net.shape or images.manifest.count < 2:
+        if images.manifest.shape != shape or images.manifest.count < 2:
             raise ValueError(
                 f"{path}: {images.manifest.count} images of shape {images.manifest.shape}, the network draws "
-                f"{net.shape}; prepare a set of that shape"
+                f"{shape}; prepare a set of that shape"
             )
         return images
     if path.is_dir():
@@ -293,12 +302,14 @@ def parser() -> argparse.ArgumentParser:
     add("--rounding", choices=list(ROUNDINGS), default="round", help="to uint8 (default: round)")
     add("--save-reference", type=Path, metavar="NPZ", help="keep the statistics of a prepared set")
     add("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")
+    network_option(result)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser().parse_args(arguments))
     del options["local_rank"]
+    options["net"] = import_made(options["net"])
     with process_group(options["device"]):
         result = evaluate_fid(**options)
     if "fid" in result:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -24,14 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
 
-from mmf_fast.forward.functional import finite_difference_jvp, func_jvp
-
 __all__ = [
-    "JVP_MODES",
     "DetachedDual",
     "Dual",
     "MissingRuleError",
-    "jvp",
+    "known_functions",
     "missing_rule_error",
     "no_tangent",
     "primal",
@@ -39,8 +36,6 @@ __all__ = [
     "tangent",
     "tangent_scope",
 ]
-
-JVP_MODES = ("dual", "func", "finite_difference")
 
 Rule = Callable[..., tuple[Any, Any]]
 
@@ -53,6 +48,7 @@ _OPERATORS = {
     "__rsub__": (operator.sub, True),
     "__rdiv__": (operator.truediv, True),
     "__rpow__": (torch.pow, True),
+    "__rmatmul__": (operator.matmul, True),
     "__rfloordiv__": (operator.floordiv, True),
     "__rmod__": (operator.mod, True),
 }
@@ -83,7 +79,7 @@ class Dual(NamedTuple):
         if not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None:
             # Dynamo did not see the Dual (inside a tuple, or a function that it thinks of as not overridable) and put
             # the call into its graph as a whole; it would take the result apart row by row.
-            raise missing_rule_error(func, "torch.compile does not see this Dual; pass lists, not tuples, of tensors")
+            raise missing_rule_error(func, "torch.compile does not see this Dual, call the network by mmf_fast.jvp")
         if getattr(func, "__name__", "") in _OPERATORS:
             func, swapped = _OPERATORS[func.__name__]
             args = args[::-1] if swapped else args
@@ -96,7 +92,7 @@ class Dual(NamedTuple):
             raise missing_rule_error(func, "a Dual cannot be written to out=; use the returned value")
         if "out" in kwargs:  # out=None, which functions written in Python pass on
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-        return _wrap(cls, *rule(*args, **kwargs))
+        return _wrap(cls, func, *rule(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         # Reached only by names without a rule: the methods that have one are attributes of the class.
@@ -107,6 +103,9 @@ class Dual(NamedTuple):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise missing_rule_error(Tensor.__setitem__)
+
+    def __len__(self) -> int:
+        return len(self.primal)
 
     def __bool__(self) -> bool:
         raise MissingRuleError("the truth value of a Dual would drop its tangent; branch on x.primal instead")
@@ -120,57 +119,19 @@ for _name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad"):
     setattr(Dual, _name, _metadata(_name))
 for _name in ("is_cpu", "is_cuda", "is_nested", "is_sparse", "is_quantized"):
     setattr(Dual, _name, _metadata(_name))
+Dual.__array_ufunc__ = None  # type: ignore[attr-defined]  # numpy scalars leave arithmetic with a Dual to the Dual
+Dual._make = classmethod(lambda cls, parts: cls(*parts))  # type: ignore  # the one of NamedTuple counts with len
 Dual.T = property(lambda self: self.t())  # type: ignore[attr-defined]
 Dual.mT = property(lambda self: self.transpose(-2, -1))  # type: ignore[attr-defined]
+Dual.H = Dual.mH = property(lambda self: self.adjoint())  # type: ignore[attr-defined]
+Dual.real = property(lambda self: torch.real(self) if self.dtype.is_complex else self)  # type: ignore[attr-defined]
+Dual.imag = property(lambda self: torch.imag(self))  # type: ignore[attr-defined]
 
 
 class DetachedDual(Dual):
     """A Dual whose tangent is outside the autograd graph: SG_0, the tangent of MeanFlow."""
 
     __slots__ = ()
-
-
-def jvp(
-    fn: Callable[..., Any],
-    primals: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
-    tangent_grad: bool = True,
-    mode: str = "dual",
-) -> tuple[Tensor, Tensor]:
-    """The value of `fn` at `primals` and its directional derivative along `tangents`.
-
-    fn: maps tensors to one tensor (or Duals to one Dual).
-    tangents: one per primal, of its shape and dtype; None is a symbolic zero.
-    tangent_grad: whether gradients flow through the tangent (SG_1) or not (SG_0, cheaper: nothing is saved for it).
-    mode: "dual" runs fn on Duals; "func" is torch.func.jvp with exact norms and attention; "finite_difference"
-        evaluates fn twice and is biased by its step.
-    Raises ValueError for tangents that do not fit and for an unknown mode; MissingRuleError for an operation without
-    a rule; TypeError when fn does not return one tensor.
-    """
-    if mode not in JVP_MODES:
-        raise ValueError(f"unknown jvp mode {mode!r}: choose one of {', '.join(JVP_MODES)}")
-    if len(primals) != len(tangents):
-        raise ValueError(
-            f"jvp got {len(primals)} primals and {len(tangents)} tangents: give one tangent (or None) each"
-        )
-    for i, (x, dx) in enumerate(zip(primals, tangents, strict=True)):
-        if dx is not None and dx.shape != x.shape:
-            raise ValueError(
-                f"tangent {i} has shape {tuple(dx.shape)}, its primal {tuple(x.shape)}: they must be equal"
-            )
-
-    if mode == "dual":
-        kind = Dual if tangent_grad else DetachedDual
-        out = fn(*(x if dx is None else kind(x, dx) for x, dx in zip(primals, tangents, strict=True)))
-        y, dy = primal(out), tangent(out)
-    elif mode == "func":
-        y, dy = func_jvp(fn, primals, tangents)
-    else:
-        y, dy = finite_difference_jvp(fn, primals, tangents)
-    if not isinstance(y, Tensor):
-        raise TypeError(f"jvp needs a function that returns one tensor, not {type(y).__name__}: wrap it to pick one")
-    dy = torch.zeros_like(y) if dy is None else dy  # no operation carried a tangent: fn is constant in its arguments
-    return y, dy if tangent_grad else dy.detach()
 
 
 def primal(x: Any) -> Any:
@@ -220,6 +181,11 @@ def no_tangent(*functions: Any) -> None:
     for function in functions:
         _NO_TANGENT.add(function)
         _add_method(function)
+
+
+def known_functions() -> set[Any]:
+    """The functions that take Duals: those with a rule and those without a tangent."""
+    return {*_RULES, *_NO_TANGENT}
 
 
 def _add_method(function: Any) -> None:
@@ -276,15 +242,17 @@ def _strip(x: Any) -> Any:
     return x
 
 
-def _wrap(cls: type[Dual], y: Any, dy: Any) -> Any:
+def _wrap(cls: type[Dual], func: Any, y: Any, dy: Any) -> Any:
     """Pair results with tangents; results without one (indices, symbolic zeros) stay plain."""
     if dy is None or (isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex())):
         return y
     if isinstance(y, (list, tuple)):
-        pairs = [_wrap(cls, y_i, dy_i) for y_i, dy_i in zip(y, dy, strict=True)]
+        pairs = [_wrap(cls, func, y_i, dy_i) for y_i, dy_i in zip(y, dy, strict=True)]
         return pairs if type(y) is list else tuple(pairs) if type(y) is tuple else type(y)(pairs)
     # A rule may leave its tangent smaller (broadcasting) or of another dtype (promotion, autocast) than its primal.
     if dy.dtype != y.dtype:
+        if dy.is_complex() and not y.is_complex():
+            raise missing_rule_error(func, "its rule gives a real result a complex tangent, take the real part")
         dy = dy.to(y.dtype)
     return cls(y, dy if dy.shape == y.shape else dy.expand(y.shape))
 

@@ -6,9 +6,29 @@
 A network remembers the arguments it was built with in `net.config`, so that a saved one can be rebuilt.
 """
 
+from mmf_fast.models.adapter import Adapter, DiffusersAdapter
 from mmf_fast.models.dit import DiT
 from mmf_fast.models.mlp import MLP
-from mmf_fast.models.pretrained import NETWORKS, Network, build, load_pretrained, save_pretrained
+from mmf_fast.models.pretrained import (
+    NETWORKS,
+    Network,
+    build,
+    load_pretrained,
+    register_network,
+    save_pretrained,
+)
 from mmf_fast.models.unet import UNet
 
-__all__ = ["MLP", "NETWORKS", "DiT", "Network", "UNet", "build", "load_pretrained", "save_pretrained"]
+__all__ = [
+    "MLP",
+    "NETWORKS",
+    "Adapter",
+    "DiT",
+    "DiffusersAdapter",
+    "Network",
+    "UNet",
+    "build",
+    "load_pretrained",
+    "register_network",
+    "save_pretrained",
+]

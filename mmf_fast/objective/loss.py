@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.forward.dual import JVP_MODES, jvp
+from mmf_fast.contract import check_cond, check_network, check_output
+from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.draws import WHOLE_BATCH, BatchShare, Draw, Points, check, column, draw
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
@@ -70,7 +71,8 @@ def preset(objective: str) -> dict[str, Any]:
 class MeanFlowLoss(nn.Module):
     """The loss of an average-velocity network `net(z, r, t, **cond)`, as a module whose forward computes the loss.
 
-    net: any callable u(z, r, t, **cond) -> (B, ...) like z, with r, t of shape (B,); usually an nn.Module.
+    net: any callable u(z, r, t, **cond) -> (B, ...) like z, with r, t of shape (B,); usually an nn.Module. Another
+        call is adapted by mmf_fast.Adapter.
     times: the law of (r, t) and the share of samples with r < t. Only these run as Duals.
     lam: the curriculum of SG_lambda, or a constant in [0, 1].
     tangent: direction w of du/dt. "predicted": w = stopgrad(u(z, t, t)), the network's own marginal velocity.
@@ -83,7 +85,7 @@ class MeanFlowLoss(nn.Module):
     p, c: exponent and offset of the adaptive weight; p = 0 is the plain squared error, p = 1 MeanFlow's.
     guidance: guidance inside the target; needs labels `y` and a null label.
     null_label: defaults to `net.num_classes`.
-    jvp: "dual", "func" or "finite_difference" (see mmf_fast.jvp).
+    jvp: "dual", "func", "finite_difference" or FiniteDifference(step, order) (see mmf_fast.jvp).
     Raises ValueError for settings that do not fit together.
     """
 
@@ -100,22 +102,23 @@ class MeanFlowLoss(nn.Module):
         c: float = 1e-3,
         guidance: Guidance | None = None,
         null_label: int | None = None,
-        jvp: str = "dual",
+        jvp: str | FiniteDifference = "dual",
     ) -> None:
         super().__init__()
+        check_network(net)
         self.net = net
         self.times = times or TimeSampler()
         self.lam = lam if isinstance(lam, LambdaSchedule) else LambdaSchedule(value=lam)
         self.tangent, self.paired, self.stochastic = tangent, paired, stochastic
         self.p, self.c, self.guidance, self.jvp = p, c, guidance, jvp
+        self._computation = MeanFlowLoss._compute
         self.null_label: int = getattr(net, "num_classes", 0) if null_label is None else null_label
         self._check()
 
     def _check(self) -> None:
         if self.tangent not in TANGENTS:
             raise ValueError(f"tangent is {self.tangent!r}: choose one of {', '.join(TANGENTS)}")
-        if self.jvp not in JVP_MODES:
-            raise ValueError(f"jvp is {self.jvp!r}: choose one of {', '.join(JVP_MODES)}")
+        check_mode(self.jvp)
         if self.p < 0 or self.c < 0:
             raise ValueError(f"p and c are {self.p} and {self.c}: they must not be negative")
         if self.paired and self.tangent != "predicted":
@@ -134,6 +137,7 @@ class MeanFlowLoss(nn.Module):
     def forward(
         self,
         x: Tensor,
+        *,
         step: int = 0,
         noise: Tensor | None = None,
         times: tuple[Tensor, Tensor] | None = None,
@@ -147,6 +151,8 @@ class MeanFlowLoss(nn.Module):
         global batch x is, drawn for from (seed, step) alone; by default all, from the global generator. cond: passed to
         the network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
         """
+        given = {"step": step or None, "noise": noise, "times": times, "part": None if part is WHOLE_BATCH else part}
+        check_cond(self.net, {name: value for name, value in given.items() if value is not None}, "loss_fn")
         generator = part.generator(step, x.device)
         check(x, noise, times, cond)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
@@ -156,7 +162,7 @@ class MeanFlowLoss(nn.Module):
         intervals = len(x) - d.instants
         lam, exact = self._exact(intervals, step)
         share = torch.full((), lam, dtype=d.t.dtype, device=d.t.device)  # a tensor: its value is not part of the graph
-        loss, per_sample, metrics = self._compute(d._replace(order=None), exact, share)
+        loss, per_sample, metrics = self._computation(self, d._replace(order=None), exact, share)
         if d.order is not None:
             per_sample = torch.empty_like(per_sample).index_copy_(0, d.order, per_sample)
         metrics["lam"] = torch.tensor(lam * exact / max(intervals, 1))
@@ -165,7 +171,8 @@ class MeanFlowLoss(nn.Module):
     def compile(self, **kwargs: Any) -> None:
         """Compile the loss computation in place (fullgraph). Noise and times are still drawn eagerly, so a seed gives
         the same draws either way; a change of lambda, step or times does not recompile."""
-        self._compute = torch.compile(self._compute, fullgraph=True, dynamic=False, **kwargs)  # type: ignore[method-assign]
+        # The function, not the bound method: a copy of this module computes with the copy.
+        self._computation = torch.compile(MeanFlowLoss._compute, fullgraph=True, dynamic=False, **kwargs)
 
     def forwards(self, batch: int, step: int = 0) -> int:
         """What a training step on `batch` samples costs, in forward passes of one sample: what the algorithm needs,
@@ -174,13 +181,15 @@ class MeanFlowLoss(nn.Module):
             r = t: 1 + 2 = 3      r < t, lam = 0: 2 + 2 = 4      r < t, lam > 0: 2 + 4 = 6
             + 1 per r < t for a predicted tangent that has no partner      + 1 per sample for u(z, t, t | null)
 
-        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t.
+        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
+        differences evaluate each r < t once more, with a backward where lam > 0.
         """
         intervals = self.times.intervals(batch)
         _, exact = self._exact(intervals, step)
         needs_u = self.tangent == "predicted" or self._guided_by_class
         cost = 3 * (batch - intervals) + 4 * intervals + 2 * exact
         cost += intervals if needs_u and not self.paired else 0
+        cost += intervals + 2 * exact if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
         return cost + (batch if self.guidance is not None and self.guidance.active else 0)
 
     def _exact(self, intervals: int, step: int) -> tuple[float, int]:
@@ -215,7 +224,9 @@ class MeanFlowLoss(nn.Module):
 
     def _velocity(self, points: Points) -> Tensor:
         """u(z, t, t), the marginal velocity; nothing is evaluated for no rows."""
-        return self.net(points.z, points.t, points.t, **points.cond) if len(points.t) else points.z
+        if not len(points.t):
+            return points.z
+        return check_output(self.net(points.z, points.t, points.t, **points.cond), points.z)
 
     def _average(self, points: Points, w: Tensor, tangent_grad: bool) -> tuple[Any, Any]:
         """u(z, r, t) and du/dt along (w, 0, 1)."""
@@ -272,7 +283,7 @@ class MeanFlowLoss(nn.Module):
 
 
 def _with_r(net: Callable[..., Any], r: Tensor, cond: dict[str, Any], z: Tensor, t: Tensor) -> Any:
-    return net(z, r, t, **cond)
+    return check_output(net(z, r, t, **cond), z)
 
 
 def _errors(square: Tensor, instants: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from mmf_fast.ops.autotune import Call, run
 from mmf_fast.ops.dispatch import has_flags
 from mmf_fast.ops.gpu import triton
 from mmf_fast.ops.tiles import Config, choices
+from mmf_fast.ops.tracing import constant_to_dynamo
 
 __all__ = ["backward", "fits", "forward"]
 
@@ -61,7 +62,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return numbers and max(q.shape[-1], v.shape[-1]) <= 128 and q.shape[-1] % 8 == v.shape[-1] % 8 == 0
 
 
-@torch.compiler.assume_constant_result
+@constant_to_dynamo
 def _tf32() -> bool:
     chosen = torch.backends.cuda.matmul.fp32_precision
     return (torch.backends.fp32_precision if chosen == "none" else chosen) == "tf32"  # type: ignore[attr-defined]

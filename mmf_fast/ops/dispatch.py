@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import gpu, native
+from mmf_fast.ops.tracing import constant_to_dynamo
 
 __all__ = [
     "KINDS",
@@ -96,7 +97,7 @@ def choose(name: str, args: Any) -> str:
     return kind_for(name, x.device.type, x.dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_dynamo
 def kind_for(name: str, device: str, dtype: torch.dtype) -> str:
     """The kind of implementation that serves tensors of this device type and dtype; a constant to torch.compile."""
     forced = os.environ.get("MMF_FAST_OPS")

@@ -94,7 +94,7 @@ TILES: dict[str, dict[tuple[int, int, str], Config]] = {
         (100, 80, "16 bits"): Config(64, 32, 8, 2),
         (100, 96, "16 bits"): Config(64, 32, 8, 2),
         (100, 128, "16 bits"): Config(64, 64, 8, 1),
-        (90, 64, "16 bits, mask"): Config(64, 32, 4, 2),
+        (90, 64, "16 bits, mask"): Config(128, 32, 8, 2),
         (80, 64, "tf32"): Config(128, 16, 8, 1),
         (80, 80, "tf32"): Config(64, 16, 4, 1),
         (80, 128, "tf32"): Config(32, 16, 8, 1),

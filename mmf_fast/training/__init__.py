@@ -1,6 +1,7 @@
 """Training: the trainer, its engines, checkpoints, the moving average of the weights, and the record of a run."""
 
 from mmf_fast.training.checkpoint import CheckpointError
+from mmf_fast.training.settings import ConfigError, Optimizer, Train
 from mmf_fast.training.trainer import NonFiniteError, RunFolderError, Trainer
 
-__all__ = ["CheckpointError", "NonFiniteError", "RunFolderError", "Trainer"]
+__all__ = ["CheckpointError", "ConfigError", "NonFiniteError", "Optimizer", "RunFolderError", "Train", "Trainer"]

@@ -1,10 +1,14 @@
-"""The record of a run: metrics.jsonl (one JSON object per logged step), TensorBoard, and the picture of its curves."""
+"""The record of a run: metrics.jsonl (one JSON object per logged step), TensorBoard and other callbacks, and the
+picture of its curves."""
+
+from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -14,36 +18,65 @@ from mmf_fast.files import write_text, writing
 CURVES = {"loss": "weighted loss", "mse": "raw error", "lam": "lambda", "grad_norm": "gradient norm"}
 
 
+Callback: TypeAlias = Callable[[int, dict[str, float]], Any]  # callback(step, row)
+
+
 class MetricsLog:
-    """Appends to metrics.jsonl and to TensorBoard. A run that goes on from `step` forgets what was logged beyond it."""
+    """Appends rows to metrics.jsonl. A run that goes on from `step` forgets what was logged beyond it."""
 
     def __init__(self, run: Path, step: int) -> None:
         self.path = run / "metrics.jsonl"
         kept = [json.dumps(record) + "\n" for record in read(self.path) if record["step"] <= step]
         write_text(self.path, "".join(kept))
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed on exit)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
+
+    def __call__(self, step: int, row: dict[str, float]) -> None:
+        """Non-finite values become null: JSON has no NaN."""
+        plain = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self.file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """A callback that shows rows in TensorBoard, which forgets what it had beyond `step`."""
+
+    def __init__(self, run: Path, step: int = 0) -> None:
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Non-finite values become null: JSON has no NaN."""
-        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
+    def __call__(self, step: int, row: dict[str, float]) -> None:
+        for key, value in row.items():
+            self.board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class Rows:
+    """Hands each row to all callbacks, and closes those that can be, however the block ends."""
+
+    def __init__(self, log: MetricsLog, *others: Callback) -> None:
+        self.folder = log.path.parent
+        self.callbacks: tuple[Callback, ...] = (log, *others)
+
+    def __call__(self, step: int, row: dict[str, float]) -> None:
         try:
-            self.file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
-            for key, value in values.items():
-                self.board.add_scalar(key, value, step)
+            for callback in self.callbacks:
+                callback(step, dict(row))
         except OSError as error:
             raise OSError(
-                f"{self.path.parent}: step {step} cannot be recorded ({error.strerror or error}); "
+                f"{self.folder}: step {step} cannot be recorded ({error.strerror or error}); "
                 "checkpoints are whole; make room, go on with --resume"
             ) from error
 
-    def __enter__(self) -> "MetricsLog":
+    def __enter__(self) -> Rows:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        for part in (self.file, self.board):
+        for callback in self.callbacks:
             with suppress(OSError) if error else nullcontext():  # a full disk is named once, and by who met it first
-                part.close()
+                getattr(callback, "close", lambda: None)()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

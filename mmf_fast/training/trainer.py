@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,21 +28,23 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmf_fast import data, models
-from mmf_fast.config import Config, ConfigError, differences
+from mmf_fast.contract import bare
+from mmf_fast.data import Batch, Prefetcher, as_dataset
 from mmf_fast.devices import peak_flops
 from mmf_fast.distributed import agree, gather
 from mmf_fast.files import remove_drafts, write_text
+from mmf_fast.models import save_pretrained
 from mmf_fast.pictures import save_grid
 from mmf_fast.sampling import sample
-from mmf_fast.training.build import build_engine, build_loss
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
+from mmf_fast.training.engines import Engine, build_engine
 from mmf_fast.training.logs import RankLog
-from mmf_fast.training.record import MetricsLog, plot_curves
+from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard, plot_curves
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
 from mmf_fast.training.timing import PHASES, TRACED, WARM_UP, Speed, tracer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -57,76 +60,120 @@ class NonFiniteError(FloatingPointError):
 
 
 class Trainer:
-    """Trains `config` in the folder `run`: Trainer(config, run).fit().
+    """Trains a loss module on data in the folder `run`, with everything a long run needs:
 
-    With `resume`, continues from the newest whole checkpoint, or from the start where there is none yet.
-    With `profile`, leaves a trace of a few of its first steps in the run folder.
+        net = MyUNet()                                          # u(z, r, t, **cond)
+        loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.25), lam=0.1, paired=True)
+        trainer = Trainer(
+            loss_fn,
+            MyDataset(),
+            "runs/mine",
+            train=Train(batch=256, steps=100_000, precision="bf16", zero="zero1.json"),
+            optimizer=Optimizer(lr=1e-4, ema=0.9999),
+            resume=True,
+        )
+        trainer.fit()
+
+    under python, torchrun or deepspeed. Killed and started again, it goes on from its newest checkpoint.
+
+    loss_fn: a module around `.net`, called as loss_fn(x, step=step, part=part, **cond), which returns an object with
+        .loss and .metrics: `MeanFlowLoss`, or one's own. `part` (BatchShare) says which rows of the global batch x is.
+        `net.flops()` and `loss_fn.forwards(batch, step)`, where they are, give the model FLOPs utilisation.
+    data: what `mmf_fast.data.as_dataset` takes: a torch Dataset, an iterable of batches, tensors, a Dataset.
+    seed: of what the loss draws, and of the order of the data. The weights are the network's own; under several
+        processes those of the first count.
+    engine: what steps; by default the one that `train.zero` and `train.device` name.
+    callbacks: each is called as callback(step, row) with what is logged, a {name: float}, on the first process; where
+        it has a `close`, that is called at the end.
+    record: nested plain values that config.yaml keeps.  identity: flat ones beside the settings that a run which goes
+        on must agree in.  extra: is kept beside the exported weights.
+    resume: continues from the newest whole checkpoint, or from the start where there is none yet.
+    profile: leaves a trace of a few of its first steps in the run folder.
     Raises ConfigError, RunFolderError, CheckpointError, or ValueError of the component that refuses its arguments.
     """
 
-    def __init__(self, config: Config, run: str | Path, resume: bool = False, profile: bool = False) -> None:
-        self.config, self.profile = config, profile
+    def __init__(
+        self,
+        loss_fn: nn.Module,
+        data: Any,
+        run: str | Path,
+        *,
+        train: Train | None = None,
+        optimizer: Optimizer | None = None,
+        seed: int = 0,
+        engine: Engine | None = None,
+        callbacks: Sequence[Callback] = (),
+        record: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        profile: bool = False,
+    ) -> None:
+        self.train, self.seed, self.callbacks, self.profile = train or Train(), seed, callbacks, profile
+        optimizer = optimizer or Optimizer()
         self.run = Path(run)
-        self.checkpoints = Checkpoints(self.run / "checkpoints", config.train.keep)
+        self.checkpoints = Checkpoints(self.run / "checkpoints", self.train.keep)
         self.step = 0  # steps done: the schedules and the position in the data follow from it
-        self.skipped = torch.zeros((), dtype=torch.int64)
-        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64)
         self.stopped_by: signal.Signals | None = None
 
         _check_run_folder(self.run, resume)
-        seed_everything(config.seed)  # of the weights, and of dropout: what the loss draws has a generator of its own
-        self.dataset = data.load(**config.data)
-        self.fingerprint = config.fingerprint(self.dataset.identity)
-        self.dataset.batch(0, config.train.batch)  # refuses a size that does not fit, before anything is written
-        loss_fn = build_loss(config, self.dataset)
-        net: Any = loss_fn.net
-        self.forwards, self.forward_flops = loss_fn.forwards, net.flops()
-        self.engine = build_engine(config, loss_fn)
+        self.dataset = as_dataset(data, seed)
+        self.fingerprint = {**(identity or self.dataset.identity), **fixed(optimizer, self.train), "seed": seed}
+        if not isinstance(getattr(loss_fn, "net", None), nn.Module):
+            raise ConfigError("loss_fn.net must be the network, a torch module: there is nothing to train otherwise")
+        loss_fn.net = net = bare(loss_fn.net)
+        self.model = type(net).__name__
+        forwards, flops = getattr(loss_fn, "forwards", None), getattr(net, "flops", None)
+        self.flops_of_step = (lambda step: flops() * forwards(self.train.batch, step)) if forwards and flops else None
+        self.engine = engine or build_engine(loss_fn, optimizer, self.train, seed)
+        self._example = self._first_batch()
+        self.extra = {"shape": list(self.dataset.shape), "num_classes": self.dataset.num_classes, **(extra or {})}
         self.log = RankLog(self.engine.rank, terminal=self.is_main)
-        self.skipped = self.skipped.to(self.engine.device)
-        self.skipped_in_a_row = self.skipped_in_a_row.to(self.engine.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.engine.device)
+        self.skipped_in_a_row = torch.zeros_like(self.skipped)
         if resume:
             self._restore()
-        if profile and config.train.steps - self.step < WARM_UP + TRACED:
+        if profile and self.train.steps - self.step < WARM_UP + TRACED:
             raise ConfigError(
-                f"--profile records {TRACED} steps after {WARM_UP} others, train.steps={config.train.steps} leaves "
-                f"{config.train.steps - self.step}: train longer"
+                f"--profile records {TRACED} steps after {WARM_UP} others, train.steps={self.train.steps} leaves "
+                f"{self.train.steps - self.step}: train longer"
             )
         if not self.is_main:
-            seed_everything(hash((config.seed, self.engine.rank, self.step)) % 2**32)  # other dropout on other ranks
+            seed_everything(hash((seed, self.engine.rank, self.step)) % 2**32)  # other dropout on other ranks
         if self.is_main:
-            _prepare_run_folder(self.run, config)
+            settings = {"optimizer": asdict(optimizer), "train": asdict(self.train), "seed": seed}
+            _prepare_run_folder(self.run, record or settings)
 
     @property
     def is_main(self) -> bool:
         return self.engine.rank == 0
 
     def fit(self) -> bool:
-        """Trains up to config.train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved).
+        """Trains up to train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved).
 
         Raises NonFiniteError, OSError (a full disk).
         """
         with self.log.recording(self.run):
             self._describe()
-            with self._signals(), self._metrics() as metrics, self._progress_bar() as bar:
-                self._train(metrics, bar)
+            with self._signals(), self._rows() as rows, self._progress_bar() as bar:
+                self._train(rows, bar)
             self.log.info("step %d: ended%s", self.step, f" on {self.stopped_by.name}" if self.stopped_by else "")
-            if self.step < self.config.train.steps:
+            if self.step < self.train.steps:
                 return False
             self.draw()
             if self.is_main:
                 plot_curves(self.run)
             return True
 
-    def _train(self, log: MetricsLog | None, bar: Any) -> None:
-        train, engine = self.config.train, self.engine
-        peak = peak_flops(engine.device, train.precision)
+    def _train(self, rows: Rows | None, bar: Any) -> None:
+        train, engine = self.train, self.engine
+        peak = peak_flops(engine.device, train.precision) if self.flops_of_step else None
         speed = Speed(engine.phases, train.batch, peak and peak * engine.world_size)
         saved = self.step
         with self._batches() as prefetcher, self._tracer() as trace:
             batches = iter(prefetcher)
             while self.step < train.steps and not self._must_stop():
-                speed.count(self.forward_flops * self.forwards(train.batch, self.step))
+                speed.count(self.flops_of_step(self.step) if self.flops_of_step else 0)
                 with engine.phases("data"):
                     _, (x, y) = next(batches)
                 metrics = self._one_step(x, y)
@@ -138,7 +185,7 @@ class Trainer:
                 saves = self.step % train.checkpoint_every == 0 or last
                 if logs:
                     values = {key: float(value) for key, value in metrics.items()}
-                    self._record(log, bar, values | speed.read())
+                    self._record(rows, bar, values | speed.read())
                 if logs or self.step % train.max_bad_steps == 0:
                     self._check_finite(x)
                 if draws:
@@ -169,29 +216,32 @@ class Trainer:
 
         def write() -> None:
             self.checkpoints.save(state, self.step, dict(shares[1:]))
-            extra = {"data": self.config.tree()["data"], "step": self.step}
-            models.save_pretrained(self.run, net, extra)  # type: ignore[arg-type]  # any nn.Module with a config
+            save_pretrained(self.run, net, {**self.extra, "step": self.step})
 
         agree(write if self.is_main else lambda: None)
         self.log.info("step %d: checkpoint written in %.1f s", self.step, time.perf_counter() - start)
 
     def draw(self) -> None:
-        """Draws one-step samples of the averaged weights from the same noise at every call; leaves all RNGs alone.
-        Latents are not drawn."""
-        if len(self.dataset.shape) == 3 and self.dataset.shape[0] not in (1, 3):
-            self.log.info("step %d: no picture, as latents %s need their decoder", self.step, self.dataset.shape)
+        """Draws one-step samples of the averaged weights from the same noise at every call, of each class or with the
+        conditions of the first batch; leaves all RNGs alone. What is neither images nor points is not drawn."""
+        shape, device = tuple(self.dataset.shape), self.engine.device
+        if shape != (2,) and (len(shape) != 3 or shape[0] not in (1, 3)):
+            self.log.info("step %d: no picture, as samples of shape %s need their decoder", self.step, shape)
             return
         net = self.engine.averaged()
         if not self.is_main:
             return
         classes = self.dataset.num_classes
-        points = len(self.dataset.shape) == 1
+        given: dict[str, Any] = _conditions(self._example[1])
         columns = min(classes, 10) or 8
-        count = 2000 if points else 8 * columns
-        generator = torch.Generator().manual_seed(self.config.seed)
-        noise = torch.randn(count, *self.dataset.shape, generator=generator).to(self.engine.device)
-        cond: dict[str, Any] = {"y": torch.arange(count, device=self.engine.device) % columns} if classes else {}
-        x = sample(net, tuple(noise.shape), steps=1, noise=noise, **cond)
+        count = 2000 if len(shape) == 1 else 8 * columns
+        if classes:
+            given = {"y": torch.arange(count) % columns}
+        elif given:
+            count = min(count, len(self._example[0]))
+            given = {name: value[:count] for name, value in given.items()}
+        noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
+        x = sample(net, tuple(noise.shape), noise=noise, **given)
         if torch.isfinite(x).all():
             save_grid(x.cpu(), self.run / "samples" / f"step_{self.step:07d}.png", columns)
         else:
@@ -199,17 +249,21 @@ class Trainer:
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> data.Prefetcher:
+    def _first_batch(self) -> Batch:
+        """This rank's part of it: refuses a size that does not fit, before anything is written."""
+        engine = self.engine
+        return agree(lambda: self.dataset.batch(0, self.train.batch, engine.rank, engine.world_size))
+
+    def _batches(self) -> Prefetcher:
         """The batches of this rank from the present step on, made while the device works; on CUDA in pinned memory, as
         a copy from any other would wait for the device."""
-        device, train = self.engine.device, self.config.train
+        device, train = self.engine.device, self.train
 
-        def pin(batch: data.Batch) -> data.Batch:
+        def pin(batch: Batch) -> Batch:
             torch.cuda.set_device(device)  # a thread starts on the first device, and would open a context there
-            x, y = batch
-            return x.pin_memory(), None if y is None else y.pin_memory()
+            return torch.utils.data._utils.pin_memory.pin_memory(batch)
 
-        return data.Prefetcher(
+        return Prefetcher(
             self.dataset,
             train.batch,
             first=self.step,
@@ -219,8 +273,8 @@ class Trainer:
             then=pin if device.type == "cuda" else None,
         )
 
-    def _one_step(self, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
-        result = self.engine.step(x, self.step, **({} if y is None else {"y": y}))
+    def _one_step(self, x: Tensor, cond: Any) -> dict[str, Tensor]:
+        result = self.engine.step(x, self.step, **_conditions(cond))
         self.step += 1
         self.skipped += result.skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * result.skipped
@@ -228,7 +282,7 @@ class Trainer:
 
     def _check_finite(self, x: Tensor) -> None:
         """Reading the count waits for the device, so it is not done at each step: weights are safe meanwhile."""
-        if int(self.skipped_in_a_row) < self.config.train.max_bad_steps:
+        if int(self.skipped_in_a_row) < self.train.max_bad_steps:
             return
         cause = "the loss or its gradient is" if bool(torch.isfinite(x).all()) else "the data are"
         found = self.checkpoints.newest()
@@ -238,24 +292,26 @@ class Trainer:
             f"skipped; {intact}; start another run with a lower optimizer.lr or optimizer.clip, or mend the data"
         )
 
-    def _record(self, log: MetricsLog | None, bar: Any, values: dict[str, float]) -> None:
+    def _record(self, rows: Rows | None, bar: Any, values: dict[str, float]) -> None:
         values["skipped"] = int(self.skipped)
-        if log:
-            log.write(self.step, values)
+        if rows:
+            rows(self.step, values)
         names = ("loss", "skipped", "peak_memory_gib", "step_seconds", *(f"{phase}_seconds" for phase in PHASES))
         self.log.info("step %d: %s", self.step, ", ".join(f"{name} {values[name]:.4g}" for name in names))
         shown = {"loss": "loss", "mse": "mse", "lam": "lambda", "images_per_second": "images/s", "mfu": "MFU"}
         bar.set_postfix({name: f"{values[key]:.4g}" for key, name in shown.items() if key in values}, refresh=False)
 
-    def _metrics(self) -> AbstractContextManager[MetricsLog | None]:
-        return MetricsLog(self.run, self.step) if self.is_main else nullcontext()
+    def _rows(self) -> AbstractContextManager[Rows | None]:
+        if not self.is_main:
+            return nullcontext()
+        return Rows(MetricsLog(self.run, self.step), TensorBoard(self.run, self.step), *self.callbacks)
 
     def _tracer(self) -> AbstractContextManager[Any]:
         return tracer(self.run / "profile" / f"rank_{self.engine.rank}.json") if self.profile else nullcontext()
 
     def _progress_bar(self) -> Any:
         return tqdm(
-            total=self.config.train.steps,
+            total=self.train.steps,
             initial=self.step,
             unit="step",
             disable=not self.is_main,
@@ -265,7 +321,7 @@ class Trainer:
     def _must_stop(self) -> bool:
         """Whether a signal came; several processes ask each other, so not at each step, and stop at the same one."""
         if self.engine.world_size > 1:
-            if self.step % min(self.config.train.log_every, _STOP_EVERY):
+            if self.step % min(self.train.log_every, _STOP_EVERY):
                 return False
             found = [each for each in gather(self.stopped_by) if each]
             if found:  # else a signal may just have come to this rank, of which the others hear at the next check
@@ -276,14 +332,13 @@ class Trainer:
     # ---- start, stop and go on --------------------------------------------------------------------------------------
 
     def _describe(self) -> None:
-        engine, train = self.engine, self.config.train
+        engine, train = self.engine, self.train
         device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.machine()
         self.log.info(
             "rank %d of %d (process %d on %s) on %s (%s), torch %s, %d threads: steps %d to %d, batch %d, data %s, "
-            "model %s of %.3g GFLOPs a forward",
+            "network %s",
             *(engine.rank, engine.world_size, os.getpid(), platform.node(), engine.device, device, torch.__version__),
-            *(torch.get_num_threads(), self.step, train.steps, train.batch, self.dataset.name),
-            *(self.config.model["name"], self.forward_flops / 1e9),
+            *(torch.get_num_threads(), self.step, train.steps, train.batch, self.dataset.name, self.model),
         )
 
     def _restore(self) -> None:
@@ -340,6 +395,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _conditions(given: Any) -> dict[str, Tensor]:
+    """What a batch holds beside x, as keyword arguments of the network: nothing, labels `y`, or by name."""
+    if given is None:
+        return {}
+    return dict(given) if isinstance(given, Mapping) else {"y": given}
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -351,10 +413,10 @@ def _check_run_folder(run: Path, resume: bool) -> None:
         raise RunFolderError(f"{run}: holds a run already; go on with --resume, or start another with --run FOLDER")
 
 
-def _prepare_run_folder(run: Path, config: Config) -> None:
+def _prepare_run_folder(run: Path, record: Mapping[str, Any]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         remove_drafts(run)
-        write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.tree())))
+        write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(record))))
     except OSError as error:
         raise RunFolderError(f"{run}: cannot be written ({error.strerror}); pass another --run") from error

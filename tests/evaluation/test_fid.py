@@ -370,7 +370,7 @@ def test_what_does_not_fit_is_one_line(
         ({"--run": grey, "--reference": prepared}, "shape (3, 8, 8), the network draws (1, 8, 8)"),
         ({"--run": latents}, "decode them to images first"),
         ({"--run": four}, "1 or 3 channels"),
-        ({"--run": tmp_path / "absent"}, "model.json is missing"),
+        ({"--run": tmp_path / "absent"}, "model.safetensors is missing"),
         ({"--count": 1}, "count 1"),
         ({"--batch": 0}, "batch 0"),
         ({"--device": "nonsense"}, "nonsense"),

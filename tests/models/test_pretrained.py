@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
-from mmf_fast.models import MLP, build, load_pretrained, pretrained, save_pretrained
+from mmf_fast.models import MLP, build, load_pretrained, pretrained, register_network, save_pretrained
 
 NETWORKS = [
     dict(name="mlp", dim=3, width=8, depth=1, num_classes=2),
@@ -58,22 +60,22 @@ def test_loading_leaves_the_random_state_alone(saved):
 
 
 @pytest.mark.parametrize("failing", ["model.safetensors", "model.json"])
-def test_a_failed_save_leaves_the_old_file_whole(saved, net, monkeypatch, failing):
+def test_a_failed_save_leaves_the_weights_and_what_they_are_together(saved, net, monkeypatch, failing):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    save_file = pretrained.save_file
 
-    def part_then_full_disk(weights, path):
+    def part_then_full_disk(weights, path, **options):
         path.write_bytes(b"part")
         raise OSError("No space left on device")
 
     if failing == "model.safetensors":
-        monkeypatch.setattr(pretrained, "save_file", part_then_full_disk)
-    else:
-        monkeypatch.setattr(pretrained, "save_file", lambda weights, path: save_file(net.state_dict(), path))
+        monkeypatch.setattr("safetensors.torch.save_file", part_then_full_disk)
+    else:  # which is there for people
         monkeypatch.setattr("pathlib.Path.write_text", lambda path, text: part_then_full_disk(None, path))
     with pytest.raises(ValueError, match=r"cannot write a model to .*No space left.*choose a writable folder"):
         save_pretrained(saved, net, extra={"step": 2})
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert (saved / "model.json").read_bytes() == before["model.json"]
+    assert load_pretrained(saved)[1] == ({} if failing == "model.safetensors" else {"step": 2})
+    assert len(list(saved.iterdir())) == 2
 
 
 def test_a_file_in_place_of_the_folder(tmp_path, net):
@@ -98,11 +100,24 @@ def test_extra_that_json_cannot_hold(tmp_path, net):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
-def test_a_missing_file(saved, name):
-    (saved / name).unlink()
-    with pytest.raises(ValueError, match=f"{name} is missing; give the folder of a run"):
+def test_a_missing_file(saved):
+    (saved / "model.json").unlink()
+    assert load_pretrained(saved)[1] == {}
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing; give the folder of a run"):
         load_pretrained(saved)
+
+
+def test_a_flipped_bit_is_found(saved):
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in (whole.index(b"mlp"), start, start + 401, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors.* is damaged"):
+            load_pretrained(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -114,12 +129,19 @@ def test_truncated_weights(saved, keep):
     assert "\n" not in str(error.value)
 
 
+def with_text(folder, text):
+    """The same weights with another description, and its checksum."""
+    state, _ = pretrained._read(folder / "model.safetensors")
+    metadata = {"model.json": text, "sha256": pretrained._digest(state, text)}
+    save_file(state, folder / "model.safetensors", metadata)
+
+
 @pytest.mark.parametrize(
     "text", ["", '{"config": {"name": "mlp"', "[]", '{"config": {}, "extra": {}}', '{"extra": {}}']
 )
 def test_a_damaged_description(saved, text):
-    (saved / "model.json").write_text(text)
-    with pytest.raises(ValueError, match="model.json is damaged"):
+    with_text(saved, text)
+    with pytest.raises(ValueError, match="its description is damaged"):
         load_pretrained(saved)
 
 
@@ -128,16 +150,45 @@ def test_a_damaged_description(saved, text):
     [
         ({"name": "vae"}, "model.json: unknown model 'vae'; valid are mlp, dit, unet"),
         ({"dpeth": 2}, "model.json: model 'mlp' has no argument 'dpeth'; did you mean 'depth'"),
-        (
-            {"width": 16},
-            r"does not fit model.json: conditioning.fc_in.weight has shape \(8, 512\), expected \(16, 512\)",
-        ),
+        ({"width": 16}, r"does not fit mlp: conditioning.fc_in.weight has shape \(8, 512\), expected \(16, 512\)"),
     ],
 )
 def test_a_description_that_does_not_fit(saved, change, message):
-    path = saved / "model.json"
-    description = json.loads(path.read_text())
+    description = json.loads((saved / "model.json").read_text())
     description["config"].update(change)
-    path.write_text(json.dumps(description))
+    with_text(saved, json.dumps(description))
     with pytest.raises(ValueError, match=message):
         load_pretrained(saved)
+
+
+class Own(torch.nn.Module):
+    def __init__(self, width=3):
+        super().__init__()
+        self.fc = torch.nn.Linear(width, width)
+        self.again = self.fc  # tied
+        self.register_buffer("count", torch.tensor(5))
+
+    def forward(self, z, r, t):
+        return self.again(self.fc(z))
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, torch.compile, AveragedModel], ids=["bare", "compiled", "averaged"])
+def test_a_network_of_ones_own_is_saved_and_loaded_into_another(tmp_path, wrap):
+    net = Own()
+    save_pretrained(tmp_path, wrap(net), {"step": 1})
+    with pytest.raises(ValueError, match="pass it, or --net package.module:make"):
+        load_pretrained(tmp_path)
+    loaded, extra = load_pretrained(tmp_path, wrap(Own()))
+    assert extra == {"step": 1} and all(map(torch.equal, loaded.state_dict().values(), net.state_dict().values()))
+    with pytest.raises(ValueError, match=r"does not fit Own: fc.weight has shape \(3, 3\), expected \(4, 4\)"):
+        load_pretrained(tmp_path, Own(4))
+
+
+def test_a_registered_network_and_one_of_an_import_path_are_rebuilt(tmp_path, monkeypatch):
+    register_network("own_of_test_pretrained", Own)
+    save_pretrained(tmp_path, build("own_of_test_pretrained", width=2))
+    assert load_pretrained(tmp_path)[0].fc.in_features == 2
+    with pytest.raises(ValueError, match="registered already"):
+        register_network("own_of_test_pretrained", MLP)
+    save_pretrained(tmp_path, build("torch.nn:Linear", in_features=2, out_features=3))
+    assert load_pretrained(tmp_path)[0].out_features == 3

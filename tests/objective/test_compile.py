@@ -32,7 +32,7 @@ def test_nothing_recompiles_when_lambda_step_or_times_change(kind: str, paired: 
     frames = []
     for step in range(6):
         x = batch(kind, size=8)[0].float()
-        loss_fn(x, step).loss.backward()
+        loss_fn(x, step=step).loss.backward()
         frames.append(counter.frame_count)
     assert frames == [1, 1, 1, 2, 2, 2]  # lambda = 0 up to step 2
 
@@ -45,7 +45,7 @@ def test_stochastic_lambda_compiles_few_graphs() -> None:
     counter = CompileCounter()
     loss_fn.compile(backend=counter)
     for step in range(64):
-        loss_fn(torch.randn(32, 3), step)
+        loss_fn(torch.randn(32, 3), step=step)
     assert counter.frame_count == 5  # 0, 1, ..., 4 quarters of the intervals
 
 
@@ -74,16 +74,27 @@ def gradients(net: nn.Module, backend: str | None, lam: float, dtype: torch.dtyp
     ],
 )
 def test_compiled_gradients_are_as_good_as_eager_ones(kind: str, lam: float, backend: str) -> None:
-    """Both in float32, against eager float64 (inductor has had wrong adaLN gradients, pytorch #193061)."""
+    """Both in float32, against eager float64 (inductor has had wrong adaLN gradients, pytorch #193061). How far eager
+    ones are off depends on luck and on the CPU, so it is the most they are at these weights and at others nearby."""
     net = network(kind)
-    exact = gradients(net, None, lam, torch.float64)
-    scale = sum(g.square().sum() for g in exact).sqrt()
-
-    def error(approximate: list[Tensor]) -> float:
-        return float(
-            sum((a.double() - g).square().sum() for a, g in zip(approximate, exact, strict=True)).sqrt() / scale
-        )
-
-    eager, compiled = (error(gradients(net, choice, lam, torch.float32)) for choice in (None, backend))
+    around = [net, *(nearby(net, seed) for seed in range(1, 4))]
+    eager = max(error(each, None, lam) for each in around)
     assert 0 < eager < 1e-4
-    assert compiled < 2 * eager
+    assert error(net, backend, lam) < 2 * eager
+
+
+def error(net: nn.Module, backend: str | None, lam: float) -> float:
+    """Of the gradient in float32, relative to its norm."""
+    exact = torch.cat([g.flatten() for g in gradients(net, None, lam, torch.float64)])
+    found = torch.cat([g.flatten() for g in gradients(net, backend, lam, torch.float32)])
+    return float((found - exact).norm() / exact.norm())
+
+
+def nearby(net: nn.Module, seed: int) -> nn.Module:
+    """The network with each weight changed by up to a hundredth of it."""
+    generator = torch.Generator().manual_seed(seed)
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1 + 0.01 * (2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1))
+    return net

@@ -183,7 +183,7 @@ def test_stochastic_lambda_has_the_expected_gradient(paired: bool) -> None:
         MeanFlowLoss(net, lam=0.4, paired=paired), x, noise=noise, times=times)])  # fmt: skip
     loss_fn = MeanFlowLoss(net, lam=0.4, paired=paired, stochastic=True)
     draws = torch.stack([
-        torch.cat([g.flatten() for g in gradients(loss_fn, x, step, noise=noise, times=times)]) for step in range(400)
+        torch.cat([g.flatten() for g in gradients(loss_fn, x, step=k, noise=noise, times=times)]) for k in range(400)
     ])  # fmt: skip
     deviation = (draws.mean(0) - exact).norm()
     standard_error = draws.var(0).sum().sqrt() / len(draws) ** 0.5
@@ -330,7 +330,9 @@ def test_sg_lambda() -> None:
 def test_metrics() -> None:
     net = network("mlp")
     x, noise, (r, t) = batch("mlp", size=6, instants=2)
-    metrics = MeanFlowLoss(net, lam=LambdaSchedule(kind="linear", warmup=10))(x, 5, noise, (r, t)).metrics
+    metrics = MeanFlowLoss(net, lam=LambdaSchedule(kind="linear", warmup=10))(
+        x, step=5, noise=noise, times=(r, t)
+    ).metrics
     assert set(metrics) == {"mse", "mse_instant", "mse_interval", "lam"}
     assert float(metrics["lam"]) == pytest.approx(0.5)
     assert float(metrics["mse"]) == pytest.approx(float(2 * metrics["mse_instant"] + 4 * metrics["mse_interval"]) / 6)

@@ -61,5 +61,5 @@ def faults(r):
         yield f"{r['spills']} bytes of register spills"
     if r["executed"] is not None and not 0.99 <= r["executed"] <= 1.15:  # below 1: the count misses products
         yield f"{r['executed']:.2f} times the products of the formulas"
-    if r["serialized"]:
+    if r["serialized"] and r["constants"].get("MASK") == "none":  # a boolean mask is read between the products
         yield "the assembler runs its products one after another"

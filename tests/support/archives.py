@@ -33,6 +33,12 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def npz(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
 # ---- CIFAR-10: pickles of Python 2's cPickle, protocol 2 ----
 
 
@@ -93,8 +99,8 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_tar(path: Path, files: dict[str, bytes], folder: str = "cifar-10-batches-py/") -> Path:
-    """In the order of the published archive, which is not that of the numbers."""
-    with tarfile.open(path, "w:gz") as archive:
+    """In the order of CIFAR-10's archive, which is not that of the numbers; packed where the name says so."""
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w:") as archive:
         for name in sorted(files, reverse=True):
             member = tarfile.TarInfo(folder + name)
             member.size = len(files[name])

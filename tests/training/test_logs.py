@@ -5,19 +5,20 @@ import pytest
 from support.launch import ROOT, two_ranks
 from support.tiny_runs import Poisoned, tiny
 
-from mmf_fast.training import NonFiniteError, Trainer
+from mmf_fast.train import build_trainer
+from mmf_fast.training import NonFiniteError
 from mmf_fast.training.logs import RankLog
 
 
 def test_a_log_tells_what_a_rank_did(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    Trainer(tiny(), run).fit()
+    build_trainer(tiny(), run).fit()
     text = (run / "logs" / "rank_0.log").read_text()
     assert "INFO rank 0 of 1 " in text and "on cpu" in text and "steps 0 to 12, batch 16, data two_moons" in text
     for step in (4, 8, 12):
         assert f"INFO step {step}: checkpoint written" in text
     assert "step 7: loss " in text and "data_seconds" in text
-    Trainer(tiny(train={"steps": 14}), run, resume=True).fit()
+    build_trainer(tiny(train={"steps": 14}), run, resume=True).fit()
     more = (run / "logs" / "rank_0.log").read_text()
     assert more.startswith(text)
     assert "going on from step_0000012.pt" in more and "steps 12 to 14" in more.split("going on from")[1]
@@ -45,7 +46,7 @@ def test_only_the_main_rank_talks_to_the_terminal(tmp_path: Path, capsys: pytest
 
 def test_warnings_and_the_error_that_ends_a_run_are_in_its_log(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer = Trainer(tiny(train={"max_bad_steps": 3}), run)
+    trainer = build_trainer(tiny(train={"max_bad_steps": 3}), run)
     trainer.dataset = Poisoned(trainer.dataset, range(5, 1000))
     real = trainer.engine.step
 

@@ -11,7 +11,8 @@ from support.tiny_runs import tiny
 from mmf_fast.config import ConfigError
 from mmf_fast.devices import PEAK_FLOPS
 from mmf_fast.models import MLP
-from mmf_fast.training import Trainer, timing
+from mmf_fast.train import build_trainer
+from mmf_fast.training import timing
 from mmf_fast.training.record import read
 from mmf_fast.training.timing import PHASES, Phases, Speed
 
@@ -161,7 +162,7 @@ def test_a_run_says_where_its_time_went(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("mmf_fast.training.trainer.peak_flops", lambda device, precision: 1e9)
     loss = {"objective": "mmf", "lam": {"kind": "step", "value": 1.0, "start": 6}}
     settings = {"steps": 12, "log_every": 3, "batch": 64, "checkpoint_every": 12}
-    Trainer(tiny(model={"width": 128, "depth": 4}, loss=loss, train=settings), tmp_path / "run").fit()
+    build_trainer(tiny(model={"width": 128, "depth": 4}, loss=loss, train=settings), tmp_path / "run").fit()
     found = read(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in found] == [3, 6, 9, 12]
     for record in found:
@@ -177,13 +178,13 @@ def test_a_run_says_where_its_time_went(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_unknown_device_has_no_utilisation(tmp_path: Path) -> None:
-    Trainer(tiny(), tmp_path / "run").fit()
+    build_trainer(tiny(), tmp_path / "run").fit()
     assert not any("mfu" in record for record in read(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_a_profile_is_a_trace_that_names_the_phases(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    Trainer(tiny(train={"steps": 16, "checkpoint_every": 100}), run, profile=True).fit()
+    build_trainer(tiny(train={"steps": 16, "checkpoint_every": 100}), run, profile=True).fit()
     assert [path.name for path in (run / "profile").iterdir()] == ["rank_0.json"]
     events = json.loads((run / "profile" / "rank_0.json").read_text())["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
@@ -194,5 +195,5 @@ def test_a_profile_is_a_trace_that_names_the_phases(tmp_path: Path) -> None:
 
 def test_a_profile_of_too_few_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--profile records 3 steps after 10 others, train.steps=12 leaves 12"):
-        Trainer(tiny(), tmp_path / "run", profile=True)
+        build_trainer(tiny(), tmp_path / "run", profile=True)
     assert not (tmp_path / "run").exists()

@@ -18,7 +18,8 @@ from mmf_fast import config, models
 from mmf_fast.config import Config, ConfigError
 from mmf_fast.data.prepare import prepare
 from mmf_fast.sampling import sample
-from mmf_fast.training import CheckpointError, NonFiniteError, RunFolderError, Trainer
+from mmf_fast.train import build_trainer
+from mmf_fast.training import CheckpointError, NonFiniteError, RunFolderError
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.record import read as read_metrics
 
@@ -39,7 +40,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     run = tmp_path / "run"
     cfg = tiny(train={"sample_every": 5})
-    assert Trainer(cfg, run).fit()
+    assert build_trainer(cfg, run).fit()
     assert [record["step"] for record in records(run)] == list(range(1, 13))
     assert {"loss", "mse", "lam", "grad_norm", "lr", "skipped", "mse_instant", "mse_interval"} <= records(run)[0].keys()
     assert config.load(run / "config.yaml") == cfg
@@ -51,8 +52,9 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     net, extra = models.load_pretrained(run)
     assert extra["step"] == 12 and extra["data"]["name"] == "two_moons"
     state = read_checkpoint(run / "checkpoints" / "step_0000012.pt")
-    assert all(torch.equal(value, state["engine"]["ema"][key]) for key, value in net.state_dict().items())
-    assert any(not torch.equal(value, state["engine"]["net"][key]) for key, value in net.state_dict().items())
+    saved = state["engine"]["fragments"]
+    assert all(torch.equal(value.flatten(), saved[f"net.{key}"]["average"]) for key, value in net.named_parameters())
+    assert any(not torch.equal(value.flatten(), saved[f"net.{key}"]["weight"]) for key, value in net.named_parameters())
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_training_learns(tmp_path: Path) -> None:
         loss={"objective": "flow_matching", "lam": 0.0, "paired": False, "p": 0.0},
         train={"steps": 800, "batch": 128, "log_every": 2, "checkpoint_every": 800},
     )
-    Trainer(cfg, tmp_path / "run").fit()
+    build_trainer(cfg, tmp_path / "run").fit()
     mse = [record["mse"] for record in records(tmp_path / "run")]
     assert mse[0] == pytest.approx(2.0, rel=0.3)
     assert sum(mse[-100:]) / 100 < math.pi / 2
@@ -76,9 +78,9 @@ def test_training_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [1, 4, 6, 11])
 def test_resuming_is_exact(tmp_path: Path, stop: int) -> None:
     """Also from between checkpoints, with sampling and logging in between, and with other interval settings."""
-    Trainer(tiny(), tmp_path / "whole").fit()
+    build_trainer(tiny(), tmp_path / "whole").fit()
     cut = tmp_path / "cut"
-    trainer = Trainer(tiny(), cut)
+    trainer = build_trainer(tiny(), cut)
     steps = iter(range(stop))
     real = trainer._one_step
 
@@ -91,38 +93,40 @@ def test_resuming_is_exact(tmp_path: Path, stop: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     torch.manual_seed(12345)
-    resumed = Trainer(tiny(train={"sample_every": 3, "checkpoint_every": 5, "keep": 1}), cut, resume=True)
+    resumed = build_trainer(tiny(train={"sample_every": 3, "checkpoint_every": 5, "keep": 1}), cut, resume=True)
     assert resumed.step == stop - stop % 4
     assert resumed.fit()
     assert records(cut) == records(tmp_path / "whole")
     one, other = (read_checkpoint(run / "checkpoints" / "step_0000012.pt") for run in (tmp_path / "whole", cut))
-    assert all(torch.equal(one["engine"]["net"][key], other["engine"]["net"][key]) for key in one["engine"]["net"])
-    assert all(torch.equal(one["engine"]["ema"][key], other["engine"]["ema"][key]) for key in one["engine"]["ema"])
+    for name, fragment in one["engine"]["fragments"].items():
+        assert fragment.keys() == {"start", "steps", "weight", "average", "exp_avg", "exp_avg_sq"}
+        again = other["engine"]["fragments"][name]
+        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(again[key])) for key, value in fragment.items())
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
-    Trainer(tiny(), tmp_path / "whole").fit()
-    Trainer(tiny(train={"steps": 7}), tmp_path / "grown").fit()
-    Trainer(tiny(), tmp_path / "grown", resume=True).fit()
+    build_trainer(tiny(), tmp_path / "whole").fit()
+    build_trainer(tiny(train={"steps": 7}), tmp_path / "grown").fit()
+    build_trainer(tiny(), tmp_path / "grown", resume=True).fit()
     assert records(tmp_path / "grown") == records(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    Trainer(tiny(), run).fit()
+    build_trainer(tiny(), run).fit()
     kept = [run / "metrics.jsonl", run / "model.safetensors", *(run / "checkpoints").iterdir()]
     before = {path: path.read_bytes() for path in kept}
-    assert Trainer(tiny(), run, resume=True).fit()
+    assert build_trainer(tiny(), run, resume=True).fit()
     assert {path: path.read_bytes() for path in kept} == before
 
 
 def test_resuming_nothing_starts_at_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Trainer(tiny(), tmp_path / "new", resume=True).step == 0
+    assert build_trainer(tiny(), tmp_path / "new", resume=True).step == 0
     assert "no checkpoint yet" in capsys.readouterr().err
 
 
 def test_drawing_disturbs_no_generator_and_uses_the_same_noise(tmp_path: Path) -> None:
-    trainer = Trainer(digits(), tmp_path / "run")
+    trainer = build_trainer(digits(), tmp_path / "run")
     before = torch.get_rng_state()
     trainer.draw()
     assert torch.equal(torch.get_rng_state(), before)
@@ -135,19 +139,20 @@ def test_drawing_takes_one_evaluation_of_the_averaged_weights(tmp_path: Path, mo
     seen = []
 
     def spy(net: Any, shape: Any, **options: Any) -> Tensor:
-        seen.append((net, tuple(shape), options["steps"], options["y"]))
+        seen.append((net, tuple(shape), options["y"]))
+        assert options.get("steps", 1) == 1
         return sample(net, shape, **options)
 
     monkeypatch.setattr("mmf_fast.training.trainer.sample", spy)
-    trainer = Trainer(digits(), tmp_path / "run")
+    trainer = build_trainer(digits(), tmp_path / "run")
     trainer.draw()
-    net, shape, steps, y = seen[0]
-    assert net is trainer.engine.averaged() and shape == (80, 1, 8, 8) and steps == 1
+    net, shape, y = seen[0]
+    assert net is trainer.engine.averaged() and shape == (80, 1, 8, 8)
     assert y.view(8, 10).eq(torch.arange(10)).all()  # one class per column
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
-    trainer = Trainer(tiny(train={"max_bad_steps": 4}), tmp_path / "run")
+    trainer = build_trainer(tiny(train={"max_bad_steps": 4}), tmp_path / "run")
     trainer.dataset = Poisoned(trainer.dataset, range(5, 8))
     assert trainer.fit()
     found = records(tmp_path / "run")
@@ -158,7 +163,7 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_too_many_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(tmp_path: Path, log_every: int) -> None:
     run = tmp_path / "run"
-    trainer = Trainer(tiny(train={"max_bad_steps": 3, "log_every": log_every, "steps": 40}), run)
+    trainer = build_trainer(tiny(train={"max_bad_steps": 3, "log_every": log_every, "steps": 40}), run)
     healthy = trainer.dataset
     trainer.dataset = Poisoned(healthy, range(9, 1000))
     with pytest.raises(NonFiniteError, match=r"the data are not finite.*step_00000\d+\.pt") as caught:
@@ -166,18 +171,18 @@ def test_too_many_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(tmp_p
     assert "\n" not in str(caught.value)
     assert trainer.step <= 9 + 2 * 3
     good = read_checkpoint(run / "checkpoints" / "step_0000008.pt")
-    assert all(torch.isfinite(value).all() for value in good["engine"]["net"].values())
+    assert all(torch.isfinite(fragment["weight"]).all() for fragment in good["engine"]["fragments"].values())
     # every checkpoint that is there holds the weights from before the first bad step, and the run can go on
-    assert Trainer(tiny(train={"max_bad_steps": 3, "steps": 20}), run, resume=True).fit()
+    assert build_trainer(tiny(train={"max_bad_steps": 3, "steps": 20}), run, resume=True).fit()
 
 
 def test_bad_steps_in_a_row_are_counted_across_a_resumption(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {"max_bad_steps": 6, "checkpoint_every": 1}
-    trainer = Trainer(tiny(train={**settings, "steps": 4}), run)
+    trainer = build_trainer(tiny(train={**settings, "steps": 4}), run)
     trainer.dataset = Poisoned(trainer.dataset, range(1000))
     assert trainer.fit()
-    trainer = Trainer(tiny(train=settings), run, resume=True)
+    trainer = build_trainer(tiny(train=settings), run, resume=True)
     trainer.dataset = Poisoned(trainer.dataset, range(1000))
     with pytest.raises(NonFiniteError, match="6 steps in a row"):
         trainer.fit()
@@ -186,7 +191,7 @@ def test_bad_steps_in_a_row_are_counted_across_a_resumption(tmp_path: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    trainer = Trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
+    trainer = build_trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
     real = trainer.engine.step
 
     def engine_step(x: Tensor, step: int, **cond: Tensor) -> Any:
@@ -200,15 +205,15 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals)
     assert trainer.stopped_by == number and trainer.step == 7
     assert signal.getsignal(number) is before
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")] == ["step_0000007.pt"]
-    Trainer(tiny(), tmp_path / "run", resume=True).fit()
-    Trainer(tiny(), tmp_path / "whole").fit()
+    build_trainer(tiny(), tmp_path / "run", resume=True).fit()
+    build_trainer(tiny(), tmp_path / "whole").fit()
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
 def test_a_signal_that_comes_while_ranks_ask_each_other_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
+    trainer = build_trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
     trainer.engine.world_size = 2  # of the other rank nothing else is seen: it answers as this one
     asked = []
 
@@ -220,6 +225,7 @@ def test_a_signal_that_comes_while_ranks_ask_each_other_is_not_lost(
         return [value]
 
     monkeypatch.setattr("mmf_fast.training.trainer.gather", gather)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
     assert not trainer.fit()
     assert trainer.stopped_by == signal.SIGTERM and trainer.step == 6
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")] == ["step_0000006.pt"]
@@ -227,7 +233,7 @@ def test_a_signal_that_comes_while_ranks_ask_each_other_is_not_lost(
 
 def test_training_works_in_a_thread_where_signals_cannot_be_caught(tmp_path: Path) -> None:
     done = []
-    thread = threading.Thread(target=lambda: done.append(Trainer(tiny(), tmp_path / "run").fit()))
+    thread = threading.Thread(target=lambda: done.append(build_trainer(tiny(), tmp_path / "run").fit()))
     thread.start()
     thread.join()
     assert done == [True]
@@ -236,7 +242,7 @@ def test_training_works_in_a_thread_where_signals_cannot_be_caught(tmp_path: Pat
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="--resume"):
-        Trainer(tiny(), tmp_path)
+        build_trainer(tiny(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -244,16 +250,16 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path, run: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="--run") as caught:
-        Trainer(tiny(), tmp_path / run)
+        build_trainer(tiny(), tmp_path / run)
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path: Path) -> None:
-    Trainer(tiny(), tmp_path / "run").fit()
+    build_trainer(tiny(), tmp_path / "run").fit()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     other = tiny(model={"width": 9}, optimizer={"lr": 2e-2}, train={"steps": 99})
     with pytest.raises(CheckpointError, match=r"model\.width \(8 -> 9\), optimizer\.lr \(0\.01 -> 0\.02\);") as caught:
-        Trainer(other, tmp_path / "run", resume=True)
+        build_trainer(other, tmp_path / "run", resume=True)
     assert "\n" not in str(caught.value) and "steps" not in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
@@ -271,30 +277,30 @@ def test_a_run_goes_on_where_its_data_were_moved_and_not_with_others(tmp_path: P
         return digits(data={"name": "images", "path": str(path), **options})
 
     run = tmp_path / "run"
-    Trainer(images(old), run).fit()
+    build_trainer(images(old), run).fit()
     moved = old.rename(tmp_path / "there")
     for options in ({}, {"validation": str(validation)}, {"verify": True}):
-        assert Trainer(images(moved, **options), run, resume=True).step == 12
+        assert build_trainer(images(moved, **options), run, resume=True).step == 12
     again = prepared_set(tmp_path / "again")  # the same samples, prepared once more
-    assert Trainer(images(again), run, resume=True).step == 12
+    assert build_trainer(images(again), run, resume=True).step == 12
 
     other = prepared_set(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match=r"data\.path \(sha256 \w{16} -> sha256 \w{16}\); set") as caught:
-        Trainer(images(other), run, resume=True)
+        build_trainer(images(other), run, resume=True)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match=r"data\.flip \(default -> True\);"):
-        Trainer(images(moved, flip=True), run, resume=True)
+        build_trainer(images(moved, flip=True), run, resume=True)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_exactly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Trainer(tiny(), tmp_path / "whole").fit()
+    build_trainer(tiny(), tmp_path / "whole").fit()
     run = tmp_path / "run"
-    Trainer(tiny(train={"steps": 9}), run).fit()
+    build_trainer(tiny(train={"steps": 9}), run).fit()
     path = run / "checkpoints" / "step_0000009.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    trainer = Trainer(tiny(), run, resume=True)
+    trainer = build_trainer(tiny(), run, resume=True)
     assert trainer.step == 8
     assert "step_0000009.pt: damaged" in capsys.readouterr().err
     trainer.fit()
@@ -312,21 +318,21 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_exactly(
 )
 def test_pieces_that_do_not_fit_together(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Trainer(tiny(**sections), tmp_path / "run")
+        build_trainer(tiny(**sections), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_larger_than_the_data_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch size 100000"):
-        Trainer(digits(train={"batch": 100_000, "device": "cpu"}), tmp_path / "run")
+        build_trainer(digits(train={"batch": 100_000, "device": "cpu"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_shapes_and_classes_come_from_the_data(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trainer = Trainer(digits(train={**TINY["train"], "steps": 2}), tmp_path / "run")
+        trainer = build_trainer(digits(train={**TINY["train"], "steps": 2}), tmp_path / "run")
         assert trainer.fit()
     net, _ = models.load_pretrained(tmp_path / "run")
     assert (net.shape, net.num_classes) == ((1, 8, 8), 10)
@@ -336,7 +342,7 @@ def test_two_rates_of_the_same_seed_differ_only_where_they_should(tmp_path: Path
     """The seed decides weights and draws: at another learning rate the first loss is the same, at another seed not."""
     losses = {}
     for name, sections in {"a": {}, "b": {"optimizer": {"lr": 1e-3}}, "c": {"seed": 1}}.items():
-        Trainer(tiny(**sections), tmp_path / name).fit()
+        build_trainer(tiny(**sections), tmp_path / name).fit()
         losses[name] = [record["loss"] for record in records(tmp_path / name)]
     assert losses["a"][0] == losses["b"][0] != losses["c"][0]
     assert losses["a"][-1] != losses["b"][-1]
@@ -348,7 +354,7 @@ def test_unknown_sections_are_refused() -> None:
 
 
 def test_samples_that_are_not_finite_do_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = Trainer(tiny(), tmp_path / "run")
+    trainer = build_trainer(tiny(), tmp_path / "run")
     with torch.no_grad():
         next(trainer.engine.averaged().parameters()).fill_(math.nan)
     trainer.draw()
@@ -376,7 +382,7 @@ def threads() -> list[str]:
 
 def test_the_next_batch_is_made_while_a_step_runs(tmp_path: Path) -> None:
     """Both take 50 ms, one after the other 100: without it each step would wait 50 ms for its data."""
-    trainer = Trainer(tiny(), tmp_path / "run")
+    trainer = build_trainer(tiny(), tmp_path / "run")
     trainer.dataset = Slow(trainer.dataset, 0.05)
     real = trainer.engine.step
 
@@ -393,24 +399,24 @@ def test_the_next_batch_is_made_while_a_step_runs(tmp_path: Path) -> None:
 
 def test_an_error_of_the_data_comes_through_and_the_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer = Trainer(tiny(), run)
+    trainer = build_trainer(tiny(), run)
     trainer.dataset = Slow(trainer.dataset, 0.0, fails_at=6)
     with pytest.raises(OSError, match="^samples.npy: the disk is gone$"):
         trainer.fit()
     assert trainer.step == 6 and not threads()
     assert [record["step"] for record in records(run)] == list(range(1, 7))  # the batches before it were used
-    resumed = Trainer(tiny(), run, resume=True)
+    resumed = build_trainer(tiny(), run, resume=True)
     assert resumed.step == 4 and resumed.fit()
-    Trainer(tiny(), tmp_path / "whole").fit()
+    build_trainer(tiny(), tmp_path / "whole").fit()
     assert records(run) == records(tmp_path / "whole")
 
 
 def test_no_thread_outlives_a_run_however_it_ends(tmp_path: Path) -> None:
-    trainer = Trainer(tiny(), tmp_path / "signal")
+    trainer = build_trainer(tiny(), tmp_path / "signal")
     trainer.stopped_by = signal.SIGTERM
     assert not trainer.fit() and not threads()
 
-    trainer = Trainer(tiny(), tmp_path / "error")
+    trainer = build_trainer(tiny(), tmp_path / "error")
 
     def fails(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("out of memory")
@@ -425,7 +431,9 @@ def test_latents_train_and_are_not_drawn(tmp_path: Path) -> None:
     made = np.concatenate([np.zeros((8, 4, 8, 8)), np.ones((8, 4, 8, 8))], 1).astype(np.float32)
     prepare(write_zip(tmp_path / "a.zip", edm2(made, [0, 1] * 4)), tmp_path / "set")
     train = {**TINY["train"], "steps": 3, "batch": 4, "sample_every": 1}
-    trainer = Trainer(digits(data={"name": "latents", "path": str(tmp_path / "set")}, train=train), tmp_path / "run")
+    trainer = build_trainer(
+        digits(data={"name": "latents", "path": str(tmp_path / "set")}, train=train), tmp_path / "run"
+    )
     assert trainer.fit()
     assert not (tmp_path / "run" / "samples").exists()
-    assert "no picture, as latents (4, 8, 8) need" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "no picture, as samples of shape (4, 8, 8) need" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()

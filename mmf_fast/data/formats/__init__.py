@@ -1,88 +1,87 @@
 """Readers of the formats that datasets come in. All walk through a set in bounded memory and in a fixed order.
 
-To add a format: a function path, ... -> `Source` in a file of its own, entered in `FORMATS` and in `detect`.
+To add a format: a function (Tree, Options) -> `Source` in a file of its own, entered in `FORMATS` and in `detect`.
 """
 
 from __future__ import annotations
 
-import os
-import zipfile
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from mmf_fast.data.formats.arrays import holds_images, open_arrays
 from mmf_fast.data.formats.batches import open_cifar10, open_imagenet
+from mmf_fast.data.formats.idx import IDX_NAME, open_idx
 from mmf_fast.data.formats.images import IMAGE_ENDINGS, open_images
-from mmf_fast.data.formats.latents import open_latents
+from mmf_fast.data.formats.latents import LATENT_ENDINGS, open_latents
 from mmf_fast.data.formats.parquet import open_parquet
-from mmf_fast.data.formats.sources import DataError, Item, SampleError, Source
+from mmf_fast.data.formats.sources import DataError, Item, Options, SampleError, Source
+from mmf_fast.data.formats.trees import Tree, ending, identity_of
 
-__all__ = ["FORMATS", "DataError", "Item", "SampleError", "Source", "detect", "open_source"]
-
-FORMATS = ("cifar10", "imagenet", "images", "parquet", "latents")
-_LOOKED_AT = 10_000  # names by which a folder or zip is judged
+__all__ = ["FORMATS", "DataError", "Item", "Options", "SampleError", "Source", "detect", "identity_of", "open_source"]
 
 
-def open_source(
-    path: Path, format: str | None = None, split: str = "train", size: int | None = None, latents: str | None = None
-) -> Source:
-    """The set at `path`. format: one of `FORMATS`, detected where it is None.
+class Format(NamedTuple):
+    """open: reads it.  options: what it knows besides split and ignore."""
 
-    split: train or validation, where a format holds both.  size: centre-crops and resizes images.
-    latents: what latents hold, see latents.py. Raises DataError.
+    open: Callable[[Tree, Options], Source]
+    options: frozenset[str]
+
+
+_LAYOUT = {"root", "labels", "allow_empty"}
+_PIXELS = {"size", "channels", "background"}
+FORMATS = {
+    "cifar10": Format(open_cifar10, frozenset()),
+    "imagenet": Format(open_imagenet, frozenset()),
+    "idx": Format(open_idx, frozenset({"labels"})),
+    "arrays": Format(open_arrays, frozenset({"labels", "label_column"})),
+    "images": Format(open_images, frozenset({*_LAYOUT, *_PIXELS})),
+    "parquet": Format(open_parquet, frozenset({"labels", "label_column", *_PIXELS})),
+    "latents": Format(open_latents, frozenset({*_LAYOUT, "latents"})),
+}
+
+
+def open_source(path: Path, format: str | None = None, **options: Any) -> Source:
+    """The set at `path`. format: a key of `FORMATS`, detected where it is None.  options: see `Options`.
+
+    Raises DataError, also where an option does not go with the format.
     """
     if not path.exists():
         raise DataError(f"{path}: does not exist; pass the archive or folder as it was downloaded")
-    format = format or detect(path)
-    if size is not None and format not in ("images", "parquet"):
-        raise DataError(f"{path}: {format} has one size; leave --size out")
-    if latents is not None and format != "latents":
-        raise DataError(f"{path}: is {format}; leave --latents out")
+    chosen = Options(**options)
     try:
-        if format == "cifar10":
-            return open_cifar10(path, split)
-        if format == "imagenet":
-            return open_imagenet(path, split)
-        if format == "parquet":
-            return open_parquet(path, split, size)
-        if format == "latents":
-            return open_latents(path, split, latents)
-        return open_images(path, split, size)
+        tree = Tree(path, chosen.ignore)
+        name = format or _format_of(tree)
+        for option in chosen.given().keys() - {"split", "ignore"} - FORMATS[name].options:
+            raise DataError(f"{path}: is {name}; leave --{option.replace('_', '-')} out")
+        return replace(FORMATS[name].open(tree, chosen), identity=identity_of(path, chosen.ignore))
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
 
 def detect(path: Path) -> str:
     """The format of an archive or folder, by the names in it. Raises DataError where they tell of none."""
-    if path.is_file():
-        name = path.name.lower()
-        if name.endswith((".tar.gz", ".tgz")):
-            return "cifar10"
-        if name.endswith(".parquet"):
-            return "parquet"
-        if not zipfile.is_zipfile(path):
-            raise DataError(f"{path}: is no zip, tar.gz or parquet file, or a truncated one; fetch it again")
-    names = _names(path)
-    stems = {name.rpartition("/")[2].removesuffix(".npz") for name in names}
+    return _format_of(Tree(path))
+
+
+def _format_of(tree: Tree) -> str:
+    bases = [name.rpartition("/")[2] for name in tree.names]
+    stems = {base.removesuffix(".npz") for base in bases}
     if stems & {"data_batch_1", "test_batch"}:
         return "cifar10"
     if stems & {"train_data_batch_1", "val_data"}:
         return "imagenet"
-    for format, endings in {
-        "parquet": (".parquet",),
-        "images": IMAGE_ENDINGS,
-        "latents": (".npy", ".npz"),
-    }.items():
-        if any(name.lower().endswith(endings) for name in names):
-            return format
-    raise DataError(f"{path}: holds nothing of a known format; pass --format, one of {', '.join(FORMATS)}")
-
-
-def _names(path: Path) -> list[str]:
-    if path.is_file():
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return archive.namelist()[:_LOOKED_AT]
-        except (zipfile.BadZipFile, ValueError) as error:
-            raise DataError(f"{path}: damaged or truncated ({error}); fetch it again") from error
-    walk = (os.path.join(root, name) for root, _, files in os.walk(path, followlinks=True) for name in files)
-    return list(islice(walk, _LOOKED_AT))
+    if any(IDX_NAME.fullmatch(base) for base in bases):
+        return "idx"
+    if "data.mdb" in bases:
+        raise DataError(
+            f"{tree.path}: is an LMDB, often of pickles, which is not read; export it as npz or safetensors"
+        )
+    endings = {ending(name) for name in tree.names}
+    if ".parquet" in endings and endings & set(IMAGE_ENDINGS):
+        raise DataError(f"{tree.path}: holds parquet and image files; pass --format parquet or --format images")
+    for format, known in {"parquet": {".parquet"}, "images": IMAGE_ENDINGS, "latents": LATENT_ENDINGS}.items():
+        if endings & set(known):
+            return "arrays" if format == "latents" and holds_images(tree) else format
+    raise DataError(f"{tree.path}: holds nothing of a known format; pass --format, one of {', '.join(FORMATS)}")

@@ -11,22 +11,18 @@ time (1.6 GB of ImageNet-64); an npz is streamed.
 
 from __future__ import annotations
 
-import gzip
 import math
-import re
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmf_fast.data.formats.arrays import array_file, read_array, rows
+from mmf_fast.data.formats.layout import left_out
 from mmf_fast.data.formats.pickles import load_dict
-from mmf_fast.data.formats.sources import DataError, Item, Source, check_member, identity_of_files
+from mmf_fast.data.formats.sources import DataError, Item, Options, Source
+from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["CIFAR10_CLASSES", "open_cifar10", "open_imagenet"]
 
@@ -34,134 +30,69 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 _CIFAR10 = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 _IMAGENET = {"train": [f"train_data_batch_{i}" for i in range(1, 11)], "validation": ["val_data"]}
-_ROWS = 256  # rows of an npz read at once
 
 
 # ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
 
 
-def open_cifar10(path: Path, split: str) -> Source:
-    """The tar.gz, or the folder it unpacks to (or the folder that holds that one). Raises DataError."""
-    if path.is_dir():
-        folder = path / "cifar-10-batches-py" if (path / "cifar-10-batches-py").is_dir() else path
-        files = _all_present(folder, _CIFAR10[split])
-        items, identity = partial(_cifar10_folder, files), identity_of_files(files)
-    else:
-        items, identity = partial(_cifar10_tar, path, _CIFAR10[split]), identity_of_files([path])
-    return Source("cifar10", "images", items, identity, num_classes=10, classes=CIFAR10_CLASSES)
-
-
-def _cifar10_folder(files: Sequence[Path]) -> Iterator[Item]:
-    for path in files:
-        with open(path, "rb") as file:
-            yield from _pickled(file, str(path), 0, 10, side=32)
-
-
-def _cifar10_tar(path: Path, names: Sequence[str]) -> Iterator[Item]:
-    """In the order of the names, whatever that of the archive; the rest is read too, for the checksum of gzip."""
-    try:
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream) as archive:
-            members = {}
-            for member in archive:
-                check_member(path, member.name)
-                members[member.name.rpartition("/")[2]] = member
-            missing = [name for name in names if name not in members or not members[name].isfile()]
-            if missing:
-                raise DataError(f"{path}: has no {', '.join(missing)}; fetch cifar-10-python.tar.gz again")
-            for name in names:
-                file = archive.extractfile(members[name])
-                yield from _pickled(file, f"{path}:{name}", 0, 10, side=32)  # type: ignore[arg-type]  # is a file
-            while stream.read(2**20):
-                pass
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged or truncated ({error}); fetch it again") from error
+def open_cifar10(tree: Tree, options: Options) -> Source:
+    """The tar.gz, or the folder it unpacks to, wherever in the tree. Raises DataError."""
+    names = _all_present(tree, _CIFAR10[options.split])
+    items = partial(_items, tree, names, 0, 10, 32)
+    return _source("cifar10", tree, names, items, num_classes=10, classes=CIFAR10_CLASSES)
 
 
 # ---- downsampled ImageNet --------------------------------------------------------------------------------------------
 
 
-def open_imagenet(path: Path, split: str) -> Source:
-    """The folder with all batches of the split, which may lie in folders below it. Raises DataError."""
-    files = _all_present(path, _IMAGENET[split])
-    count = sum(_npz_rows(file) for file in files) if all(file.suffix == ".npz" for file in files) else None
+def open_imagenet(tree: Tree, options: Options) -> Source:
+    """All batches of the split, which may lie in several folders or archives. Raises DataError."""
+    names = _all_present(tree, _IMAGENET[options.split])
+    count = sum(_npz_rows(tree, name) for name in names) if all(name.endswith(".npz") for name in names) else None
     facts = {"class_order": "that of downsampled ImageNet (Chrabaszcz), minus 1"}
-    items = partial(_imagenet, files)
-    return Source("imagenet", "images", items, identity_of_files(files), count, num_classes=1000, facts=facts)
+    items = partial(_items, tree, names, 1, 1000)
+    return _source("imagenet", tree, names, items, count=count, num_classes=1000, facts=facts)
 
 
-def _imagenet(files: Sequence[Path]) -> Iterator[Item]:
-    for path in files:
-        if path.suffix == ".npz":
-            yield from _npz(path)
-        else:
-            with open(path, "rb") as file:
-                yield from _pickled(file, str(path), 1, 1000)
+def _npz(tree: Tree, name: str, first_label: int, classes: int) -> Iterator[Item]:
+    path = tree.label(name)
+    labels = read_array(tree, name, "labels")
+    with array_file(tree, name, "data") as (file, shape, dtype):
+        side = _side(path, dtype, shape)
+        label = _labels(path, labels, shape[0], first_label, classes)
+        for i, row in enumerate(rows(file, shape, dtype, path)):
+            yield _item(f"{path}[{i}]", label(i), row.reshape(3, side, side))
 
 
-def _npz(path: Path) -> Iterator[Item]:
-    with _open_npz(path) as archive:
-        with archive.open("labels.npy") as file:
-            labels = np.lib.format.read_array(file, allow_pickle=False)
-        with archive.open("data.npy") as file:
-            (count, *row), dtype = _npy_header(file, str(path))
-            side = _side(str(path), dtype, (count, *row))
-            label = _labels(str(path), labels, count, 1, 1000)
-            for first in range(0, count, _ROWS):
-                rows = min(_ROWS, count - first)
-                data = np.frombuffer(_exactly(file, rows * row[0], str(path)), np.uint8)
-                images = data.reshape(rows, 3, side, side)
-                for i in range(rows):
-                    yield _item(f"{path}[{first + i}]", label(first + i), images[i])
-            file.read(1)  # zipfile compares its checksum at the end
-
-
-def _npz_rows(path: Path) -> int:
-    with _open_npz(path) as archive, archive.open("data.npy") as file:
-        return _npy_header(file, str(path))[0][0]
-
-
-@contextmanager
-def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A zip file whose damages become DataError, wherever in the block they show."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            missing = {"data.npy", "labels.npy"} - set(archive.namelist())
-            if missing:
-                raise DataError(f"{path}: has no {', '.join(sorted(missing))}; pass npz files with data and labels")
-            yield archive
-    except DataError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path}: damaged or truncated ({error}); fetch it again") from error
-
-
-def _npy_header(file: Any, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if fortran or len(shape) != 2:
-        raise DataError(f"{name}: data is {shape}{' in Fortran order' if fortran else ''}, not one image per row")
-    return shape, dtype
-
-
-def _exactly(file: Any, size: int, name: str) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
-        raise DataError(f"{name}: data ends early; fetch it again")
-    return data
+def _npz_rows(tree: Tree, name: str) -> int:
+    with array_file(tree, name, "data") as (_, shape, _):
+        return shape[0]
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
-def _all_present(folder: Path, names: Sequence[str]) -> list[Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if re.sub(r"\.npz$", "", path.name) in names and path.is_file():
-            found.setdefault(re.sub(r"\.npz$", "", path.name), path)
+def _source(format: str, tree: Tree, names: Sequence[str], items: Callable[[], Iterator[Item]], **more: Any) -> Source:
+    return Source(format, "images", items, rule="labels of the batches", left_out=left_out(tree, names), **more)
+
+
+def _items(tree: Tree, names: Sequence[str], first_label: int, classes: int, side: int | None = None) -> Iterator[Item]:
+    for name in names:
+        if name.endswith(".npz"):
+            yield from _npz(tree, name, first_label, classes)
+        else:
+            with tree.open(name) as file:
+                yield from _pickled(file, tree.label(name), first_label, classes, side)
+
+
+def _all_present(tree: Tree, names: Sequence[str]) -> list[str]:
+    """Where in the tree the files of these names lie, with .npz behind or not: the first where there are several."""
+    found: dict[str, str] = {}
+    for name in tree.names:
+        found.setdefault(name.rpartition("/")[2].removesuffix(".npz"), name)
     missing = [name for name in names if name not in found]
     if missing:
-        raise DataError(f"{folder}: has no {', '.join(missing)}; the set is incomplete, fetch what is missing")
+        raise DataError(f"{tree.path}: has no {', '.join(missing)}; the set is incomplete, fetch what is missing")
     return [found[name] for name in names]
 
 

@@ -1,50 +1,78 @@
-"""Hugging Face parquet: an image column {bytes, path} and a label column, in one file or several shards.
+"""Hugging Face parquet: a column of images {bytes, path} (or bytes alone) and one of labels, in one file or shards.
 
-train-00000-of-00005.parquet, validation-..., test-...; read with pyarrow, which is not a dependency.
+train-00000-of-00005.parquet, or train/0000.parquet; validation, test. Read with pyarrow, which is not a dependency.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmf_fast.data.formats.images import decode_image
-from mmf_fast.data.formats.sources import DataError, Item, Source, identity_of_files
+from mmf_fast.data.formats.labels import numbering
+from mmf_fast.data.formats.layout import left_out, split_of
+from mmf_fast.data.formats.pixels import Pixels, survey
+from mmf_fast.data.formats.sources import DataError, Item, Options, Source
+from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["open_parquet"]
 
-_SPLITS = {"train": ["train"], "validation": ["validation", "valid", "val", "test"]}
-_LABELS = ["label", "labels", "fine_label"]
+_LABEL = re.compile(r"(.*_)?(labels?|cls|class|classes|category|target|y)(_?(id|idx|index|name|label))?", re.IGNORECASE)
+_NO_LABEL = re.compile(
+    r"(image_|img_)?(id|idx|index|key|name|path|url|width|height|size|file_?name|file_?path|text|captions?|prompt|"
+    r"md5|sha256|hash|license|source|mode|format)s?|__index_level_\d+__|__key__|__url__|image_file_path",
+    re.IGNORECASE,
+)
 _ROWS = 64  # rows decoded from parquet at once
 
 
-def open_parquet(path: Path, split: str, size: int | None) -> Source:
+def open_parquet(tree: Tree, options: Options) -> Source:
     """A parquet file or a folder of shards, those of the split where their names tell it. Raises DataError."""
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
-    files = _shards(path, split)
+        raise DataError(f"{tree.path}: reading parquet needs pyarrow; pip install pyarrow") from error
+    names = _shards(tree, options.split)
+    files = [_on_disk(tree, name) for name in names]
     readers = [_open(pq, file) for file in files]
-    image, label = _columns(readers[0].schema_arrow, files[0])
-    classes = _classes(readers[0].schema_arrow.metadata, label)
+    schema = readers[0].schema_arrow
     for file, reader in zip(files, readers, strict=True):
-        if _columns(reader.schema_arrow, file) != (image, label):
+        if reader.schema_arrow.names != schema.names or reader.schema_arrow.types != schema.types:
             raise DataError(f"{file}: its columns differ from those of {files[0].name}; prepare them apart")
+    image = _image_column(schema, files[0])
+    label, rule = _label_column(schema, image, files[0], options)
+    number, classes = _numbered(readers, files, schema, label)
     count = sum(reader.metadata.num_rows for reader in readers)
     for reader in readers:
         reader.close()
-    items = partial(_items, pq, files, image, label, size)
+    cells = ((name, partial(io.BytesIO, data)) for name, data, _ in _rows(pq, files, image, None))
+    pixels, looks = survey(cells, count, options)
     return Source(
-        "parquet", "images", items, identity_of_files(files), count, len(classes) if classes else None, classes
+        "parquet",
+        "images",
+        partial(_items, pq, files, image, label, number, pixels),
+        count=count,
+        num_classes=len(classes) if classes else None,
+        classes=classes,
+        rule=rule,
+        left_out=left_out(tree, names),
+        looks=looks,
     )
 
 
-def _items(pq: Any, files: Sequence[Path], image: str, label: str | None, size: int | None) -> Iterator[Item]:
+def _items(
+    pq: Any, files: Sequence[Path], image: str, label: str | None, number: Callable[[Any], int], pixels: Pixels
+) -> Iterator[Item]:
+    for name, data, value in _rows(pq, files, image, label):
+        yield Item(name, None if label is None else number(value), partial(pixels.decode, data, name))
+
+
+def _rows(pq: Any, files: Sequence[Path], image: str, label: str | None) -> Iterator[tuple[str, bytes, Any]]:
+    """(name, encoded image, stated label) of each row."""
     columns = [image] if label is None else [image, label]
     for file in files:
         reader, row = _open(pq, file), 0
@@ -52,7 +80,12 @@ def _items(pq: Any, files: Sequence[Path], image: str, label: str | None, size: 
             for batch in reader.iter_batches(batch_size=_ROWS, columns=columns):
                 labels = [None] * batch.num_rows if label is None else batch.column(label).to_pylist()
                 for cell, value in zip(batch.column(image).to_pylist(), labels, strict=True):
-                    yield _item(f"{file}[{row}]", cell, value, label is not None, size)
+                    data = cell.get("bytes") if isinstance(cell, dict) else cell
+                    if not data:
+                        raise DataError(
+                            f"{file}[{row}]: has no image bytes, a path at most; embed the images in the parquet"
+                        )
+                    yield f"{file}[{row}]", data, value
                     row += 1
         except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
             if isinstance(error, DataError):
@@ -62,13 +95,7 @@ def _items(pq: Any, files: Sequence[Path], image: str, label: str | None, size: 
             reader.close()
 
 
-def _item(name: str, cell: dict[str, Any] | None, label: Any, labelled: bool, size: int | None) -> Item:
-    data = (cell or {}).get("bytes")
-    if not data:
-        raise DataError(f"{name}: has no image bytes (a path alone is not enough); embed the images in the parquet")
-    if labelled and (type(label) is not int or label < 0):
-        raise DataError(f"{name}: label is {label!r}, not a number from 0; test splits often have none, pass another")
-    return Item(name, label, partial(decode_image, data, name, size))
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def _open(pq: Any, file: Path) -> Any:
@@ -78,46 +105,120 @@ def _open(pq: Any, file: Path) -> Any:
         raise DataError(f"{file}: damaged or truncated ({_line(error)}); fetch it again") from error
 
 
-def _shards(path: Path, split: str) -> list[Path]:
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if path.is_dir():
-        known = {name for names in _SPLITS.values() for name in names}
-        if any(_split(file) in known for file in files):
-            name = next((name for name in _SPLITS[split] if any(_split(file) == name for file in files)), None)
-            files = [file for file in files if _split(file) == name]
-        elif split == "validation":
-            files = []
-    if not files:
-        raise DataError(f"{path}: has no parquet files of the {split} split; pass a file")
-    totals = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)\.parquet$", file.name))}
-    if totals and (len(totals) > 1 or len(files) != totals.pop()) and path.is_dir():
-        raise DataError(f"{path}: the {split} split has {len(files)} shards, their names tell of others; fetch them")
-    return files
+def _on_disk(tree: Tree, name: str) -> Path:
+    path = tree.disk_path(name)
+    if path is None:
+        raise DataError(f"{tree.label(name)}: parquet is not read out of an archive; unpack it")
+    return path
 
 
-def _split(file: Path) -> str:
-    return re.split(r"[-.]", file.name)[0]
+def _shards(tree: Tree, split: str) -> list[str]:
+    names = [name for name in tree.names if name.lower().endswith(".parquet")]
+    if tree.path.is_file():
+        return names
+    splits = {name: _split(name) for name in names}
+    if any(splits.values()):
+        names = [name for name in names if splits[name] == split]
+        words = {_word(name) for name in names}
+        if len(words) > 1:  # validation and test: the first
+            names = [name for name in names if _word(name) == ("test" if words == {"test"} else min(words - {"test"}))]
+    elif split == "validation":
+        names = []
+    if not names:
+        raise DataError(f"{tree.path}: has no parquet files of the {split} split; pass a file")
+    folders = {name.rpartition("/")[0] for name in names}
+    if len(folders) > 1:
+        raise DataError(
+            f"{tree.path}: has parquet files of {len(folders)} sets ({', '.join(sorted(folders)[:3])}); pass one"
+        )
+    totals = {int(found[1]) for name in names if (found := re.search(r"-of-(\d+)\.parquet$", name))}
+    if totals and (len(totals) > 1 or len(names) != totals.pop()):
+        raise DataError(
+            f"{tree.path}: the {split} split has {len(names)} shards, their names tell of others; fetch them"
+        )
+    return names
 
 
-def _columns(schema: Any, file: Path) -> tuple[str, str | None]:
-    """Names of the image column, a struct with `bytes`, and of the label column."""
+def _word(name: str) -> str:
+    """The part of the path that tells the split, without what numbers the shard."""
+    parts = [part for part in reversed(name.split("/")) if split_of(part)]
+    return re.split(r"[-.]", parts[0])[0] if parts else ""
+
+
+def _split(name: str) -> str | None:
+    return split_of(_word(name))
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+
+
+def _image_column(schema: Any, file: Path) -> str:
+    """A struct with `bytes`, or else the only column of bytes."""
     images = [field.name for field in schema if "bytes" in [sub.name for sub in _fields(field.type)]]
+    images = images or [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
     if len(images) != 1:
         raise DataError(f"{file}: has {len(images)} image columns {{bytes, path}}, not one; pass another file")
-    return images[0], next((name for name in _LABELS if name in schema.names), None)
+    return images[0]
+
+
+def _label_column(schema: Any, image: str, file: Path, options: Options) -> tuple[str | None, str]:
+    """The column, None for no labels, and the rule. Raises DataError where several may be meant."""
+    names = [name for name in schema.names if name != image]
+    chosen = options.label_column
+    if chosen is not None and chosen not in names:
+        raise DataError(f"{file}: has no column {chosen!r}; pass --label-column, one of {', '.join(names)}")
+    if chosen is not None:
+        return chosen, f"column {chosen}, as told"
+    if options.labels == "parents":
+        raise DataError(f"{file}: is a table, without folders; pass --label-column NAME, or --labels none")
+    if options.labels == "none":
+        return None, "no labels, as told"
+    named = [name for name in names if _class_names(schema, name)]
+    found = sorted({*named, *(name for name in names if _LABEL.fullmatch(name))}, key=names.index)
+    doubtful = found or [name for name in names if not _NO_LABEL.fullmatch(name)]
+    if len(found) == 1:
+        return found[0], f"column {found[0]}"
+    if not doubtful:
+        return None, "no labels: no column for them"
+    what = "which of the columns holds the labels" if len(doubtful) > 1 else "whether this column holds the labels"
+    kinds = ", ".join(f"{name} ({schema.field(name).type})" for name in doubtful)
+    raise DataError(f"{file}: {kinds}: {what}? pass --label-column {doubtful[0]}, or --labels none")
+
+
+def _numbered(
+    readers: Sequence[Any], files: Sequence[Path], schema: Any, label: str | None
+) -> tuple[Callable[[Any], int], list[str] | None]:
+    """Reads the label column of all shards, without the images."""
+    if label is None:
+        return int, None
+    values: dict[Any, None] = {}
+    for file, reader in zip(files, readers, strict=True):
+        kind = str(schema.field(label).type)
+        try:
+            for group in range(reader.num_row_groups):
+                column = reader.read_row_group(group, columns=[label]).column(label)
+                if kind.startswith(("list", "large_list", "fixed_size_list", "struct", "map", "extension")):
+                    numbering(column.slice(0, 1).to_pylist(), f"{file}: column {label}")  # raises
+                values |= dict.fromkeys(column.unique().to_pylist())
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{file}: damaged ({_line(error)}); fetch it again") from error
+    number, classes = numbering(values, f"{files[0].parent if len(files) > 1 else files[0]}: column {label}")
+    return number, _class_names(schema, label) or classes
+
+
+def _class_names(schema: Any, column: str) -> list[str] | None:
+    """Class names, which the `datasets` library writes beside the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[column]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _fields(kind: Any) -> list[Any]:
     return [kind.field(i) for i in range(kind.num_fields)]
-
-
-def _classes(metadata: dict[bytes, bytes] | None, label: str | None) -> list[str] | None:
-    """Class names, which the `datasets` library writes beside the schema."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features[label]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _line(error: Exception) -> str:

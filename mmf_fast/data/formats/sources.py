@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-__all__ = ["DataError", "Item", "SampleError", "Source", "check_member", "identity_of_files", "identity_of_names"]
+__all__ = [
+    "DataError",
+    "Item",
+    "Options",
+    "SampleError",
+    "Source",
+    "check_member",
+    "identity_of_files",
+    "identity_of_names",
+]
 
 Kind = Literal["images", "latents"]
 
@@ -36,23 +45,61 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Options:
+    """What decides how a source is read, where there is a choice; a format says which of these it knows.
+
+    split: train or validation, where the source holds both.
+    root: the folder, within the source, that holds the class folders.
+    ignore: patterns of names that are left out.
+    labels: "none", or "parents": the class of a file is the folder it lies in.  label_column: of a table.
+    allow_empty: class folders without a sample keep their number.
+    size: images are centre-cropped and resized to this side.
+    channels: 1 or 3, of images of which some are greyscale and some are not.
+    background: colour below transparent pixels, or "none".
+    latents: what latents hold, see latents.py.
+    """
+
+    split: str = "train"
+    root: str | None = None
+    ignore: tuple[str, ...] = ()
+    labels: str | None = None
+    label_column: str | None = None
+    allow_empty: bool = False
+    size: int | None = None
+    channels: int | None = None
+    background: str | None = None
+    latents: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not as by default."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True)
 class Source:
     """A set of samples in some format.
 
     items: starts a new pass over the samples; raises DataError where the source is damaged.
-    count: None where only reading tells.  num_classes: None where the largest label tells.
     identity: changes with the content as far as names, sizes and dates tell; a restart compares it.
-    facts: further entries of the manifest.
+    count: None where only reading tells.  num_classes: None where the largest label tells.
+    facts: what else training has to know of the samples.
+    statistics: of latents: mean and std of each channel, or one for all, and "from"; None: to be measured.
+    rule: what decided which files are samples and what their labels are.  left_out: {kind: files that are not samples}.
+    looks: {kind: how many of the images are of it}.
     """
 
     format: str
     kind: Kind
     items: Callable[[], Iterator[Item]]
-    identity: str
+    identity: str = ""  # filled in by open_source
     count: int | None = None
     num_classes: int | None = None
     classes: list[str] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] | None = None
+    rule: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
+    looks: dict[str, int] = field(default_factory=dict)
 
 
 def check_member(archive: Path, name: str) -> None:

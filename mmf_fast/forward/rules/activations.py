@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.forward.dual import tangent_scope
-from mmf_fast.forward.rules.families import fusable, in_place_error, keeps_tangent, pointwise, rule
+from mmf_fast.forward.rules.families import forward_derivative, fusable, in_place_error, keeps_tangent, pointwise, rule
 from mmf_fast.ops.pointwise import activation, gelu_tangent, silu_tangent
 
 aten = torch.ops.aten
@@ -34,16 +34,6 @@ def relu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return aten.threshold_backward(dx, x, 0)
 
 
-@pointwise("relu6")
-def relu6(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return aten.hardtanh_backward(dx, x, 0.0, 6.0)
-
-
-@pointwise("hardtanh")
-def hardtanh(dx: Tensor, x: Tensor, y: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
-    return aten.hardtanh_backward(dx, x, min_val, max_val)
-
-
 @rule("gelu")
 def gelu(input: Any, *, approximate: str = "none") -> tuple[Any, Any]:
     x, dx = input
@@ -59,20 +49,14 @@ def gelu(input: Any, *, approximate: str = "none") -> tuple[Any, Any]:
 def silu(input: Any, inplace: bool = False) -> tuple[Any, Any]:
     if inplace:
         raise in_place_error(F.silu)
+    if input.dtype.is_complex:
+        return forward_derivative(F.silu, (input,), {})
     x, dx = input
     if fusable("activation", input):
         return activation(x, dx, "silu", tangent_grad=keeps_tangent(input))
     y = F.silu(x)
     with tangent_scope(input):
         return y, silu_tangent(dx.to(y.dtype), x.to(y.dtype))
-
-
-@pointwise("mish")
-def mish(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return aten.mish_backward(dx, x)
-    t = torch.tanh(F.softplus(x))
-    return dx * (t + x * (1 - t * t) * torch.sigmoid(x))
 
 
 @pointwise("leaky_relu")
@@ -85,74 +69,14 @@ def elu(dx: Tensor, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
     return aten.elu_backward(dx, alpha, 1.0, 1.0, False, x)
 
 
-@pointwise("celu")
-def celu(dx: Tensor, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
-    return aten.elu_backward(dx, alpha, 1.0, 1.0 / alpha, False, x)
-
-
-@pointwise("selu")
-def selu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-    return aten.elu_backward(dx, alpha, scale, 1.0, False, x)
-
-
 @pointwise("softplus")
 def softplus(dx: Tensor, x: Tensor, y: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     return aten.softplus_backward(dx, x, beta, threshold)
 
 
-@pointwise("logsigmoid")
-def logsigmoid(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return dx * torch.sigmoid(-x)
-
-
 @pointwise("hardsigmoid")
 def hardsigmoid(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where((x > -3) & (x < 3), dx / 6, 0.0)
-
-
-@pointwise("hardswish")
-def hardswish(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return dx * torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0))
-
-
-@pointwise("softsign")
-def softsign(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return dx / (1 + x.abs()) ** 2
-
-
-@pointwise("tanhshrink")
-def tanhshrink(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return dx * torch.tanh(x) ** 2
-
-
-@pointwise("hardshrink", "softshrink")
-def shrink(dx: Tensor, x: Tensor, y: Tensor, lambd: float = 0.5) -> Tensor:
-    return torch.where(x.abs() > lambd, dx, 0.0)
-
-
-@pointwise("threshold")
-def threshold(dx: Tensor, x: Tensor, y: Tensor, threshold: float, value: float) -> Tensor:
-    return aten.threshold_backward(dx, x, threshold)
-
-
-@rule("rrelu")
-def rrelu(
-    input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
-) -> tuple[Any, Any]:
-    """A leaky ReLU whose slope is drawn per element in training, the mean slope in evaluation."""
-    if inplace:
-        raise in_place_error(F.rrelu)
-    x, y = input.primal, F.rrelu(input.primal, lower, upper, training)
-    with tangent_scope(input):
-        slope = torch.where(x < 0, y / x, 1.0).detach()
-        return y, input.tangent * slope
-
-
-@rule("prelu")
-def prelu(input: Any, weight: Any) -> Any:
-    shape = [1, -1] + [1] * (input.ndim - 2) if input.ndim > 1 else [-1]
-    return torch.where(input > 0, input, input * weight.reshape(shape))
 
 
 @rule("glu")
@@ -178,8 +102,3 @@ def log_softmax(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stac
     with tangent_scope(input):
         dx = input.tangent.to(y.dtype)
         return y, dx - (y.exp() * dx).sum(dim, keepdim=True)
-
-
-@rule("softmin")
-def softmin(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Any:
-    return torch.softmax(-input, dim, dtype=dtype)

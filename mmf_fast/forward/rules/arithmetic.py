@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.forward.dual import no_tangent, primal, register_rule, tangent, tangent_scope
-from mmf_fast.forward.rules.families import add_tangents, linear_in_first, rule, spellings
+from mmf_fast.forward.rules.families import add_tangents, forward_derivative, linear_in_first, rule, spellings
 
 linear_in_first("neg", "negative", "positive")
 
@@ -70,120 +70,30 @@ def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> tuple[An
 
 @rule("pow")
 def power(input: Any, exponent: Any) -> tuple[Any, Any]:
-    """d(a^b) = b a^(b-1) da + a^b log(a) db; at a = 0 the second term is 0, as in autograd."""
-    a, b = primal(input), primal(exponent)
-    y = torch.pow(a, b)
-    with tangent_scope(input, exponent):
-        da, db = tangent(input), tangent(exponent)
-        from_base = None if da is None else da * _slope(a, b)
-        from_exponent = None
-        if db is not None:
-            safe = torch.where(y == 0, 1.0, torch.as_tensor(a, dtype=y.dtype, device=y.device))
-            from_exponent = db * y * torch.log(safe)
-        return y, add_tangents(from_base, from_exponent)
-
-
-def _slope(a: Tensor, b: Any) -> Any:
-    # b a^(b-1), without 0 * inf at a = b = 0.
-    if isinstance(b, Tensor):
-        return torch.where(b == 0, 0.0, b * torch.pow(a, torch.where(b == 0, 1.0, b - 1)))
-    return 0.0 if b == 0 else b * torch.pow(a, b - 1)
+    """d x^n = n x^(n-1) dx for a number n."""
+    if not isinstance(exponent, (int, float)) or exponent == 0 or input.dtype.is_complex:
+        return forward_derivative(torch.pow, (input, exponent), {})
+    x = input.primal
+    with tangent_scope(input):
+        dy = exponent * torch.pow(x, exponent - 1) * input.tangent
+    return torch.pow(x, exponent), dy
 
 
 @rule("remainder")
 @register_rule(operator.mod)
 def remainder(input: Any, other: Any) -> tuple[Any, Any]:
-    """a mod b = a - b floor(a/b)."""
-    return _modulo(torch.remainder, "floor", input, other)
+    return _modulo(torch.remainder, input, other)
 
 
 @rule("fmod")
 def fmod(input: Any, other: Any) -> tuple[Any, Any]:
-    """fmod(a, b) = a - b trunc(a/b)."""
-    return _modulo(torch.fmod, "trunc", input, other)
+    return _modulo(torch.fmod, input, other)
 
 
-def _modulo(function: Callable[..., Tensor], rounding_mode: str, input: Any, other: Any) -> tuple[Any, Any]:
-    a, b = primal(input), primal(other)
-    with tangent_scope(input, other):
-        db = tangent(other)
-        from_other = None if db is None else -db * torch.div(a, b, rounding_mode=rounding_mode)
-        dy = add_tangents(tangent(input), from_other)
-    return function(a, b), dy
-
-
-@rule("maximum")
-def maximum(input: Any, other: Any) -> tuple[Any, Any]:
-    """Ties share the tangent, as autograd's do."""
-    return _select(torch.maximum(primal(input), primal(other)), input, other)
-
-
-@rule("minimum")
-def minimum(input: Any, other: Any) -> tuple[Any, Any]:
-    return _select(torch.minimum(primal(input), primal(other)), input, other)
-
-
-def _select(y: Tensor, a: Any, b: Any) -> tuple[Any, Any]:
-    with tangent_scope(a, b):
-        is_a, is_b = (y == primal(a)).to(y.dtype), (y == primal(b)).to(y.dtype)
-        total = is_a + is_b
-        da, db = tangent(a), tangent(b)
-        terms = (None if da is None else da * is_a / total, None if db is None else db * is_b / total)
-        return y, add_tangents(*terms)
-
-
-@rule("addcmul")
-def addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
-    return input + value * (tensor1 * tensor2)
-
-
-@rule("addcdiv")
-def addcdiv(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
-    return input + value * (tensor1 / tensor2)
-
-
-@rule("lerp")
-def lerp(input: Any, end: Any, weight: Any) -> Any:
-    return input + weight * (end - input)
-
-
-@rule("atan2", "arctan2")
-def atan2(input: Any, other: Any) -> tuple[Any, Any]:
-    """d atan2(a, b) = (b da - a db) / (a^2 + b^2)."""
-    a, b = primal(input), primal(other)
-    with tangent_scope(input, other):
-        da, db = tangent(input), tangent(other)
-        terms = (None if da is None else b * da, None if db is None else -a * db)
-        dy = add_tangents(*terms) / (a * a + b * b)
-    return torch.atan2(a, b), dy
-
-
-@rule("hypot")
-def hypot(input: Any, other: Any) -> Any:
-    return torch.sqrt(input * input + other * other)
-
-
-@rule("logaddexp")
-def logaddexp(input: Any, other: Any) -> tuple[Any, Any]:
-    """d log(e^a + e^b) = sigmoid(a - b) da + sigmoid(b - a) db."""
-    a, b = primal(input), primal(other)
-    with tangent_scope(input, other):
-        da, db = tangent(input), tangent(other)
-        terms = (
-            None if da is None else torch.sigmoid(a - b) * da,
-            None if db is None else torch.sigmoid(b - a) * db,
-        )
-    return torch.logaddexp(a, b), add_tangents(*terms)
-
-
-@rule("xlogy")
-def xlogy(input: Any, other: Any) -> tuple[Any, Any]:
-    """d(a log b) = log(b) da + (a/b) db."""
-    a, b = primal(input), primal(other)
-    with tangent_scope(input, other):
-        da, db = tangent(input), tangent(other)
-        dy = add_tangents(None if da is None else torch.xlogy(da, b), None if db is None else a / b * db)
-    return torch.xlogy(a, b), dy
+def _modulo(function: Callable[..., Tensor], input: Any, other: Any) -> tuple[Any, Any]:
+    if not isinstance(primal(input), Tensor):  # PyTorch has no derivative of number % tensor
+        input = torch.full((), input, dtype=other.dtype, device=other.device)
+    return forward_derivative(function, (input, other), {})
 
 
 # Comparisons and integer quotients: piecewise constant.

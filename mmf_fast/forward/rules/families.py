@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import DetachedDual, Rule, missing_rule_error, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import (
+    DetachedDual,
+    Dual,
+    Rule,
+    missing_rule_error,
+    primal,
+    register_rule,
+    tangent,
+    tangent_scope,
+)
 from mmf_fast.ops.dispatch import fused
 
 # Where PyTorch keeps the same operation under the same name and argument order.
-_NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg)
+_NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft)
 
 
 def spellings(*names: str) -> list[Any]:
@@ -67,16 +78,17 @@ def _linear_by_example(function: Any) -> None:
     def example_rule(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         args, kwargs = tuple(map(primal, args)), {name: primal(value) for name, value in kwargs.items()}
         y, dx = function(primal(input), *args, **kwargs), tangent(input)
-        if dx is None or not isinstance(y, Tensor) or not y.is_floating_point():
+        if dx is None or not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
             return y, None
         with tangent_scope(input):
             return y, function(dx, *args, **kwargs)
 
 
 def pointwise(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Elementwise functions of one tensor, from their tangent: decorates `d(dx, x, y, *args) -> dy`.
+    """Elementwise functions of one real tensor, from their tangent: decorates `d(dx, x, y, *args) -> dy`.
 
-    Autocast may compute y wider than x; then x and dx arrive in y's dtype.
+    Autocast may compute y wider than x; then x and dx arrive in y's dtype. Complex tensors and other arguments that
+    move take PyTorch's derivative.
     """
 
     def register(derivative: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -92,16 +104,105 @@ def _pointwise(function: Any, derivative: Callable[..., Tensor]) -> None:
     def pointwise_rule(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> tuple[Any, Any]:
         if inplace:
             raise in_place_error(function)
-        constant_arguments(function, (*args, *kwargs.values()))
+        if input.dtype.is_complex or any(isinstance(x, Dual) for x in (input, *args, *kwargs.values())[1:]):
+            return forward_derivative(function, (input, *args), kwargs)
         y = function(input.primal, *args, **kwargs)
         with tangent_scope(input):
             return y, derivative(input.tangent.to(y.dtype), input.primal.to(y.dtype), y, *args, **kwargs)
 
 
+# -- PyTorch's own forward derivative of one function ------------------------------------------------------------------
+
+
+def by_pytorch(*functions: Any, in_graph: bool = True, complex_too: bool = True) -> None:
+    """Functions whose tangent PyTorch's own forward derivative gives rightly.
+
+    in_graph: so it does the gradient through that tangent; otherwise they serve SG_0 only.
+    complex_too: that holds for complex tensors as well; otherwise these are refused.
+    """
+    for function in functions:
+        register_rule(function)(_by_pytorch(function, in_graph, complex_too))
+
+
+def _by_pytorch(function: Any, in_graph: bool, complex_too: bool) -> Rule:
+    names = list(inspect.signature(function).parameters) if isinstance(function, FunctionType) else []
+    position = names.index("inplace") if "inplace" in names else None
+
+    def rule_of_pytorch(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if kwargs.get("inplace") or (position is not None and any(args[position : position + 1])):
+            raise in_place_error(function)
+        if not in_graph and not any(isinstance(x, DetachedDual) for x in _duals((*args, *kwargs.values()))):
+            raise missing_rule_error(
+                function,
+                "PyTorch's gradient through its tangent is wrong or missing: use tangent_grad=False (lambda 0), "
+                "other functions, or teach it with mmf_fast.register_rule",
+            )
+        if not complex_too and any(x.dtype.is_complex for x in _duals((*args, *kwargs.values()))):
+            raise missing_rule_error(
+                function, "PyTorch's tangent of complex tensors is wrong, teach it with register_rule"
+            )
+        return forward_derivative(function, args, kwargs)
+
+    return rule_of_pytorch
+
+
+# What a RuntimeError of PyTorch says of a function, or of one of its arguments, that has no derivative.
+_NOT_DIFFERENTIABLE = ("not differentiable with respect to", "does not support automatic differentiation")
+
+
+def forward_derivative(function: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    """(y, dy) of function(*args, **kwargs) by torch.func.jvp of it in the Duals among its arguments.
+
+    One evaluation, so that a random function draws once. With a DetachedDual, dy has no graph (SG_0).
+    """
+    moving = [x for x in _duals((*args, *kwargs.values())) if x.tangent is not None]
+    detached = any(isinstance(x, DetachedDual) for x in moving)
+
+    def of_moving(*values: Tensor) -> Any:
+        rest = iter(values)
+        return function(*_replaced(args, rest), **{name: _replaced(value, rest) for name, value in kwargs.items()})
+
+    tangents = tuple(x.tangent.detach() if detached else x.tangent for x in moving)  # type: ignore[union-attr]
+    try:
+        y, dy = torch.func.jvp(of_moving, tuple(x.primal for x in moving), tangents)  # type: ignore[misc]
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, NotImplementedError) or any(reason in str(error) for reason in _NOT_DIFFERENTIABLE):
+            raise missing_rule_error(
+                function, "PyTorch does not differentiate it in this argument, teach it with register_rule"
+            ) from error
+        raise
+    return y, _detached(dy) if detached else dy
+
+
+def _duals(x: Any) -> Iterator[Dual]:
+    if isinstance(x, Dual):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for item in x:
+            yield from _duals(item)
+
+
+def _replaced(x: Any, values: Iterator[Tensor]) -> Any:
+    """x with the next value in place of each Dual that has a tangent, in the order of `_duals`."""
+    if isinstance(x, Dual):
+        return x.primal if x.tangent is None else next(values)
+    if isinstance(x, (list, tuple)):
+        items = [_replaced(item, values) for item in x]
+        return items if isinstance(x, list) else tuple(items)
+    return x
+
+
+def _detached(dy: Any) -> Any:
+    if isinstance(dy, (list, tuple)):
+        items = [_detached(item) for item in dy]
+        return items if type(dy) is list else tuple(items)
+    return dy.detach() if isinstance(dy, Tensor) else dy
+
+
 def fusable(name: str, *args: Any) -> bool:
     """Whether the operator mmf_fast::name should serve these tensors and Duals: one dtype, see ops/dispatch.py."""
     tensors = [x for arg in args for x in (primal(arg), tangent(arg)) if x is not None]
-    return len({x.dtype for x in tensors}) == 1 and fused(name, *tensors)
+    return len({x.dtype for x in tensors}) == 1 and tensors[0].is_floating_point() and fused(name, *tensors)
 
 
 def keeps_tangent(*args: Any) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.forward.dual import missing_rule_error, primal, register_rule, tangent, tangent_scope
-from mmf_fast.forward.rules.families import add_tangents, constant_arguments, in_place_error, rule
+from mmf_fast.forward.rules.families import add_tangents, in_place_error
 
 
 def _affine(function: Callable[..., Tensor], spatial_dims: int) -> None:
@@ -36,12 +36,6 @@ for _dims, _functions in enumerate(((F.conv1d, F.conv_transpose1d), (F.conv2d, F
         _affine(_function, _dims)
 _affine(F.conv3d, 3)
 _affine(F.conv_transpose3d, 3)
-
-
-@rule("bilinear")
-def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
-    y = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
-    return y if bias is None else y + bias
 
 
 @register_rule(F.embedding)
@@ -73,19 +67,3 @@ def _dropout(function: Any) -> None:
 
 for _random in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout):
     _dropout(_random)
-
-
-@rule("affine_grid")
-def affine_grid(theta: Any, size: list[int], align_corners: bool | None = None) -> tuple[Any, Any]:
-    y = F.affine_grid(theta.primal, size, align_corners)
-    with tangent_scope(theta):
-        # affine in the homogeneous coordinates, linear in theta
-        return y, F.affine_grid(theta.tangent, size, align_corners)
-
-
-@rule("grid_sample")
-def grid_sample(input: Any, grid: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    constant_arguments(F.grid_sample, (grid,))
-    y = F.grid_sample(input.primal, grid, *args, **kwargs)
-    with tangent_scope(input):
-        return y, F.grid_sample(input.tangent, grid, *args, **kwargs)

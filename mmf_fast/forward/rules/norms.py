@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmf_fast.forward.dual import DetachedDual, Dual, primal, register_rule, tangent, tangent_scope
-from mmf_fast.forward.rules.families import add_tangents, as_autocast, fusable, keeps_tangent
+from mmf_fast.forward.rules.families import (
+    add_tangents,
+    as_autocast,
+    constant_arguments,
+    forward_derivative,
+    fusable,
+    keeps_tangent,
+)
 from mmf_fast.ops.group_norm import group_norm_silu
 from mmf_fast.ops.layer_norm import layer_norm_tangent, modulated_layer_norm, per_row
 
@@ -103,6 +110,8 @@ def rms_norm(
     input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> tuple[Any, Any]:
     """x^ = x / sqrt(mean(x^2) + eps), d x^ = (dx - x^ mean(x^ dx)) / sqrt(mean(x^2) + eps)."""
+    if input.dtype.is_complex:
+        return forward_derivative(F.rms_norm, (input, normalized_shape, weight, eps), {})
     shape = tuple(normalized_shape)
     dims = tuple(range(-len(shape), 0))
     epsilon = torch.finfo(input.dtype).eps if eps is None else eps
@@ -170,6 +179,7 @@ def batch_norm(
     *_: Any,
 ) -> tuple[Any, Any]:
     """Batch statistics in training, running statistics (constants) in evaluation."""
+    constant_arguments(F.batch_norm, (running_mean, running_var))
     x = primal(input)
     y = F.batch_norm(x, running_mean, running_var, primal(weight), primal(bias), training, momentum, eps)
     dims = (0, *range(2, x.ndim))
@@ -189,6 +199,7 @@ def instance_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> tuple[Any, Any]:
+    constant_arguments(F.instance_norm, (running_mean, running_var))
     x = primal(input)
     y = F.instance_norm(x, running_mean, running_var, primal(weight), primal(bias), use_input_stats, momentum, eps)
     dims = tuple(range(2, x.ndim))

@@ -72,7 +72,7 @@ def _as_autocast(x: Any) -> Any:
 def attention_weights(query: Any, key: Any, mask: Any, scale: float | None = None) -> Any:
     """softmax(s q k^T + mask), where the weights themselves are needed."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    logits = torch.matmul(scale * query, key.transpose(-2, -1))  # Dynamo has no @ of two Duals
+    logits = scale * query @ key.transpose(-2, -1)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
     return torch.softmax(logits, -1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmf_fast.forward.dual import no_tangent, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import linear_by_example, linear_in_first, rule, spellings
 
+linear_in_first("sum", "mean", "cumsum", "trace")
 linear_in_first("view", "reshape", "flatten", "squeeze", "unsqueeze", "ravel", "alias")
 linear_in_first("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "flip", "fliplr")
 linear_in_first("flipud", "roll", "rot90", "expand", "broadcast_to", "repeat", "repeat_interleave", "tile")
@@ -21,11 +22,22 @@ linear_in_first("diagonal", "diag", "diag_embed", "diagflat", "tril", "triu", "s
 linear_in_first("atleast_1d", "atleast_2d", "atleast_3d")
 linear_in_first("clone", "contiguous", "float", "double", "half", "bfloat16", "cuda", "cpu", "pin_memory")
 linear_in_first("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+linear_in_first("avg_pool1d", "avg_pool2d", "avg_pool3d", "interpolate", "upsample", "upsample_nearest")
+linear_in_first("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_bilinear")
+linear_in_first("max_unpool1d", "max_unpool2d", "max_unpool3d", "affine_grid", "grid_sample")
+linear_in_first("real", "imag", "view_as_real", "view_as_complex", "conj", "resolve_conj", "resolve_neg", "cdouble")
+linear_in_first("cfloat", "fftshift", "ifftshift")
+linear_in_first(
+    "alias_copy", "as_strided_copy", "diagonal_copy", "expand_copy", "narrow_copy", "permute_copy", "t_copy"
+)
+linear_in_first("squeeze_copy", "unsqueeze_copy", "transpose_copy", "view_copy", "unfold_copy", "unbind_copy")
+linear_in_first("split_with_sizes_copy")
 linear_by_example("view_as", "reshape_as", "expand_as", "type_as", "to", "type")
 
 no_tangent(
     *spellings("size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "storage_offset"),
     *spellings("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_pinned"),
+    *spellings("is_tensor"),
     *spellings("get_device", "data_ptr", "result_type", "is_same_size", "ndimension", "dim_order", "untyped_storage"),
     *spellings("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"),
     *spellings("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "new_empty_strided"),

@@ -1,49 +1,32 @@
-"""What the trainer asks of an engine: one optimisation step, the averaged weights, and its state.
+"""The engines: what makes one optimisation step, and keeps weights, averages and the optimizer's state.
 
 An engine owns the loss module, the optimizer and the device; the trainer owns time (steps, data, records, checkpoints).
 """
 
-from typing import Any, NamedTuple, Protocol
+import os
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmf_fast.training.timing import Phases
+from mmf_fast.training.engines.base import Engine, StepResult
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, read_zero
 
-
-class StepResult(NamedTuple):
-    """What one step gave. Reading a tensor waits for the device, so the trainer does it only where it logs.
-
-    metrics: detached 0-d tensors, at least "loss" (before the step), "grad_norm" (before clipping) and "lr".
-    skipped: 0-d bool tensor: the loss or its gradient was not finite, and nothing was changed.
-    """
-
-    metrics: dict[str, Tensor]
-    skipped: Tensor
+__all__ = ["Engine", "StepResult", "build_engine"]
 
 
-class Engine(Protocol):
-    """One process' share of the training. Every rank calls every method, in the same order."""
+def build_engine(loss_fn: nn.Module, optimizer: Optimizer, train: Train, seed: int = 0) -> Engine:
+    """The engine that trains the loss, by train.zero. Raises ConfigError where it cannot be had."""
+    if train.zero == "fsdp":
+        from mmf_fast.training.engines.fsdp import FSDPEngine
 
-    rank: int
-    world_size: int
-    device: torch.device
-    phases: Phases  # of which `step` times its share: "data" (to the device), "loss", "backward", "optimizer"
+        return FSDPEngine(loss_fn, optimizer, train, seed)
+    if train.zero:
+        try:
+            from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
+        except ImportError as error:
+            raise ConfigError("train.zero needs DeepSpeed: pip install --no-build-isolation deepspeed") from error
+        return DeepSpeedEngine(loss_fn, optimizer, train, read_zero(train.zero), seed)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("several processes were started: set train.zero, for instance train.zero=zero1.json or fsdp")
+    from mmf_fast.training.engines.local import LocalEngine
 
-    def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
-        """One update on this rank's samples x (B, *shape), rows rank, rank + world_size, ... of the global batch, with
-        their rows of cond; `step` counts from 0 and sets learning rate, lambda, noise and times."""
-        ...
-
-    def averaged(self) -> nn.Module:
-        """The network with its averaged weights, in eval mode, whole on rank 0."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's share of weights, average and optimizer, as tensors and plain containers only: it must load with
-        weights_only=True."""
-        ...
-
-    def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
-        """Takes what all ranks returned from state_dict, in their order."""
-        ...
+    return LocalEngine(loss_fn, optimizer, train, seed)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.rule_cases import CASES
 from support.rule_harness import Case, tangents
 from torch import Tensor
 
-from mmf_fast.forward import dual
 from mmf_fast.forward.dual import DetachedDual, Dual, primal
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -122,31 +120,3 @@ def test_detached_tangent_leaves_the_primal_gradient_alone(case: Case) -> None:
         for results in ([primal(y) for y in out], plain)
     )
     assert close(list(through_dual), list(ordinary), EXACT)
-
-
-class Recorder(dict):
-    """A registry that notes which of its functions are called from outside, not by another rule."""
-
-    def __init__(self, rules: dict) -> None:
-        super().__init__(rules)
-        self.reached: set = set()
-        self.outermost = True
-
-    def get(self, function, default=None):  # type: ignore[no-untyped-def]
-        if self.outermost:
-            self.reached.add(function)
-        self.outermost = False
-        return super().get(function, default)
-
-
-def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(dual._RULES)
-    monkeypatch.setattr(dual, "_RULES", recorder)
-    for case in CASES:
-        arguments = duals(Dual, case.variables, case.directions(), (True,) * len(case.variables))
-        for function in case.functions:
-            recorder.outermost = True
-            case.call(arguments, function)
-    unreachable = {F.sigmoid, F.tanh, Tensor.unflatten, Tensor.norm, Tensor.split, Tensor.pow}  # lead to torch.*
-    missed = set(recorder) - recorder.reached - unreachable - {Tensor.cuda, Tensor.pin_memory}
-    assert not missed, f"rules without a case in the table: {missed}"

@@ -1,0 +1,170 @@
+"""The contract with a network: u(z, r, t, **cond) gives the average velocity over [r, t], a tensor like z.
+
+The loss and the sampler take any callable and check here what can be known of it: its signature when it is handed
+over, what it returns at each call. Whatever does not fit is adapted in one line, by `mmf_fast.Adapter`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+__all__ = ["bare", "check_cond", "check_network", "check_output", "hidden_modules"]
+
+ADAPT = "mmf_fast.Adapter(net, lambda net, z, r, t, **c: {call})"
+
+# How public networks name the time of z (their second argument, where r should stand), and times in general.
+_PRESENT = re.compile(
+    r"(ts?|times?|timesteps?|sigmas?|noise_(label|level)s?|c_noise|log_snr)(_(cond|emb|embedding)s?)?"
+)
+_SOME_TIME = re.compile(r"(.*_)?(ts?|t\d|times?|timesteps?|tau|end|stop|later)")
+_NO_TIME = re.compile(r"y|h|dt|d|c|aug.*|cond.*|context.*|.*labels?|class.*|encoder.*|text.*|emb.*|prompt.*|mask.*")
+
+
+def check_network(net: Any) -> None:
+    """Raises ValueError where the signature shows another call than u(z, r, t, **cond), for instance net(z, t, y=None),
+    which would take r for t and t for labels; warns about a function that hides the module it calls."""
+    if not callable(net):
+        raise ValueError(f"net is a {type(net).__name__}: give a callable u(z, r, t, **cond), usually an nn.Module")
+    hidden = hidden_modules(net)
+    if hidden:
+        warnings.warn(
+            f"net is a function that hides the module {hidden[0]}: its parameters, modes and devices are out of reach; "
+            f"give {ADAPT.format(call='net(z, t, r, **c)')}",
+            stacklevel=3,
+        )
+    parameters = _parameters(net)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters) or not parameters:
+        return  # *args take anything
+    fits = len(positional) > 2 and not _PRESENT.fullmatch(positional[1].name)
+    if fits and not _SOME_TIME.fullmatch(positional[2].name):
+        third = positional[2]
+        fits = third.default is third.empty and not _NO_TIME.fullmatch(third.name)
+    if not fits:
+        names = ", ".join(p.name for p in positional)
+        raise ValueError(
+            f"{_name(net)} is called as ({names}), not as u(z, r, t, **cond), where t is the time of z and r < t the "
+            f"other end of the interval: adapt it, for instance {ADAPT.format(call='net(z, t, r, **c)')}"
+        )
+
+
+def check_cond(net: Any, own: Mapping[str, Any], caller: str) -> None:
+    """Raises ValueError for an argument that `caller` (the loss, the sampler) and the network both call by one name.
+
+    own: the caller's own arguments that were given.
+    """
+    theirs = {p.name for p in _parameters(net)[3:]}
+    for name in own:
+        if name in theirs:
+            call = f"net(z, r, t, {name}=c.pop('net_{name}'), **c)"
+            raise ValueError(
+                f"{name}= is an argument of {caller}, and {_name(net)} has a condition of that name: call that "
+                f"net_{name}, by {ADAPT.format(call=call)}"
+            )
+
+
+def check_output(u: Any, z: Tensor) -> Any:
+    """u, where it is a floating-point tensor (or Dual) of the shape and on the device of z. Raises ValueError."""
+    u_of = getattr(u, "primal", u)  # of a Dual
+    z = getattr(z, "primal", z)
+    if not isinstance(u_of, Tensor):
+        raise ValueError(f"the network returned {_described(u)} for z {tuple(z.shape)}: {_way_out(u)}")
+    if u_of.shape != z.shape:
+        raise ValueError(
+            f"the network returned u of shape {tuple(u_of.shape)} for z of shape {tuple(z.shape)}: they must be equal"
+            + _channels_way_out(u_of, z)
+        )
+    if not u_of.is_floating_point():
+        raise ValueError(
+            f"the network returned {u_of.dtype} for z of {z.dtype}: the velocity is a floating-point tensor"
+        )
+    if u_of.device != z.device:
+        raise ValueError(f"the network returned u on {u_of.device} for z on {z.device}: move one to the other's device")
+    return u
+
+
+# ---- what a network looks like from outside --------------------------------------------------------------------------
+
+
+def bare(net: Any) -> Any:
+    """The network itself, without what torch.compile, DDP or AveragedModel put around it."""
+    while True:
+        if isinstance(net, nn.Module) and "_orig_mod" in net._modules:
+            net = net._orig_mod
+        elif isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
+            net = net.module
+        else:
+            return net
+
+
+def _parameters(net: Any) -> list[inspect.Parameter]:
+    net = bare(net)
+    try:
+        own = isinstance(net, nn.Module) and not hasattr(net, "__signature__")
+        return list(inspect.signature(net.forward if own else net).parameters.values())
+    except (TypeError, ValueError):  # a builtin
+        return []
+
+
+def _name(net: Any) -> str:
+    net = bare(net)
+    return type(net).__name__ if isinstance(net, nn.Module) else getattr(net, "__name__", type(net).__name__)
+
+
+def hidden_modules(net: Any) -> list[str]:
+    """Names of the modules that a callable, without being one, calls: in a closure, a global, a partial or a method."""
+    if isinstance(net, nn.Module):
+        return []
+    deeper: list[str] = []
+    if isinstance(net, functools.partial):
+        held = [net.func, *net.args, *net.keywords.values()]
+        deeper = hidden_modules(net.func)
+    elif inspect.isfunction(net):
+        found = inspect.getclosurevars(net)
+        held = [*found.nonlocals.values(), *found.globals.values()]
+    else:
+        held = [getattr(net, "__self__", None), *getattr(net, "__dict__", {}).values()]
+    return [type(x).__name__ for x in held if isinstance(x, nn.Module)] + deeper
+
+
+# ---- what a network returned -----------------------------------------------------------------------------------------
+
+
+def _described(u: Any) -> str:
+    def of(x: Any) -> str:
+        return str(tuple(x.shape)) if hasattr(x, "shape") else type(x).__name__
+
+    if isinstance(u, Mapping):
+        return f"a {type(u).__name__} with " + ", ".join(f"{key!r} {of(x)}" for key, x in u.items())
+    if isinstance(u, (tuple, list)):
+        return f"a {type(u).__name__} of {len(u)} ({', '.join(map(of, u))})"
+    return "None" if u is None else f"a {type(u).__name__}"
+
+
+def _way_out(u: Any) -> str:
+    call = "net(z, r, t, **c)"
+    if hasattr(u, "sample"):
+        call += ".sample"
+    elif isinstance(u, Mapping):
+        call += f"[{next(iter(u), 'u')!r}]"
+    elif isinstance(u, (tuple, list)):
+        call += "[0]"
+    else:
+        return "it must return a tensor like z, the average velocity u"
+    return f"it must return one tensor like z; pick it by {ADAPT.format(call=call)}"
+
+
+def _channels_way_out(u: Tensor, z: Tensor) -> str:
+    alike = u.ndim == z.ndim > 1 and u.shape[0] == z.shape[0] and u.shape[2:] == z.shape[2:]
+    if not alike or u.shape[1] < z.shape[1]:
+        return ""
+    call = f"net(z, r, t, **c)[:, :{z.shape[1]}]"
+    return f"; if the first {z.shape[1]} channels are u (the others a learned variance), {ADAPT.format(call=call)}"

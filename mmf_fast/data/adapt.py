@@ -1,0 +1,163 @@
+"""Data of one's own as a `Dataset`: tensors, a torch Dataset, or anything that yields batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset, Epochs, Identity, SplitName, rank_part
+
+__all__ = ["IndexedDataset", "StreamedDataset", "as_dataset"]
+
+
+def as_dataset(source: Any, seed: int = 0) -> Dataset:
+    """A `Dataset` from any of these; x is floating-point, or uint8 for images of 0 to 255, which stand for [-1, 1]:
+
+        x, or (x, cond)     tensors of all N samples; cond: labels (N,), or {"name": tensor of N rows}
+        a torch Dataset     dataset[i] is x, (x, y) or (x, {"name": ...}), with a length: shuffled anew in each epoch
+        an iterable         of batches x, (x, y) or (x, {...}), such as a DataLoader: on each process those of its own
+        a Dataset           of this package, as it is
+
+    cond are the keyword arguments of the network; labels alone are its `y`. seed: of the order of the samples.
+    Raises ValueError for anything else.
+    """
+    if callable(getattr(source, "batch", None)):
+        return source
+    if isinstance(source, Tensor):
+        source = (source, None)
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Tensor):
+        x, cond = source
+        if cond is None or isinstance(cond, Tensor):
+            return ArrayDataset("tensor", {"train": (x, cond)}, seed=seed)
+        return IndexedDataset(_Table(x, cond), seed)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return IndexedDataset(source, seed)
+    if isinstance(source, Iterable):
+        return StreamedDataset(source, seed)
+    raise ValueError(
+        f"data is a {type(source).__name__}: give a tensor, (x, y), a torch Dataset, or an iterable of batches"
+    )
+
+
+class _Own:
+    """What a dataset of one's own says of itself; its samples come with the first batch."""
+
+    num_classes = 0  # pictures then take the conditions of the first batch
+    identity: Identity = {}
+
+    def __init__(self, source: Any, shape: tuple[int, ...]) -> None:
+        self.source, self.shape, self.name = source, shape, type(source).__name__
+        if not shape:
+            raise ValueError(f"{self.name} gave single numbers: a sample is a tensor of at least one dimension")
+
+    def split(self, name: SplitName) -> Batch:
+        raise ValueError(f"{self.name} has no splits: evaluate with a dataset that has a training and a validation set")
+
+
+class _Table:
+    """Tensors of N rows as a torch Dataset."""
+
+    def __init__(self, x: Tensor, cond: Mapping[str, Tensor]) -> None:
+        self.x, self.cond = x, cond
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.x[row], {name: value[row] for name, value in self.cond.items()}
+
+
+class IndexedDataset(_Own):
+    """A torch Dataset with a length: samples by index, collated as a DataLoader does it.
+
+    A batch is a function of (seed, step, size) alone where source[i] is one of i alone.
+    """
+
+    def __init__(self, source: Any, seed: int = 0) -> None:
+        if not len(source):
+            raise ValueError(f"{type(source).__name__} has no samples")
+        super().__init__(source, tuple(_split(default_collate([source[0]]))[0].shape[1:]))
+        self._epochs = Epochs(self.name, len(source), seed)
+
+    def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
+        rows = self._epochs.rows(step, size, rank, world_size).tolist()
+        return _split(default_collate([self.source[row] for row in rows]))
+
+
+class StreamedDataset(_Own):
+    """An iterable of batches, gone through again when it ends. A run goes on exactly where going through it again gives
+    the same batches; those before are left out. So `set_epoch(epoch)` is called where it or its sampler has one, and a
+    DataLoader without a generator gets one, seeded by (seed, epoch), and draws no more from the global one.
+
+    Each process gives its own iterable, of batches of train.batch / processes samples.
+    """
+
+    def __init__(self, source: Iterable[Any], seed: int = 0) -> None:
+        self.source, self.name = source, type(source).__name__
+        self._seed, self._generator = seed, torch.Generator()
+        self._epoch, self._next = 0, 0  # _next: the step whose batch comes next
+        self._batches: Iterator[Any] = iter(())
+        self._last: tuple[int, Batch] | None = None
+        self._restart()
+        super().__init__(source, tuple(self._take(0)[0].shape[1:]))
+
+    def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
+        rank_part(step, size, rank, world_size)  # refuses what does not divide
+        found = self._take(step)
+        if len(found[0]) * world_size != size:
+            raise ValueError(
+                f"{self.name} gave a batch of {len(found[0])} at step {step}, but {size} samples on {world_size} "
+                f"processes are {size // world_size} each: set train.batch, or the batch size of the data (drop_last)"
+            )
+        return found
+
+    def _take(self, step: int) -> Batch:
+        if self._last is not None and self._last[0] == step:
+            return self._last[1]
+        if step < self._next:
+            self._restart()
+        while True:
+            batch = self._advance()
+            if self._next > step:
+                self._last = (step, _split(batch))
+                return self._last[1]
+
+    def _advance(self) -> Any:
+        for _ in range(2):
+            for batch in self._batches:
+                self._next += 1
+                return batch
+            self._begin(self._epoch + 1)
+        raise ValueError(
+            f"{self.name} ended after {self._next} batches and gives none when it is gone through again: "
+            "give an iterable that can be, such as a DataLoader, or fewer train.steps"
+        )
+
+    def _restart(self) -> None:
+        if self._next and isinstance(self.source, Iterator):
+            raise ValueError(f"{self.name} cannot be gone through again: give an iterable, such as a DataLoader")
+        self._next = 0
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._generator.manual_seed((self._seed << 32) + epoch)
+        each: Any
+        for each in (self.source, getattr(self.source, "sampler", None)):
+            getattr(each, "set_epoch", lambda epoch: None)(epoch)
+            if getattr(each, "generator", self) is None:
+                each.generator = self._generator
+        self._batches = iter(self.source)
+
+
+def _split(item: Any) -> Batch:
+    """x, (x,), (x, y) or (x, {...}) -> (x, condition)"""
+    if isinstance(item, Tensor):
+        return item, None
+    if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and isinstance(item[0], Tensor):
+        return item[0], item[1] if len(item) == 2 else None
+    raise ValueError(f"data gave a {type(item).__name__}: a sample is x, (x, y) or (x, {{name: value}}), x a tensor")

@@ -1,0 +1,149 @@
+"""The first day on a GPU, rehearsed on a CPU: the same code at toy sizes, and what happens when it goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.gpu import PARTS, report, wheels
+from benchmarks.gpu.__main__ import main, name_of
+from benchmarks.gpu.rows import AGAIN, LOST, Rows, TimeUp
+from benchmarks.gpu.tests import kind_of
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def rehearse(folder: Path, *arguments: str, minutes: float = 5) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--toy", f"--minutes={minutes}", f"--out={folder}", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def read(folder: Path, part: str) -> dict:
+    return json.loads((folder / f"{part}.json").read_text())
+
+
+def is_whole(run: dict) -> bool:
+    return run["ended"] == "complete" and not any("error" in row for row in run["rows"])
+
+
+def test_tiles_are_swept_and_reported(tmp_path):
+    pytest.importorskip("triton")
+    done = rehearse(tmp_path, "--part=tiles")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = read(tmp_path, "tiles")
+    assert is_whole(run) and {row["kernel"] for row in run["rows"]} == {"forward", "key", "query"}
+    assert all(row["error of values"] < 1e-5 and row["seconds"] > 0 for row in run["rows"])
+    text = report.one_device(tmp_path)
+    assert "| forward | 16 | 16 |" in text and "not complete" not in text
+
+
+@pytest.mark.slow
+def test_every_part_is_rehearsed(tmp_path):
+    pytest.importorskip("triton")
+    done = rehearse(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(is_whole(read(tmp_path, part)) and read(tmp_path, part)["rows"] for part in PARTS)
+    text = report.one_device(tmp_path)
+    assert all(f"#### {report.TITLES[part]}" in text for part in PARTS)
+    assert "3 passed, 0 failed" in text and "| one process |" in text and "SDPA, no tangent" in text
+
+
+def rows_at(tmp_path, left=60.0, resume=False):
+    return Rows(tmp_path / "steps.json", time.time() + left, {"device": "none"}, resume)
+
+
+def test_a_row_that_fails_says_why_and_the_next_is_measured(tmp_path):
+    rows = rows_at(tmp_path)
+    rows.measure({"name": "a"}, lambda: 1 / 0)
+    rows.measure({"name": "b"}, lambda: {"seconds": 0.12345678})
+    first, second = read(tmp_path, "steps")["rows"]
+    assert first["error"] == "ZeroDivisionError: division by zero"
+    assert second["seconds"] == 0.1235 and "error" not in second
+
+
+def test_a_part_whose_process_died_goes_on_after_the_row_that_killed_it(tmp_path):
+    rows = rows_at(tmp_path)
+    rows.measure({"name": "a", "size": 1 / 3}, lambda: {"seconds": 1.0})
+
+    def die():
+        raise SystemExit(AGAIN)
+
+    with pytest.raises(SystemExit):
+        rows.measure({"name": "b"}, die)
+    measured = []
+    rows = rows_at(tmp_path, resume=True)
+    for row in ({"name": "a", "size": 1 / 3}, {"name": "b"}, {"name": "c"}):
+        rows.measure(row, lambda row=row: measured.append(row["name"]) or {})
+    assert measured == ["c"] and read(tmp_path, "steps")["rows"][1]["error"] == LOST
+
+
+def test_a_part_whose_time_is_up_keeps_its_rows(tmp_path):
+    rows = rows_at(tmp_path, left=2)
+
+    def part():
+        rows.measure({"name": "a"}, lambda: {"seconds": 1.0})
+        rows.measure({"name": "b"}, lambda: time.sleep(60))
+
+    assert rows.run(part) == 0
+    run = read(tmp_path, "steps")
+    assert run["ended"] == "time is up" and [row["name"] for row in run["rows"]] == ["a"]
+    with pytest.raises(TimeUp):
+        rows.measure({"name": "c"}, dict)
+
+
+def test_sigterm_ends_a_part_as_its_deadline_does(tmp_path):
+    rows = rows_at(tmp_path)
+    assert rows.run(lambda: rows.measure({"name": "a"}, lambda: os.kill(os.getpid(), signal.SIGTERM))) == 0
+    assert read(tmp_path, "steps")["ended"] == "time is up"
+
+
+def test_a_part_that_dies_is_started_again(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *--resume*) exit 0;; esac\nkill -SEGV $$\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert main(["--part=profile", f"--out={tmp_path}"]) == 0
+    first, second = log.read_text().splitlines()
+    assert "--resume" not in first and second == f"{first} --resume"
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--part=tests", f"--until={time.time() + 60}"]) == 2
+    assert "error: no CUDA device here; --toy" in capsys.readouterr().err
+
+
+def test_devices_have_folders():
+    assert name_of("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert name_of("NVIDIA GeForce RTX 4090") == "geforce-rtx-4090"
+
+
+def test_where_nothing_was_measured_the_page_says_so(tmp_path):
+    assert report.section(tmp_path).splitlines()[2:] == [report.NOTHING]
+
+
+def test_tests_of_one_kernel_dtype_and_head_size_are_one_kind():
+    def item(name, **params):
+        callspec = SimpleNamespace(params={"device": "cuda", **params})
+        return SimpleNamespace(path=Path("tests/ops/test_x.py"), name=name, originalname="test_y", callspec=callspec)
+
+    one, other = item("test_y[1]", shape=(7, 7, 24), dtype=0), item("test_y[2]", shape=(5, 33, 24), dtype=0)
+    assert kind_of(one) == kind_of(other)
+    assert kind_of(one) != kind_of(item("test_y[3]", shape=(7, 7, 32), dtype=0))
+    assert kind_of(item("test_y[4]", shape=())) != kind_of(one)
+
+
+def test_wheels_are_for_what_is_missing_or_older():
+    assert wheels._newer("no_such_distribution", "1.0")
+    assert wheels._newer("torch", "99.0") and not wheels._newer("torch", "1.0.2")
+    with pytest.raises(ValueError, match="make wheels"):
+        wheels.install(Path(__file__).parent / "none", Path("."))

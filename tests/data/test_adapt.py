@@ -1,0 +1,116 @@
+"""Data of one's own: every kind gives the batches of a Dataset."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from mmf_fast.data import ArrayDataset, as_dataset, load, register_dataset
+
+X, Y = torch.arange(24.0).view(12, 2), torch.arange(12)
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> Any:
+        return X[i].numpy(), i
+
+
+@pytest.mark.parametrize("source", [(X, Y), TensorDataset(X, Y), Pairs()], ids=["tensors", "dataset", "arrays"])
+def test_samples_by_index_are_shuffled_anew_in_each_epoch_and_shared_by_the_ranks(source: Any) -> None:
+    dataset = as_dataset(source, seed=3)
+    reference = ArrayDataset("it", {"train": (X, Y)}, seed=3)
+    assert dataset.shape == (2,)
+    for step in range(5):
+        for rank in range(2):
+            x, y = dataset.batch(step, 6, rank, 2)
+            want_x, want_y = reference.batch(step, 6, rank, 2)
+            assert want_y is not None and y is not None
+            assert torch.equal(x, want_x) and torch.equal(y, want_y)
+
+
+def test_conditions_by_name_follow_their_samples() -> None:
+    dataset = as_dataset((X, {"text": 10.0 * Y, "y": Y}))
+    for step in range(4):
+        x, cond = dataset.batch(step, 5)
+        assert (
+            isinstance(cond, dict) and torch.equal(x[:, 0], 2.0 * cond["y"]) and torch.equal(cond["text"], x[:, 0] * 5)
+        )
+
+
+def test_x_alone_has_no_conditions() -> None:
+    for source in (X, TensorDataset(X), DataLoader(X, batch_size=4)):  # type: ignore[arg-type]
+        x, y = as_dataset(source).batch(0, 4)
+        assert x.shape == (4, 2) and y is None
+
+
+def test_an_iterable_is_gone_through_again_and_a_step_is_found_again() -> None:
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4)
+    dataset = as_dataset(loader)
+    for step in (0, 0, 1, 2, 3, 7, 4, 0):  # also backwards, which begins again
+        x, y = dataset.batch(step, 4)
+        assert torch.equal(x, X[4 * (step % 3) :][:4]) and y is not None and torch.equal(y, Y[4 * (step % 3) :][:4])
+
+
+def test_each_process_iterates_over_its_own_batches_and_epochs_are_shuffled_by_their_number() -> None:
+    def dataset(rank: int) -> Any:
+        sampler = DistributedSampler(TensorDataset(X, Y), num_replicas=2, rank=rank, seed=1)
+        return as_dataset(DataLoader(TensorDataset(X, Y), batch_size=3, sampler=sampler))
+
+    ranks = [dataset(rank) for rank in range(2)]
+    epochs = [
+        [int(y) for step in (2 * e, 2 * e + 1) for d in ranks for y in d.batch(step, 6, 0, 2)[1]] for e in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
+    again = [int(y) for step in (2, 3) for y in dataset(0).batch(step, 6, 0, 2)[1]]  # as after a resumption
+    assert again == [*epochs[1][:3], *epochs[1][6:9]]
+
+
+def test_batches_that_do_not_fit_are_refused() -> None:
+    dataset = as_dataset(DataLoader(TensorDataset(X, Y), batch_size=5))
+    with pytest.raises(ValueError, match="batch of 5 at step 0, but 8 samples on 2 processes are 4 each"):
+        dataset.batch(0, 8, 0, 2)
+    with pytest.raises(ValueError, match="batch of 2 at step 2.*drop_last"):
+        dataset.batch(2, 5)
+
+
+def test_a_generator_serves_once() -> None:
+    def batches() -> Iterator[Tensor]:
+        yield from X.split(4)
+
+    dataset = as_dataset(batches())
+    assert torch.equal(dataset.batch(0, 4)[0], X[:4]) and torch.equal(dataset.batch(1, 4)[0], X[4:8])
+    with pytest.raises(ValueError, match="cannot be gone through again"):
+        dataset.batch(0, 4)
+    with pytest.raises(ValueError, match="ended after 3 batches"):
+        dataset.batch(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (3, "data is a int: give a tensor"),
+        ([{"image": X}], "a sample is x"),
+        (np.zeros(3), "gave single numbers"),
+        ([], "list has no samples"),
+    ],
+)
+def test_what_is_no_data_is_refused(source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_dataset(source)
+
+
+def test_a_registered_dataset_is_loaded_by_name() -> None:
+    def rows(count: int) -> Tensor:
+        return X[:count]
+
+    register_dataset("rows_of_test_adapt", rows)
+    assert load("rows_of_test_adapt", count=5).batch(0, 5)[0].shape == (5, 2)
+    with pytest.raises(ValueError, match="needs the option 'count'"):
+        load("rows_of_test_adapt")
