@@ -1,15 +1,40 @@
-"""Collective helpers for the processes of a run. A process without a group is rank 0 of 1."""
+"""The processes of a run: how they meet, what they tell each other, and that what fails on one fails on all.
+
+A process without a group is rank 0 of 1.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["agree", "gather", "rank_and_count"]
+from mmf_fast.devices import choose_device
+
+__all__ = ["agree", "gather", "join", "rank_and_count"]
 
 _Result = TypeVar("_Result")
+
+
+def join(name: str) -> torch.device:
+    """Joins the processes of the launcher, or starts a group of one, and takes the device of that name; on CUDA this
+    rank's. gloo serves CPUs, nccl CUDA. Raises ValueError for a device that is not here."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -26,14 +51,32 @@ def gather(value: Any) -> list[Any]:
 
 
 def agree(work: Callable[[], _Result]) -> _Result:
-    """work() on every rank. An OSError or ValueError of one is raised on all of them, so that none waits."""
-    result, problem = None, None
+    """work() on every rank. An exception of one is raised on all of them, so that none waits: of its own kind where
+    that can be sent, else a RuntimeError that names it."""
+    result: Any = None
+    problem: Exception | None = None
     try:
         result = work()
-    except (OSError, ValueError) as error:
-        problem = error
-    for each in gather(problem):
-        if each is not None:
-            each.agreed = True  # all ranks raise it, so that one of them may tell
-            raise each
-    return result  # type: ignore[return-value]
+    except Exception as raised:
+        problem = raised
+    for rank, sent in enumerate(gather(problem and _sendable(problem))):
+        if sent is not None:
+            error = problem if problem is not None else _received(rank, *sent)
+            error.agreed = True  # type: ignore[attr-defined]  # all ranks raise it, so that one of them may tell
+            raise error
+    return result
+
+
+def _sendable(error: Exception) -> tuple[bytes | None, str]:
+    """The exception, if another process can make it again, and its kind and text."""
+    text = f"{type(error).__name__}: {error}"
+    try:
+        sent = pickle.dumps(error)
+        pickle.loads(sent)
+    except Exception:  # of all kinds: what an exception holds, or how it is made, may be anything
+        return None, text
+    return sent, text
+
+
+def _received(rank: int, sent: bytes | None, text: str) -> Exception:
+    return RuntimeError(f"rank {rank}: {text}") if sent is None else pickle.loads(sent)

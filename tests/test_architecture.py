@@ -30,8 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": set(),
     "pictures": {"files"},
     "files": set(),
+    "distributed": {"devices"},
     "devices": set(),
-    "distributed": set(),
     "registry": set(),
     "contract": set(),
 }  # fmt: skip

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mmf_fast.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -27,13 +29,24 @@ def test_links_lead_somewhere(page: Path, link: str) -> None:
 
 def test_the_tree_names_real_files() -> None:
     tree = README.split("```text")[1].split("```")[0]
-    names = [line.split()[0] for line in tree.strip().splitlines() if line.split()]
-    missing = [name for name in names if not list(ROOT.glob(f"**/{name.rstrip('/')}"))]
-    assert not missing
+    names = re.findall(r"[\w/]+(?:\.py|/)(?!\S)", tree)
+    assert len(names) > 15
+    assert [name for name in names if not list(ROOT.glob(f"**/{name.rstrip('/')}"))] == []
 
 
-def test_the_drop_in_example_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["own network", "adapter", "own training"])
+def test_a_block_runs_outside_of_the_checkout(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    named = set(re.findall(r"\bmmf ([a-z]+)", README))
+    assert {"train", "sample", "evaluate"} <= named <= set(COMMANDS)
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 150

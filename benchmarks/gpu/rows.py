@@ -50,32 +50,38 @@ class Rows:
         known = self.find(key)
         if known is not None:
             return known
+        begin = time.time()
+        found = self.attempt(key, run)
+        return self.rows[-1] if found is None else self.add(key | found | {"took": time.time() - begin})
+
+    def attempt(self, key: Row, make: Callable[[], Any]) -> Any:
+        """What `make` returns; None, and a row that says why, where it fails or failed before. Raises as `measure`."""
+        if self.find(key) is not None:
+            return None
         if self.left() <= 0:
             raise TimeUp
-        begin = time.time()
-        row = self.add(key | {"error": LOST}, quiet=True)
+        row = key | {"error": LOST}  # what the file says if the process ends here
         try:
-            found = run()
+            self.rows.append(row)
+            self.write()
+            found = make()
+            gc.collect()
         except Exception as error:
-            found = {"error": reason(error)}
+            row["error"] = reason(error)
+            self.write()
+            self.say(row)
+            leave_a_lost_device()
+            return None
         except KeyboardInterrupt:
             self.rows.remove(row)
             raise
-        row.pop("error")
-        row |= found | {"took": time.time() - begin}
-        self.write()
-        self.say(row)
-        gc.collect()
-        if "error" in found and torch.cuda.is_available():
-            leave_a_lost_device()
-            torch.cuda.empty_cache()
-        return row
+        self.rows.remove(row)
+        return found
 
-    def add(self, row: Row, quiet: bool = False) -> Row:
+    def add(self, row: Row) -> Row:
         self.rows.append(row)
         self.write()
-        if not quiet:
-            self.say(row)
+        self.say(row)
         return row
 
     def find(self, key: Row) -> Row | None:
@@ -121,11 +127,13 @@ class Rows:
 
 def leave_a_lost_device() -> None:
     """An illegal access in a kernel takes the device from the whole process: only another process can go on."""
-    try:
-        torch.cuda.synchronize()
-    except Exception as error:
-        print(f"the device is lost to this process: {reason(error)}", file=sys.stderr, flush=True)
-        sys.exit(AGAIN)
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            print(f"the device is lost to this process: {reason(error)}", file=sys.stderr, flush=True)
+            sys.exit(AGAIN)
 
 
 def end(process: subprocess.Popen[Any], patience: float = 5.0) -> None:

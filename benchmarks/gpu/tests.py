@@ -24,6 +24,7 @@ def run(rows: Rows, device: str, toy: bool) -> None:
     arguments += [TOY_TESTS] if toy else ["-m", "gpu", "tests"]
     if not toy and importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "load"]
+    arguments += [f"--deselect={row['test']}" for row in rows.rows]  # it goes on
     status = pytest.main(arguments, plugins=[Report(rows)])
     if status == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
@@ -36,13 +37,6 @@ class Report:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """What the file has already is not run again."""
-        known = [item for item in items if self.rows.find({"test": item.nodeid})]
-        config.hook.pytest_deselected(items=known)
-        items[:] = [item for item in items if item not in known]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

@@ -3,10 +3,10 @@ configuration, then what did best there at other sizes. benchmarks/gpu/defaults.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import statistics
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from unittest import mock
@@ -40,24 +40,30 @@ TOY_SWEEP, TOY_OTHERS, TOY_HEADS = Size(1, 1, 16), (Size(1, 1, 20),), (16,)
 def run(rows: Rows, device: str, toy: bool) -> None:
     sweep, others, heads = (TOY_SWEEP, TOY_OTHERS, TOY_HEADS) if toy else (SWEEP, OTHERS, HEADS)
     rounds = 1 if toy else 7
-    kernels = {(name, d): Kernel.of(name, sweep, d, device) for d in heads for name in PRODUCTS}
+    if device == "cuda":  # the kernels that make what the others are checked with and start from
+        launches = [call for d in heads for call in recorded(draw(sweep, d, device), launch=False)[2].values()]
+        compile_ahead([(call, configs_of(call)[0]) for call in launches])
+    kernels = [kernel for d in heads for kernel in ready(rows, sweep, d, device)]
     order = [  # the likeliest configurations of every kernel first: a sweep that is ended early has seen all kernels
         (kernel, config)
-        for group in itertools.zip_longest(*(candidates(k.call, toy) for k in kernels.values()))
-        for kernel, config in zip(kernels.values(), group, strict=True)
+        for group in itertools.zip_longest(*(candidates(kernel.call, toy) for kernel in kernels))
+        for kernel, config in zip(kernels, group, strict=True)
         if config is not None
     ]
-    for some in _batches(order, 4 * (os.cpu_count() or 1)):
-        compile_ahead([pair for pair in some if rows.find(pair[0].key(pair[1])) is None], device)
-        for kernel, config in some:
-            rows.measure(kernel.key(config), lambda kernel=kernel, config=config: kernel.time(config, rounds))
-    kernels.clear()
-    for size, d, name in itertools.product(others, heads, PRODUCTS):
-        kernel = Kernel.of(name, size, d, device)
-        finalists = best(rows.rows, name, d, sweep.tokens)
-        compile_ahead([(kernel, config) for config in finalists], device)
-        for config in finalists:
-            rows.measure(kernel.key(config), lambda kernel=kernel, config=config: kernel.time(config, rounds))
+    for i in range(0, len(order), step := 4 * (os.cpu_count() or 1)):
+        time_all(rows, order[i : i + step], rounds)
+    del kernels, order
+    for size, d in itertools.product(others, heads):
+        found = ready(rows, size, d, device)
+        time_all(rows, [(k, config) for k in found for config in best(rows.rows, k.name, d, sweep.tokens)], rounds)
+
+
+def time_all(rows: Rows, pairs: list[tuple[Kernel, autotune.Config]], rounds: int) -> None:
+    todo = [(kernel, config) for kernel, config in pairs if rows.find(kernel.key(config)) is None]
+    if todo and todo[0][0].written[0].is_cuda:
+        compile_ahead([(kernel.call, config) for kernel, config in todo])
+    for kernel, config in todo:
+        rows.measure(kernel.key(config), functools.partial(kernel.time, config, rounds))
 
 
 def best(rows: list[Row], kernel: str, d: int, tokens: int, count: int = FINALISTS) -> list[autotune.Config]:
@@ -69,13 +75,21 @@ def best(rows: list[Row], kernel: str, d: int, tokens: int, count: int = FINALIS
 def candidates(call: autotune.Call, toy: bool) -> list[autotune.Config]:
     """Every configuration worth a launch, those of today's table first. A tile of 64 rows has one warpgroup's work,
     one of 128 that of two; more stages than three exceed the shared memory that two blocks could have."""
-    known = [config._replace(since=80) for config in call.configs]
+    known = configs_of(call)
     if toy:
         return known[:2]
     tiles = itertools.product((64, 128, 32), (64, 128, 32), (4, 8), (2, 3, 1))
     made = [autotune.Config(*tile) for tile in tiles]
-    fits = [c for c in made if c.block_m * c.block_n <= 128 * 128 and c.warps * 16 <= max(c.block_m, c.block_n)]
-    return list(dict.fromkeys(known + fits))
+    fits = [c for c in made if c.warps * 16 <= max(c.block_m, c.block_n)]
+    return list(dict.fromkeys([*known, *fits]))
+
+
+def configs_of(call: autotune.Call) -> list[autotune.Config]:
+    """Those of today's table; the first is the default."""
+    found = call.configs
+    if torch.cuda.is_available():
+        found = autotune.usable(found, autotune.chip(torch.cuda.get_device_capability()))
+    return [autotune.Config(*config[:4]) for config in found]
 
 
 class Kernel(NamedTuple):
@@ -88,31 +102,8 @@ class Kernel(NamedTuple):
     written: list[Tensor]
     expected: list[Tensor]
 
-    @staticmethod
-    def of(name: str, size: Size, d: int, device: str) -> Kernel:
-        """As a network has them: q, k, v are views of one projection, and every tangent and cotangent is there."""
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter has no bfloat16 products
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(count: int) -> list[Tensor]:
-            shape = (size.batch, size.tokens, count, size.heads, d)
-            return list(torch.randn(shape, generator=generator).to(device, dtype).permute(2, 0, 3, 1, 4).unbind(0))
-
-        (q, k, v), (dq, dk, dv), (g, h) = draw(3), draw(3), draw(2)
-        scale, inputs = d**-0.5, (q, dq, k, dk, v, dv, None)
-        outputs, (forward,) = recorded(attention_triton.forward, *inputs, False, scale, True)
-        grads, backward = recorded(attention_triton.backward, g, h, *inputs, *outputs, False, scale)
-        call = {_name(c): c for c in (forward, *backward)}[name]
-        first = [None if x is None else x[:1].float() for x in inputs]
-        true = reference.attention(*first, False, scale, True)
-        if name == "forward":
-            return Kernel(name, d, size, call, list(outputs), list(true))
-        true = reference.attention_backward(g[:1].float(), h[:1].float(), *first, *true, False, scale)
-        part = slice(0, 2) if name == "query" else slice(2, 6)
-        return Kernel(name, d, size, call, list(grads[part]), list(true[part]))
-
     def key(self, config: autotune.Config) -> Row:
-        numbers = "16 bits" if self.written[0].dtype == torch.bfloat16 else "32 bits"
+        numbers = "16 bits" if self.call.arguments["q_ptr"].dtype == torch.bfloat16 else "tf32"
         sizes = {"d": self.d, "batch": self.size.batch, "heads": self.size.heads, "tokens": self.size.tokens}
         return {"kernel": self.name, "numbers": numbers, **sizes, "config": list(config[:4])}
 
@@ -135,46 +126,77 @@ class Kernel(NamedTuple):
 
     def resources(self, config: autotune.Config) -> Row:
         """What the compiler made of it; nothing in the interpreter."""
-        compiled = warm(self.call, config)
-        if not hasattr(compiled, "n_regs"):
+        if not self.written[0].is_cuda:
             return {}
+        compiled = warm(self.call, config)
         return {"registers": compiled.n_regs, "spills": compiled.n_spills, "shared": compiled.metadata.shared}
 
 
-def _name(call: autotune.Call) -> str:
-    return call.kernel.__name__.removesuffix("_kernel")
+Inputs = list[list[Tensor]]  # [q, k, v], their tangents, and the cotangents [g, h]
 
 
-def recorded(function: Any, *arguments: Any) -> tuple[Any, list[autotune.Call]]:
-    """What a launcher returns, and the kernels it launches."""
-    calls: list[autotune.Call] = []
+def draw(size: Size, d: int, device: str) -> Inputs:
+    """As a network has them: q, k, v are views of one projection, and every tangent and cotangent is there."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter has no bfloat16 products
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(size.batch, size.tokens, count, size.heads, d) for count in (3, 3, 2)]
+    made = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
+    return [list(x.permute(2, 0, 3, 1, 4).unbind(0)) for x in made]
+
+
+def ready(rows: Rows, size: Size, d: int, device: str) -> list[Kernel]:
+    """The kernels of one size, to be timed; none where they fail, which is a row."""
+    key = {"kernel": "all", "d": d, "tokens": size.tokens, "config": None}
+    return rows.attempt(key, functools.partial(kernels_of, size, d, device)) or []
+
+
+def kernels_of(size: Size, d: int, device: str) -> list[Kernel]:
+    inputs = draw(size, d, device)
+    outputs, grads, calls = recorded(inputs)
+    true_outputs, true_grads = both(reference.attention, reference.attention_backward, _first(inputs))
+    written = {
+        "forward": (outputs, true_outputs),
+        "key": (grads[2:], true_grads[2:]),
+        "query": (grads[:2], true_grads[:2]),
+    }
+    return [Kernel(name, d, size, calls[name], *map(list, pair)) for name, pair in written.items()]
+
+
+def _first(inputs: Inputs) -> Inputs:
+    """The first sample, in float32."""
+    return [[x[:1].float() for x in group] for group in inputs]
+
+
+def recorded(inputs: Inputs, launch: bool = True) -> tuple[Any, Any, dict[str, autotune.Call]]:
+    """What the launchers return, and their launches by the names of the kernels."""
+    calls: dict[str, autotune.Call] = {}
 
     def run(call: autotune.Call) -> None:
-        calls.append(call)
-        autotune.run(call)
+        calls[call.kernel.__name__.removesuffix("_kernel")] = call
+        if launch:
+            autotune.run(call)
 
     with mock.patch.object(attention_triton, "run", run), environment(MMF_FAST_AUTOTUNE="0"):
-        return function(*arguments), calls
+        return *both(attention_triton.forward, attention_triton.backward, inputs), calls
+
+
+def both(forward: Any, backward: Any, inputs: Inputs) -> tuple[Any, Any]:
+    """What the two passes of an implementation return."""
+    (q, k, v), (dq, dk, dv), (g, h) = inputs
+    arguments, scale = (q, dq, k, dk, v, dv, None), q.shape[-1] ** -0.5
+    outputs = forward(*arguments, False, scale, True)
+    return outputs, backward(g, h, *arguments, *outputs, False, scale)
 
 
 def warm(call: autotune.Call, config: autotune.Config) -> Any:
     """The compiled kernel, not launched."""
-    if not hasattr(call.kernel, "warmup"):
-        return None
     options = {"num_warps": config.warps, "num_stages": config.stages, "grid": (1,)}
     return call.kernel.warmup(**call.arguments, **call.constants, **config.constants(call.kernel), **options)
 
 
-def compile_ahead(pairs: list[tuple[Kernel, autotune.Config]], device: str) -> None:
+def compile_ahead(pairs: list[tuple[autotune.Call, autotune.Config]]) -> None:
     """All of them at once, on all processors: compilation takes far longer than what is timed. A configuration that
     does not compile fails again, and in its own row, when it is launched."""
-    if device == "cpu":
-        return
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        for kernel, config in pairs:
-            warm(kernel.call, config)
-
-
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for i in range(0, len(items), size):
-        yield items[i : i + size]
+        for call, config in pairs:
+            warm(call, config)

@@ -91,8 +91,7 @@ class IndexedDataset(_Own):
 class StreamedDataset(_Own):
     """An iterable of batches, gone through again when it ends. A run goes on exactly where going through it again gives
     the same batches; those before are left out. So `set_epoch(epoch)` is called where it or its sampler has one, and a
-    DataLoader without a generator gets one, seeded by (seed, epoch): it would draw from the global one, as dropout
-    does.
+    DataLoader without a generator gets one, seeded by (seed, epoch), and draws no more from the global one.
 
     Each process gives its own iterable, of batches of train.batch / processes samples.
     """

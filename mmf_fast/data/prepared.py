@@ -36,7 +36,8 @@ __all__ = [
 ]
 
 SAMPLES, LABELS, MANIFEST = "samples.npy", "labels.npy", "manifest.json"
-_VERSION = 1
+_VERSION = 2
+_READ = (1, 2)  # version 1 had no statistics
 _DTYPES = {"images": "uint8", "latents": "float16"}
 
 
@@ -46,6 +47,7 @@ class Manifest:
 
     shape: of one sample.  classes: their names, where the source tells.  source: path, format, options.
     facts: of latents: holds ("mean-std" or "sample"), scaled_by, flipped.  skipped: samples that could not be read.
+    statistics: of latents as they are stored: mean and std of each channel, where they are "from", and as "measured".
     report: for humans: the rule that told samples and labels, what was left out, how many samples each class has.
     files: {name: {"bytes": int, "sha256": str}}.
     """
@@ -60,6 +62,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    statistics: dict[str, Any] | None = None
     report: dict[str, Any] = field(default_factory=dict)
     version: int = _VERSION
 
@@ -67,6 +70,7 @@ class Manifest:
     def identity(self) -> str:
         """What tells the set from others, wherever it lies: a checksum of its files' and of what is known of them."""
         content = [self.kind, self.num_classes, self.facts, {name: file["sha256"] for name, file in self.files.items()}]
+        content += [self.statistics] if self.statistics else []
         return "sha256 " + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def text(self) -> str:
@@ -128,13 +132,15 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         tree = json.loads(path.read_text())
         found = tree["version"]
-        if found != _VERSION:
-            raise DataError(f"{path}: is of version {found}, this program reads version {_VERSION}; {_AGAIN}")
+        if found not in _READ:
+            raise DataError(f"{path}: is of version {found}, this program reads up to {_VERSION}; {_AGAIN}")
         manifest = Manifest(**{**tree, "shape": tuple(tree["shape"])})
         if manifest.dtype != _DTYPES[manifest.kind] or manifest.count < 1 or not manifest.shape:
             raise ValueError(f"{manifest.count} {manifest.kind} of {manifest.dtype} {manifest.shape}")
         if manifest.kind == "latents" and not {"holds", "scaled_by", "flipped"} <= manifest.facts.keys():
             raise ValueError(f"facts are {manifest.facts}")
+        if manifest.kind == "latents" and found > 1 and not {"mean", "std"} <= (manifest.statistics or {}).keys():
+            raise ValueError(f"statistics are {manifest.statistics}")
     except DataError:
         raise
     except OSError as error:

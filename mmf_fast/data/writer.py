@@ -12,13 +12,16 @@ import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from mmf_fast.data.formats import DataError, Item, Source
+from mmf_fast.data.normalization import Running, contradiction
 from mmf_fast.data.prepared import LABELS, MANIFEST, SAMPLES, Manifest
 from mmf_fast.files import digest, write_text
 
@@ -46,6 +49,7 @@ class Writer:
         self.dtype = np.dtype(np.uint8 if source.kind == "images" else np.float16)
         self.highest = -1  # largest label so far
         self.labelled = False
+        self.measured = self._measuring()
         self._samples: _Appender | None = None
         self._labels: _Appender | None = None
 
@@ -81,7 +85,10 @@ class Writer:
             raise DataError(f"{item.name}: is {_by(sample.shape)}, those before are {_by(self.shape)}; {remedy}")
         if (item.label is not None) != self.labelled:
             raise DataError(f"{item.name}: some samples have labels and some have none; mend the labels")
-        self._samples.append(sample.astype(self.dtype, copy=False))  # type: ignore[union-attr]  # _begin has opened it
+        stored = sample.astype(self.dtype, copy=False)
+        self._samples.append(stored)  # type: ignore[union-attr]  # _begin has opened it
+        if self.measured:
+            self.measured.add(stored)
         if self._labels and item.label is not None:
             classes = self.source.num_classes
             if classes is not None and not 0 <= item.label < classes:
@@ -117,11 +124,33 @@ class Writer:
             files=files,
             facts=self.source.facts,
             skipped=self.skipped,
+            statistics=self._statistics(),
             report=self._report(),
         )
         write_text(self.folder / MANIFEST, manifest.text())
         (self.folder / _PROGRESS).unlink(missing_ok=True)
         return manifest
+
+    def _measuring(self, state: dict[str, Any] | None = None) -> Running | None:
+        facts = self.source.facts
+        return Running(facts["holds"] == "mean-std", 1 + facts["flipped"], state) if "holds" in facts else None
+
+    def _statistics(self) -> dict[str, Any] | None:
+        """Of latents, as the source states them, or else as measured. Raises DataError where they do not fit."""
+        if self.measured is None:
+            return None
+        measured, stated = self.measured.result(), self.source.statistics
+        if stated is None:
+            return {**measured, "from": "measured", "measured": measured}
+        channels = len(measured["mean"])
+        if len(stated["mean"]) not in (1, channels):
+            raise DataError(
+                f"{stated['from']}: states {len(stated['mean'])} channels, latents have {channels}; mend it"
+            )
+        whole = {key: stated[key] * (channels // len(stated[key])) for key in ("mean", "std")}
+        if wrong := contradiction(whole, measured):
+            tqdm.write(f"{stated['from']}: {wrong}; with --ignore of that file they are used", file=sys.stderr)
+        return {**whole, "from": stated["from"], "measured": measured}
 
     def _report(self) -> dict[str, Any]:
         """What was taken by which rule, what was left out, and how many samples each class has."""
@@ -154,6 +183,7 @@ class Writer:
             return
         self.shape, self.labelled, self.highest = shape, labelled, state["highest"]
         self.seen, self.count, self.skipped = state["seen"], state["count"], state["skipped"]
+        self.measured = self._measuring(state["measured"])
 
     def _begin(self, item: Item, sample: np.ndarray) -> None:
         needed = (self.source.count or 0) * (sample.size * self.dtype.itemsize + 8)
@@ -180,6 +210,7 @@ class Writer:
             "labelled": self.labelled,
             "highest": self.highest,
             "skipped": self.skipped,
+            "measured": self.measured and self.measured.state(),
         }
         write_text(self.folder / _PROGRESS, json.dumps(state))
 

@@ -41,12 +41,12 @@ class Classifier(nn.Module):
 
 
 def train_classifier(
-    dataset: Dataset, epochs: int = 30, batch: int = 64, lr: float = 3e-3, seed: int = 0
+    dataset: Dataset, epochs: int = 30, batch: int = 64, lr: float = 3e-3, seed: int = 0, most: int = 8_000
 ) -> Classifier:
     """A classifier trained on the training split alone, the same at every call; in evaluation mode, on the CPU.
 
-    Adam with a cosine schedule, and a little noise on the images. Takes seconds for thousands of 8x8 images; leaves the
-    caller's random state alone.
+    Adam with a cosine schedule, and a little noise on the images; `epochs` passes, but at most `most` steps. Takes
+    seconds for thousands of 8x8 images; leaves the caller's random state alone.
     Raises ValueError for a dataset without labels or without images.
     """
     x, y = dataset.split("train")
@@ -56,9 +56,9 @@ def train_classifier(
         torch.manual_seed(seed)
         net = Classifier(dataset.shape, dataset.num_classes)
         optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-        steps = epochs * len(x) // batch
+        steps = min(epochs * len(x) // batch, most)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        rows = torch.cat([torch.randperm(len(x)) for _ in range(epochs)])
+        rows = torch.cat([torch.randperm(len(x)) for _ in range(-(-steps * batch // len(x)))])
         for step in range(steps):
             i = rows[step * batch : (step + 1) * batch]
             optimizer.zero_grad()

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mmf_fast import data
 from mmf_fast.devices import choose_device, device_of
@@ -40,7 +41,8 @@ from mmf_fast.sampling import evaluating, import_made, network_option, sample_in
 
 __all__ = ["evaluate", "evaluate_run", "table"]
 
-IMAGE_DRAWS = 5  # figures of images are means over so many sets, each of the size and labels of the validation split
+MOST = 10_000  # images judged for each number of steps, by default at most
+IMAGE_DRAWS = 5  # figures are means over so many sets of the size and labels of the validation split, where MOST allows
 
 _TITLES = {
     "sliced_wasserstein": "sliced Wasserstein distance to the training split",
@@ -57,20 +59,27 @@ def evaluate(
     steps: Sequence[int] = (1, 2, 4),
     seed: int = 0,
     folder: str | Path | None = None,
+    count: int = MOST,
 ) -> dict[str, Any]:
     """The figures named at the top of this file, for each number of steps; with `folder`, pictures are written there.
 
     net: u(z, r, t, y=None) for samples of dataset.shape.  seed: of the noise, which all numbers of steps share.
+    count: images judged for each number of steps, at most.
     Returns {"data", "seed", "samples", "figures": {name: {"validation" or number of steps: value}}} and, for images,
     "classifier_accuracy": {"train", "validation"}.
-    Raises ValueError for steps below 1, samples that are not finite, a dataset that is neither points nor labelled
-    images, a folder that cannot be written.
+    Raises ValueError for steps below 1, a count below 2, samples that are not finite, a dataset that is neither points
+    nor labelled images, a folder that cannot be written.
     """
     if not steps or min(steps) < 1:
         raise ValueError(f"steps are {list(steps)}: give numbers of evaluations per sample, each at least 1")
-    judge = _evaluate_points if len(dataset.shape) == 1 else _evaluate_images
+    if count < 2:
+        raise ValueError(f"count is {count}: a covariance needs at least 2 samples")
+    path = None if folder is None else Path(folder)
     with evaluating(net):
-        result = judge(net, dataset, sorted(set(steps)), seed, None if folder is None else Path(folder))
+        if len(dataset.shape) == 1:
+            result = _evaluate_points(net, dataset, sorted(set(steps)), seed, path)
+        else:
+            result = _evaluate_images(net, dataset, sorted(set(steps)), seed, path, count)
     return {"data": dataset.name, "seed": seed, **result}
 
 
@@ -82,6 +91,7 @@ def evaluate_run(
     pictures: bool = True,
     net: nn.Module | None = None,
     dataset: data.Dataset | None = None,
+    count: int = MOST,
 ) -> dict[str, Any]:
     """`evaluate` for the network and the dataset of a run folder; writes evaluation.json and the pictures there.
 
@@ -103,7 +113,7 @@ def evaluate_run(
             f"but {dataset.name} has {dataset.shape} and {dataset.num_classes}; its model.json is not its own"
         )
     result = {"step": extra.get("step")} | evaluate(
-        net.to(choose_device(device)), dataset, steps, seed, folder=run if pictures else None
+        net.to(choose_device(device)), dataset, steps, seed, run if pictures else None, count
     )
     write_text(Path(run) / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -136,31 +146,39 @@ def _evaluate_points(
 
 
 def _evaluate_images(
-    net: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int], seed: int, folder: Path | None
+    net: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int], seed: int, folder: Path | None, count: int
 ) -> dict[str, Any]:
     (train, train_labels), (validation, labels) = dataset.split("train"), dataset.split("validation")
     if train_labels is None or labels is None:
         raise ValueError(f"dataset {dataset.name} has images without labels: no figure is defined for it")
-    classifier = train_classifier(dataset)
-    train_features, train_found = classifier.judge(train)
-    size, asked = len(validation), labels.repeat(IMAGE_DRAWS)
-    near = nearest(validation, train)[0]
-    limit = near.quantile(0.01)
-
-    def figures(x: Tensor, y: Tensor) -> dict[str, float]:
-        features, found = classifier.judge(x)
-        distance = nearest(x, train)[0]
-        sets = features.split(size)  # equal sizes and labels, or Frechet distances could not be compared
-        return {
-            "frechet_distance": sum(frechet_distance(part, train_features) for part in sets) / len(sets),
-            "class_agreement": float((found == y).double().mean()),
-            "nearest_distance": float(distance.median()),
-            "nearest_share": float((distance <= limit).double().mean()),
-        }
-
+    if len(validation) > count:
+        chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:count]
+        validation, labels = validation[chosen], labels[chosen]
+    size, asked = len(validation), labels.repeat(max(1, min(IMAGE_DRAWS, count // len(validation))))
     noise = _noise((len(asked), *dataset.shape), seed)
-    samples = {k: _finite(sample_in_chunks(net, noise, k, y=asked)) for k in steps}
-    columns = {"validation": figures(validation, labels)} | {str(k): figures(x, asked) for k, x in samples.items()}
+    with tqdm(total=2 + 2 * len(steps), desc="judging", leave=False, delay=2) as bar:
+        classifier = train_classifier(dataset)
+        train_features, train_found = classifier.judge(train)
+        bar.update()
+        near = nearest(validation, train)[0]
+        limit = float(near.quantile(0.01))
+
+        def figures(x: Tensor, y: Tensor, distance: Tensor) -> dict[str, float]:
+            features, found = classifier.judge(x)
+            sets = features.split(size)  # equal sizes and labels, or Frechet distances could not be compared
+            bar.update()
+            return {
+                "frechet_distance": sum(frechet_distance(part, train_features) for part in sets) / len(sets),
+                "class_agreement": float((found == y).double().mean()),
+                "nearest_distance": float(distance.median()),
+                "nearest_share": float((distance <= limit).double().mean()),
+            }
+
+        columns, samples = {"validation": figures(validation, labels, near)}, {}
+        for k in steps:
+            samples[k] = _finite(sample_in_chunks(net, noise, k, y=asked))
+            bar.update()
+            columns[str(k)] = figures(samples[k], asked, nearest(samples[k], train)[0])
     if folder:
         _draw_images(samples, train, validation, labels, folder)
     accuracy = {
@@ -213,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--run", type=Path, required=True, help="run folder; evaluation.json and pictures go there")
     result.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    result.add_argument("--count", type=int, default=MOST, help=f"images per column at most (default: {MOST})")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     network_option(result)
     result.add_argument("--data", metavar="MODULE:MAKE", help="data.Dataset of one's own")
@@ -222,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     own = {"net": import_made(options.net), "dataset": import_made(options.data)}
-    result = evaluate_run(options.run, options.steps, options.seed, options.device, **own)
+    result = evaluate_run(options.run, options.steps, options.seed, options.device, count=options.count, **own)
     print(
         f"{options.run}: {result['data']} after {result['step']} training steps, {result['samples']} samples per column"
     )

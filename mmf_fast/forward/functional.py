@@ -9,8 +9,9 @@ instance norm is silently wrong, so these are decomposed, and so is attention, w
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,27 @@ from torch.overrides import TorchFunctionMode
 
 from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
 from mmf_fast.forward.interception import intercepted
+from mmf_fast.forward.replay import RandomState
+from mmf_fast.forward.rules.by_pytorch import WITHOUT_GRAPH
+from mmf_fast.forward.rules.families import spellings
+from mmf_fast.forward.rules.sdpa import multi_head_attention_forward
 
-__all__ = ["JVP_MODES", "finite_difference_jvp", "func_jvp", "jvp"]
+__all__ = ["JVP_MODES", "FiniteDifference", "check_mode", "jvp"]
 
 JVP_MODES = ("dual", "func", "finite_difference")
+_WRONG_GRADIENTS = {*WITHOUT_GRAPH, torch.native_batch_norm, torch.native_layer_norm}
+
+
+class FiniteDifference(NamedTuple):
+    """How differences stand for a derivative; "finite_difference" means these defaults.
+
+    step: the distance h along the tangents. The rounding error of the result is about eps / h times the value.
+    order: 1, (f(x + h dx) - f(x)) / h, two evaluations with a bias of order h; or 2, the central difference
+        (f(x + h dx) - f(x - h dx)) / 2h, three evaluations with a bias of order h^2.
+    """
+
+    step: float = 1e-3
+    order: int = 1
 
 
 def jvp(
@@ -30,20 +48,19 @@ def jvp(
     primals: Sequence[Tensor],
     tangents: Sequence[Tensor | None],
     tangent_grad: bool = True,
-    mode: str = "dual",
+    mode: str | FiniteDifference = "dual",
 ) -> tuple[Tensor, Tensor]:
     """The value of `fn` at `primals` and its directional derivative along `tangents`.
 
     fn: maps tensors to one tensor (or Duals to one Dual).
     tangents: one per primal, of its shape and dtype; None is a symbolic zero.
     tangent_grad: whether gradients flow through the tangent (SG_1) or not (SG_0, cheaper: nothing is saved for it).
-    mode: "dual" runs fn on Duals; "func" is torch.func.jvp with exact norms and attention; "finite_difference"
-        evaluates fn twice and is biased by its step.
+    mode: "dual" runs fn on Duals; "func" is torch.func.jvp with exact norms and attention; "finite_difference", or
+        a FiniteDifference, evaluates fn twice or three times on the same random numbers and is biased by its step.
     Raises ValueError for tangents that do not fit and for an unknown mode; MissingRuleError for an operation without
     a rule; TypeError when fn does not return one tensor.
     """
-    if mode not in JVP_MODES:
-        raise ValueError(f"unknown jvp mode {mode!r}: choose one of {', '.join(JVP_MODES)}")
+    check_mode(mode)
     if len(primals) != len(tangents):
         raise ValueError(
             f"jvp got {len(primals)} primals and {len(tangents)} tangents: give one tangent (or None) each"
@@ -65,17 +82,30 @@ def jvp(
             out = fn(*duals)
         y, dy = primal(out), tangent(out)
     elif mode == "func":
-        y, dy = func_jvp(fn, primals, tangents)
+        y, dy = func_jvp(fn, primals, tangents, tangent_grad)
     else:
-        y, dy = finite_difference_jvp(fn, primals, tangents)
+        way = mode if isinstance(mode, FiniteDifference) else FiniteDifference()
+        y, dy = finite_difference_jvp(fn, primals, tangents, way, tangent_grad)
     if not isinstance(y, Tensor):
         raise TypeError(f"jvp needs a function that returns one tensor, not {type(y).__name__}: wrap it to pick one")
     dy = torch.zeros_like(y) if dy is None else dy  # no operation carried a tangent: fn is constant in its arguments
     return y, dy if tangent_grad else dy.detach()
 
 
+def check_mode(mode: Any) -> None:
+    """Raises ValueError for what is not a mode of `jvp`."""
+    if isinstance(mode, FiniteDifference):
+        if not mode.step > 0 or mode.order not in (1, 2):
+            raise ValueError(f"{mode}: the step must be positive, the order 1 or 2")
+    elif mode not in JVP_MODES:
+        raise ValueError(f"jvp is {mode!r}: choose one of {', '.join(JVP_MODES)}")
+
+
 def func_jvp(
-    fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]
+    fn: Callable[..., Tensor],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(fn(*primals), its tangent) by torch.func.jvp; a tangent of None is a constant argument."""
     moving = [i for i, dx in enumerate(tangents) if dx is not None]
@@ -86,27 +116,87 @@ def func_jvp(
             arguments[i] = value
         return fn(*arguments)
 
-    with _ExactDerivatives():
+    with _ExactDerivatives(tangent_grad):
         pair = torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
     return pair[0], pair[1]
 
 
 def finite_difference_jvp(
-    fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None], step: float = 1e-3
+    fn: Callable[..., Tensor],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    way: FiniteDifference,
+    tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(f(x), (f(x + h dx) - f(x)) / h): two evaluations, bias h/2 f''(dx, dx), rounding error about eps/h."""
-    y = fn(*primals)
-    shifted = [x if dx is None else x + step * dx for x, dx in zip(primals, tangents, strict=True)]
-    return y, (fn(*shifted) - y) / step
+    """(f(x), its difference quotient along the tangents), on the same random numbers in every evaluation.
+
+    Compiled code cannot begin its generators again: there, a network that draws random numbers is refused.
+    """
+    compiling = torch.compiler.is_compiling()
+    random = None if compiling else RandomState(primals[0].device)
+
+    def at(shift: float, *, graph: bool) -> Tensor:
+        shifted = [x if dx is None or not shift else x + shift * dx for x, dx in zip(primals, tangents, strict=True)]
+        with torch.set_grad_enabled(graph), _NoRandomNumbers() if random is None else random.replayed():
+            return fn(*shifted)
+
+    graph, h = torch.is_grad_enabled(), way.step
+    # The last evaluation leaves the generators as one run of the network does.
+    above = at(h, graph=graph and tangent_grad)
+    below = at(-h, graph=graph and tangent_grad) if way.order == 2 else None
+    y = at(0.0, graph=graph) if random is None else fn(*primals)
+    if y.dtype in (torch.bfloat16, torch.float16) and not compiling:
+        warnings.warn(
+            f"finite differences of {y.dtype} err by about {torch.finfo(y.dtype).eps / h:.0g} times the value, from "
+            'rounding: compute the network in float32, or use jvp="dual"',
+            stacklevel=2,
+        )
+    return y, (above - y) / h if below is None else (above - below) / (2 * h)
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Refuses what draws random numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS or (func in _DROPOUTS and _drops(*args, **kwargs)) or kwargs.get("dropout_p"):
+            raise NotImplementedError(
+                'compiled, jvp="finite_difference" cannot give a network the same random numbers twice (here in '
+                f'{func.__name__}): use jvp="dual", or do not compile'
+            )
+        return func(*args, **kwargs)
+
+
+_DROPOUTS = set(spellings("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"))
+_DRAWS = {
+    *spellings(
+        "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"
+    ),
+    *spellings("multinomial", "poisson", "normal_", "uniform_", "bernoulli_", "exponential_", "random_"),
+}
+
+
+def _drops(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True) -> bool:
+    return p > 0 and training and train
 
 
 class _ExactDerivatives(TorchFunctionMode):
     """Replace the operations whose derivatives torch.func gets wrong or lacks by compositions that it gets right."""
 
+    def __init__(self, tangent_grad: bool = True) -> None:
+        super().__init__()
+        self.tangent_grad = tangent_grad
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _COMPOSITIONS:
-            return _COMPOSITIONS[func](*args, **kwargs)
+            with self:  # compositions may call each other
+                return _COMPOSITIONS[func](*args, **kwargs)
+        if self.tangent_grad and func in _WRONG_GRADIENTS:
+            raise NotImplementedError(
+                f'the gradient through the tangent of {func.__name__} is wrong in PyTorch, so jvp="func" has it at '
+                "lambda = 0 only: compute it outside the network, or keep lambda at 0"
+            )
         if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and _is_custom(func):
             raise NotImplementedError(
                 f'jvp="func" returns a zero tangent through the custom operator {func}; use jvp="dual"'
@@ -201,7 +291,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if enable_gqa:
-        raise NotImplementedError('jvp="func" does not implement enable_gqa; repeat key and value heads instead')
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     logits = scale * query @ key.mT
     if is_causal:
@@ -212,6 +303,25 @@ def _attention(
     return F.dropout(torch.softmax(logits, -1), dropout_p) @ value
 
 
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    # PyTorch's own takes views, which channels_last tensors do not have.
+    groups = input.reshape(input.shape[0], num_groups, -1)
+    x_hat = _standardise(groups, (-1,), eps).reshape(input.shape)
+    return _affine(x_hat, weight, bias, (1, -1, *[1] * (input.ndim - 2)))
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    # PyTorch's own calls attention where no TorchFunctionMode sees it.
+    return multi_head_attention_forward(*args, **kwargs)[0]
+
+
 _COMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -219,5 +329,8 @@ _COMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     torch.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     torch.instance_norm: _instance_norm,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
 }

@@ -9,8 +9,7 @@ PyTorch's checkpoint serves tensors, and Duals whose tangent is in the graph. Wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
+from mmf_fast.forward.replay import RandomState
 from mmf_fast.forward.rules.families import autocasts
 
 __all__ = ["recomputed"]
@@ -99,29 +99,9 @@ class _Again:
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
         self.function, self.device = function, device
         self.autocast = torch.get_autocast_dtype(device.type) if autocasts(device.type) else None
-        self.states = self._states()
+        self.random = RandomState(device)
 
     def __call__(self, *args: Tensor) -> Tensor:
         autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
-        with self._generators(), torch.enable_grad(), autocast:
+        with self.random.replayed(), torch.enable_grad(), autocast:
             return self.function(*(x.view_as(x) for x in args))  # hooks on gradients of leaves refuse autograd.grad
-
-    @contextmanager
-    def _generators(self) -> Iterator[None]:
-        now = self._states()
-        self._set(self.states)
-        try:
-            yield
-        finally:
-            self._set(now)
-
-    def _states(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self.device.type not in ("cpu", "meta"):
-            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
-        return states
-
-    def _set(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.get_device_module(self.device).set_rng_state(states[1], self.device)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmf_fast.contract import check_cond, check_network, check_output
-from mmf_fast.forward.functional import JVP_MODES, jvp
+from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.draws import WHOLE_BATCH, BatchShare, Draw, Points, check, column, draw
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
@@ -85,7 +85,7 @@ class MeanFlowLoss(nn.Module):
     p, c: exponent and offset of the adaptive weight; p = 0 is the plain squared error, p = 1 MeanFlow's.
     guidance: guidance inside the target; needs labels `y` and a null label.
     null_label: defaults to `net.num_classes`.
-    jvp: "dual", "func" or "finite_difference" (see mmf_fast.jvp).
+    jvp: "dual", "func", "finite_difference" or FiniteDifference(step, order) (see mmf_fast.jvp).
     Raises ValueError for settings that do not fit together.
     """
 
@@ -102,7 +102,7 @@ class MeanFlowLoss(nn.Module):
         c: float = 1e-3,
         guidance: Guidance | None = None,
         null_label: int | None = None,
-        jvp: str = "dual",
+        jvp: str | FiniteDifference = "dual",
     ) -> None:
         super().__init__()
         check_network(net)
@@ -111,14 +111,14 @@ class MeanFlowLoss(nn.Module):
         self.lam = lam if isinstance(lam, LambdaSchedule) else LambdaSchedule(value=lam)
         self.tangent, self.paired, self.stochastic = tangent, paired, stochastic
         self.p, self.c, self.guidance, self.jvp = p, c, guidance, jvp
+        self._computation = MeanFlowLoss._compute
         self.null_label: int = getattr(net, "num_classes", 0) if null_label is None else null_label
         self._check()
 
     def _check(self) -> None:
         if self.tangent not in TANGENTS:
             raise ValueError(f"tangent is {self.tangent!r}: choose one of {', '.join(TANGENTS)}")
-        if self.jvp not in JVP_MODES:
-            raise ValueError(f"jvp is {self.jvp!r}: choose one of {', '.join(JVP_MODES)}")
+        check_mode(self.jvp)
         if self.p < 0 or self.c < 0:
             raise ValueError(f"p and c are {self.p} and {self.c}: they must not be negative")
         if self.paired and self.tangent != "predicted":
@@ -162,7 +162,7 @@ class MeanFlowLoss(nn.Module):
         intervals = len(x) - d.instants
         lam, exact = self._exact(intervals, step)
         share = torch.full((), lam, dtype=d.t.dtype, device=d.t.device)  # a tensor: its value is not part of the graph
-        loss, per_sample, metrics = self._compute(d._replace(order=None), exact, share)
+        loss, per_sample, metrics = self._computation(self, d._replace(order=None), exact, share)
         if d.order is not None:
             per_sample = torch.empty_like(per_sample).index_copy_(0, d.order, per_sample)
         metrics["lam"] = torch.tensor(lam * exact / max(intervals, 1))
@@ -171,7 +171,8 @@ class MeanFlowLoss(nn.Module):
     def compile(self, **kwargs: Any) -> None:
         """Compile the loss computation in place (fullgraph). Noise and times are still drawn eagerly, so a seed gives
         the same draws either way; a change of lambda, step or times does not recompile."""
-        self._compute = torch.compile(self._compute, fullgraph=True, dynamic=False, **kwargs)  # type: ignore[method-assign]
+        # The function, not the bound method: a copy of this module computes with the copy.
+        self._computation = torch.compile(MeanFlowLoss._compute, fullgraph=True, dynamic=False, **kwargs)
 
     def forwards(self, batch: int, step: int = 0) -> int:
         """What a training step on `batch` samples costs, in forward passes of one sample: what the algorithm needs,
@@ -180,13 +181,15 @@ class MeanFlowLoss(nn.Module):
             r = t: 1 + 2 = 3      r < t, lam = 0: 2 + 2 = 4      r < t, lam > 0: 2 + 4 = 6
             + 1 per r < t for a predicted tangent that has no partner      + 1 per sample for u(z, t, t | null)
 
-        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t.
+        stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
+        differences evaluate each r < t once more, with a backward where lam > 0.
         """
         intervals = self.times.intervals(batch)
         _, exact = self._exact(intervals, step)
         needs_u = self.tangent == "predicted" or self._guided_by_class
         cost = 3 * (batch - intervals) + 4 * intervals + 2 * exact
         cost += intervals if needs_u and not self.paired else 0
+        cost += intervals + 2 * exact if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
         return cost + (batch if self.guidance is not None and self.guidance.active else 0)
 
     def _exact(self, intervals: int, step: int) -> tuple[float, int]:

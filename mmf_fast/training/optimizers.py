@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmf_fast.training.settings import ConfigError, Optimizer
@@ -32,15 +33,26 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> to
 
 
 def clip_or_skip(
-    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, largest: float, *losses: Tensor
+    parameters: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    largest: float,
+    *losses: Tensor,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scales the whole gradient down to the norm `largest` (0: leaves it), or has the fused AdamW skip its next step.
 
     Returns the norm before, and whether it or one of `losses` is not finite: 0-d tensors, float and bool. The decision
     stays on the device: AdamW leaves weights and moments alone where found_inf is 1 (the protocol of
     torch.amp.GradScaler), so no step waits for the host to look.
+    shared: each rank has other parameters, and the norm is that of all.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf).detach()
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]).detach()
+    if shared:
+        square = norm.double().square().to(losses[0].device)
+        dist.all_reduce(square)
+        norm = square.sqrt().float()
+    nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm)
     bad = ~torch.stack([x.isfinite() for x in (norm, *losses)]).all()
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
     return norm, bad

@@ -10,7 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["FREE", "ConfigError", "Optimizer", "Train", "differences", "find", "fixed", "learning_rate", "read_zero"]
+__all__ = [
+    "FREE",
+    "ConfigError",
+    "Optimizer",
+    "Train",
+    "check_ranks",
+    "differences",
+    "find",
+    "fixed",
+    "learning_rate",
+    "read_zero",
+]
 
 
 class ConfigError(ValueError):
@@ -56,9 +67,12 @@ class Train:
     accumulate: int = field(default=1, metadata=FREE)  # backward passes per step, each on its part of the batch
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: autocast, weights stay float32
     steps: int = field(default=2000, metadata=FREE)
-    zero: str = field(default="", metadata=FREE)  # a DeepSpeed configuration such as zero1.json; empty: no DeepSpeed
+    # What shares the work among processes: a DeepSpeed configuration such as zero1.json, or fsdp, PyTorch's FSDP2.
+    zero: str = field(default="", metadata=FREE)
     device: str = field(default="auto", metadata=FREE)  # auto: cuda where there is one, else cpu
-    compile: bool = field(default=False, metadata=FREE)
+    # The whole loss as one graph, or each block of the network: two graphs, whatever its depth.
+    compile: bool | Literal["blocks"] = field(default=False, metadata=FREE)
+    blocks: tuple[str, ...] = field(default=("blocks",), metadata=FREE)  # names in the network
     log_every: int = field(default=10, metadata=FREE)
     sample_every: int = field(default=500, metadata=FREE)  # 0: only at the end
     checkpoint_every: int = field(default=500, metadata=FREE)
@@ -72,6 +86,15 @@ class Train:
             self.batch % self.accumulate == 0, f"accumulate must divide the batch of {self.batch}", self.accumulate
         )
         _require(self.sample_every >= 0, "sample_every must be at least 0 (0: only at the end)", self.sample_every)
+
+
+def check_ranks(train: Train, world_size: int) -> None:
+    """Raises ConfigError where so many processes cannot share the batch."""
+    if train.batch % (world_size * train.accumulate):
+        raise ConfigError(
+            f"train.batch={train.batch} is not divisible by {world_size} processes x train.accumulate="
+            f"{train.accumulate}: choose another batch"
+        )
 
 
 def learning_rate(step: int, config: Optimizer, steps: int) -> float:

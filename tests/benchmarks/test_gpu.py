@@ -85,7 +85,7 @@ def test_a_part_whose_process_died_goes_on_after_the_row_that_killed_it(tmp_path
 
 
 def test_a_part_whose_time_is_up_keeps_its_rows(tmp_path):
-    rows = rows_at(tmp_path, left=0.3)
+    rows = rows_at(tmp_path, left=2)
 
     def part():
         rows.measure({"name": "a"}, lambda: {"seconds": 1.0})

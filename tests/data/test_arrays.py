@@ -1,13 +1,12 @@
 """Images that were published as arrays: IDX files of the MNIST family, npz and npy."""
 
 import gzip
-import io
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.archives import npy, write_folder, write_tar, write_zip
+from support.archives import npy, npz, write_folder, write_tar, write_zip
 
 from mmf_fast.data.formats import DataError, detect, open_source
 from mmf_fast.data.prepare import prepare
@@ -19,12 +18,6 @@ DIGITS = np.array([3, 0, 9, 1, 1, 2], np.uint8)
 def idx(array, kind=0x08):
     array = np.asarray(array)
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, kind, array.ndim, *array.shape) + array.tobytes()
-
-
-def npz(**arrays):
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
 
 
 def mnist(pack=lambda data: data, ending="", prefix=""):

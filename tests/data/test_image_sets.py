@@ -128,7 +128,7 @@ DAMAGED = {
     ),
     "manifest cut": (lambda f: os.truncate(f + "/manifest.json", 100), "manifest.json: damaged"),
     "manifest is a list": (lambda f: write(f, "manifest.json", b"[]"), "manifest.json: damaged"),
-    "newer version": (lambda f: edit(f, version=2), "is of version 2, this program reads version 1"),
+    "newer version": (lambda f: edit(f, version=3), "is of version 3, this program reads up to 2"),
     "unknown key": (lambda f: edit(f, colour="red"), "manifest.json: damaged"),
     "unknown kind": (lambda f: edit(f, kind="sounds"), "manifest.json: damaged"),
     "latents": (lambda f: edit(f, kind="latents", dtype="float16"), "manifest.json: damaged .facts"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from support.prepare_child import (
 
 from mmf_fast.cli import main
 from mmf_fast.data import load, writer
-from mmf_fast.data.formats import DataError
-from mmf_fast.data.prepare import prepare
+from mmf_fast.data.formats import FORMATS, DataError
+from mmf_fast.data.prepare import parser, prepare
 from mmf_fast.data.prepared import open_prepared, verify
 
 
@@ -322,3 +323,10 @@ def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):
     assert main(["prepare", *(argument.format(tmp_path) for argument in arguments)]) == 2
     found = capsys.readouterr()
     assert found.err.startswith(message.format(tmp_path)) and found.err.count("\n") == 1 and not found.out
+
+
+def test_the_documentation_names_every_option_and_format():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    options = {option for action in parser()._actions for option in action.option_strings if option.startswith("--")}
+    assert {option for option in options - {"--help"} if option not in text} == set()
+    assert {name for name in FORMATS if f"`{name}`" not in text} == set()

@@ -110,6 +110,16 @@ def test_nearest_neighbour():
     np.testing.assert_array_equal(index, brute.argmin(axis=1))
 
 
+def test_the_nearest_of_many_that_are_close_is_exact():
+    """Rows far from the origin that differ by less than float32 resolves there, and copies, whose distance is 0."""
+    y = 1e3 + torch.cat([torch.randn(300, 5, dtype=torch.float64), 1e-3 * torch.randn(3, 5, dtype=torch.float64)])
+    x = torch.cat([y[:40], y[260:] + 1e-4 * torch.randn(43, 5, dtype=torch.float64)])
+    distance, index = nearest(x, y)
+    brute = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    torch.testing.assert_close(distance, brute.values, rtol=1e-12, atol=0)
+    assert torch.equal(index, brute.indices) and (distance[:40] == 0).all()
+
+
 # ---- points ----------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,10 @@ def optimizer(kind: Any = "adamw") -> Optimizer:
 
 
 def train(case: dict) -> Train:
-    return Train(batch=32, accumulate=case.get("accumulate", 1), steps=case["steps"], device="cpu")
+    """zero: of the case, or the file of its stage; without one of them the engine of one process."""
+    zero = case.get("zero", f"zero{case['stage']}.json" if "stage" in case else "")
+    options = {"accumulate": case.get("accumulate", 1), "compile": case.get("compile", False)}
+    return Train(batch=32, steps=case["steps"], device="cpu", zero=zero, **options)
 
 
 def data() -> tuple[Tensor, Tensor]:

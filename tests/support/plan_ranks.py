@@ -58,7 +58,7 @@ def alive() -> dict[int, Any]:
 def gradients(engine: DeepSpeedEngine) -> list[Any]:
     if engine.stage == 0:
         return [parameter.grad for parameter in engine.net.parameters()]
-    groups = engine.engine.optimizer.averaged_gradients.values()
+    groups = engine.model.optimizer.averaged_gradients.values()
     return [gradient for group in groups for gradient in group]
 
 
@@ -76,23 +76,23 @@ def run(case: dict) -> dict[str, Any]:
     engine.step(x, 0)  # makes the moments
 
     found: dict[str, Any] = {"count": count}
-    take_step = engine.engine.step
+    take_step = engine.model.step
 
     def measure_and_step() -> None:
-        if engine.engine.is_gradient_accumulation_boundary():
+        if engine.model.is_gradient_accumulation_boundary():
             weights = [getattr(p, "ds_tensor", p) for p in engine.net.parameters()]
-            moments = [state[key] for state in engine._moments().values() for key in ("exp_avg", "exp_avg_sq")]
+            moments = [state[key] for state in engine.zero.moments().values() for key in ("exp_avg", "exp_avg_sq")]
             found.update(
                 weights=size(weights),
-                master=size(engine._owned()) if engine.stage else 0,
+                master=size(engine.zero.owned()) if engine.stage else 0,
                 gradients=size(gradients(engine)),
                 moments=size(moments),
-                average=size(engine.ema.values()),
+                average=size(engine.average.values()),
                 all=sum(storage.nbytes() for key, storage in alive().items() if key not in before),
             )
         take_step()
 
-    engine.engine.step = measure_and_step
+    engine.model.step = measure_and_step
     sent.clear()
     engine.step(x, 1)
     found["sent"] = sum(sent[name] * share / 2 for name, share in SHARES.items())  # (n - 1) / n = 1 / 2

@@ -30,10 +30,10 @@ def in_child(work: Callable[..., None], *arguments: Any, until: Callable[[], boo
     return child.exitcode
 
 
-def prepare_in_small_steps(source: Path, out: Path, workers: int = 1) -> None:
+def prepare_in_small_steps(source: Path, out: Path, workers: int = 1, latents: str | None = None) -> None:
     """Prepares, progress being written down every 128 samples."""
     writer._EVERY = 128
-    prepare(source, out, workers=workers)
+    prepare(source, out, workers=workers, latents=latents)
 
 
 def prepare_and_die_at_the_manifest(source: Path, out: Path, written: bool) -> None:

@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 from support.engine_cases import data, loss_function, optimizer, train
 
-from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
-from mmf_fast.training.settings import read_zero
+from mmf_fast.training.engines import build_engine
 
 
 def run(case: dict, folder: Path, name: str) -> None:
-    zero = read_zero(case.get("zero", f"zero{case['stage']}.json"))
-    engine = DeepSpeedEngine(loss_function(case), optimizer(case.get("kind", "adamw")), train(case), zero, 3)
+    engine = build_engine(loss_function(case), optimizer(case.get("kind", "adamw")), train(case), 3)
     x, y = data()
     rows = slice(engine.rank, None, engine.world_size)
     found: dict[str, list] = {"loss": [], "grad_norm": [], "skipped": []}

@@ -58,13 +58,15 @@ class Layout:
         return {"num_classes": count, "classes": self.classes, "rule": self.rule, "left_out": self.left_out}
 
 
-def lay_out(tree: Tree, endings: Iterable[str], options: Options) -> Layout:
+def lay_out(tree: Tree, endings: Iterable[str], options: Options, besides: Sequence[str] = ()) -> Layout:
     """The samples are the files of these endings. Raises DataError, which names the option that decides.
+
+    besides: files that are none.
 
     options: of which split, root ("." is the source itself), labels and allow_empty.
     """
     known, root, labels = tuple(endings), options.root, options.labels
-    samples = [name for name in tree.names if ending(name) in known]
+    samples = [name for name in tree.names if ending(name) in known and name not in besides]
     if not samples:
         raise DataError(f"{tree.path}: holds no files {', '.join(known[:4])}, ...; {_kinds(left_out(tree, []))}")
     if root is None:
@@ -79,7 +81,7 @@ def lay_out(tree: Tree, endings: Iterable[str], options: Options) -> Layout:
     found, classes, rule = _labelled(tree, names, at, root is not None, labels, options.allow_empty)
     others = len(samples) - len(names)
     used = [*names, at + "dataset.json"] if rule.startswith("dataset.json") else names
-    missed = left_out(tree, used, at)
+    missed = left_out(tree, [*used, *besides], at)
     if others:
         missed[f"outside {at[:-1]}"] = others
     return Layout(names, found, classes, "; ".join([*story, rule]), missed)

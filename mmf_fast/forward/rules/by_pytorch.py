@@ -73,11 +73,12 @@ for _names in (
 
 # -- right without a graph only: saved factors count as constants, or there is no second derivative --------------------
 
-_WITHOUT_GRAPH = """
+_NAMES_WITHOUT_GRAPH = """
     det slogdet logdet solve solve_ex tensorsolve triangular_solve cholesky cholesky_ex cholesky_inverse cholesky_solve
     eigh eigvalsh householder_product orgqr pinv pinverse eig
 """
-by_pytorch(*spellings(*_WITHOUT_GRAPH.split()), in_graph=False)
+WITHOUT_GRAPH = spellings(*_NAMES_WITHOUT_GRAPH.split())
+by_pytorch(*WITHOUT_GRAPH, in_graph=False)
 
 # -- right for some arguments only -------------------------------------------------------------------------------------
 

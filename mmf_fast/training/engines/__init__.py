@@ -15,6 +15,10 @@ __all__ = ["Engine", "StepResult", "build_engine"]
 
 def build_engine(loss_fn: nn.Module, optimizer: Optimizer, train: Train, seed: int = 0) -> Engine:
     """The engine that trains the loss, by train.zero. Raises ConfigError where it cannot be had."""
+    if train.zero == "fsdp":
+        from mmf_fast.training.engines.fsdp import FSDPEngine
+
+        return FSDPEngine(loss_fn, optimizer, train, seed)
     if train.zero:
         try:
             from mmf_fast.training.engines.deepspeed import DeepSpeedEngine
@@ -22,7 +26,7 @@ def build_engine(loss_fn: nn.Module, optimizer: Optimizer, train: Train, seed: i
             raise ConfigError("train.zero needs DeepSpeed: pip install --no-build-isolation deepspeed") from error
         return DeepSpeedEngine(loss_fn, optimizer, train, read_zero(train.zero), seed)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("several processes were started: set train.zero, for instance train.zero=zero1.json")
+        raise ConfigError("several processes were started: set train.zero, for instance train.zero=zero1.json or fsdp")
     from mmf_fast.training.engines.local import LocalEngine
 
     return LocalEngine(loss_fn, optimizer, train, seed)

@@ -1,14 +1,22 @@
-"""What the trainer asks of an engine: one optimisation step, the averaged weights, and its state.
+"""One optimisation step, the moving average and the state, as they are for every engine."""
 
-An engine owns the loss module, the optimizer and the device; the trainer owns time (steps, data, records, checkpoints).
-"""
+from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmf_fast.objective import BatchShare
+from mmf_fast.training.ema import move_average
+from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, learning_rate
 from mmf_fast.training.timing import Phases
+
+__all__ = ["Engine", "StepResult", "blocks_of"]
 
 
 class StepResult(NamedTuple):
@@ -22,28 +30,195 @@ class StepResult(NamedTuple):
     skipped: Tensor
 
 
-class Engine(Protocol):
-    """One process' share of the training. Every rank calls every method, in the same order."""
+class Engine:
+    """One process' share of the training. Every rank calls every method, in the same order.
 
-    rank: int
-    world_size: int
-    device: torch.device
-    phases: Phases  # of which `step` times its share: "data" (to the device), "loss", "backward", "optimizer"
+    loss_fn: the loss module around `.net`; called as loss_fn(x, step=step, part=part, **cond) -> object with .loss and
+    .metrics.  seed: of what the loss draws.
+
+    An engine of a kind wraps `self.model`, sets `self.param_groups` of its optimizer, calls `start_average`, and says
+    how it goes backward and steps (`backward`, `update`) and what it owns (`fragments`, `steps_of`, `write`).
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, device: torch.device, seed: int) -> None:
+        self.config, self.steps, self.accumulate, self.seed = optimizer, train.steps, train.accumulate, seed
+        self.device, self.phases = device, Phases(device)  # phases: `step` times its share of each
+        self.autocast = train.precision == "bf16"
+        if train.precision != "fp32" and device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.model: Any = loss_fn.to(device).train()
+        self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
+        if self.world_size > 1:  # all begin as the first does
+            for tensor in [*loss_fn.parameters(), *loss_fn.buffers()]:
+                whole = tensor.data.contiguous()
+                dist.broadcast(whole, src=0)
+                tensor.data.copy_(whole)
+        self.shapes = {name: each.shape for name, each in loss_fn.named_parameters() if each.requires_grad}
+        saved = loss_fn.state_dict().keys()
+        self.buffers = {name: buffer for name, buffer in loss_fn.named_buffers() if name in saved}
+        self.good = {name: buffer.clone() for name, buffer in self.buffers.items()}  # of the last step that was finite
+        self.whole = copy.deepcopy(self.net).eval().requires_grad_(False) if self.rank == 0 else None
+        if self.whole is not None and self.world_size > 1:  # until it is drawn from
+            self.whole.cpu()
+        if train.compile:
+            self._compile(loss_fn, train)
+
+    def _compile(self, loss_fn: Any, train: Train) -> None:
+        if train.compile is True:
+            loss_fn.compile()
+            return
+        blocks = blocks_of(self.net, train.blocks)
+        if not blocks:
+            raise ConfigError(
+                f"train.compile=blocks: {type(self.net).__name__} has no {' or '.join(train.blocks)}; name its modules "
+                "by train.blocks, or set train.compile=true"
+            )
+        # Each block runs on tensors and as duals, with and without a graph, and on as many rows as a step has of each.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+    def start_average(self) -> None:
+        self.average = {name: fragment.value.clone() for name, fragment in self.fragments()}
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    param_groups: list[dict[str, Any]]
 
     def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
         """One update on this rank's samples x (B, *shape), rows rank, rank + world_size, ... of the global batch, with
         their rows of cond; `step` counts from 0 and sets learning rate, lambda, noise and times."""
-        ...
+        with self.phases("data"):
+            x = x.to(self.device, non_blocking=True)
+            cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
+        lr = learning_rate(step, self.config, self.steps)
+        for group in self.param_groups:
+            group["lr"] = lr
+        found: list[dict[str, Tensor]] = []
+        for part, rows in parts(self.accumulate, self.rank, self.world_size, self.seed):
+            with self.phases("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                output = self.model(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
+            found.append({**output.metrics, "loss": output.loss.detach()})
+            with self.phases("backward"):
+                self.backward(output.loss, last=len(found) == self.accumulate)
+        with self.phases("optimizer"):
+            metrics = self._mean(found)
+            norm, skipped = self.update(metrics["loss"])
+            self._move_average(step, skipped)
+        return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of loss / accumulate; last: of the passes of a step."""
+        raise NotImplementedError
+
+    def update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer, or none where gradient or loss is not finite; the norm before clipping, and
+        whether it was left out (0-d tensors, the same on all ranks)."""
+        raise NotImplementedError
+
+    def _mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Metrics over accumulation steps and ranks, in one reduction."""
+        metrics = {key: torch.stack([each[key].detach() for each in found]).mean() for key in found[0]}
+        if self.world_size == 1:
+            return metrics
+        mean = torch.stack([value.float().to(self.device) for value in metrics.values()]) / self.world_size
+        dist.all_reduce(mean)
+        return dict(zip(metrics, mean, strict=True))
+
+    @torch.no_grad()
+    def _move_average(self, step: int, skipped: Tensor) -> None:
+        """Of the weights; buffers are as they are, or as they were before a step that is left out."""
+        owned = dict(self.fragments())
+        average, values = [self.average[name] for name in owned], [fragment.value for fragment in owned.values()]
+        if average:  # a rank may own nothing; what an offloaded optimizer owns is on the CPU
+            move_average(average, values, self.config.ema, step, skipped.to(average[0].device))
+        for name, buffer in self.buffers.items():
+            buffer.copy_(torch.where(skipped, self.good[name], buffer))
+            self.good[name].copy_(buffer)
 
     def averaged(self) -> nn.Module:
-        """The network with its averaged weights, in eval mode, whole on rank 0."""
-        ...
+        """The network with its averaged weights, in eval mode, on rank 0; on the others, the network as it is, which
+        nobody should use."""
+        starts = {name: fragment.start for name, fragment in self.fragments()}
+        own = {} if self.whole is None else dict(self.whole.named_parameters())
+        for name, shape in self.shapes.items():
+            if not name.startswith("net."):
+                continue
+            flat = torch.zeros(shape.numel(), device=self.device)
+            if name in self.average:
+                start, value = starts[name], self.average[name].flatten()
+                flat[start : start + value.numel()] = value
+            dist.reduce(flat, dst=0)
+            if self.whole is not None:
+                own[name.removeprefix("net.")].data.copy_(flat.view(shape))
+        return self.net if self.whole is None else self._with_buffers(self.whole)
+
+    def _with_buffers(self, whole: nn.Module) -> nn.Module:
+        for name, buffer in whole.named_buffers():
+            if f"net.{name}" in self.good:
+                buffer.copy_(self.good[f"net.{name}"])
+        return whole.to(self.device)
+
+    # ---- state: see training/fragments.py ----------------------------------------------------------------------------
+
+    def fragments(self, key: str | None = None) -> Iterator[tuple[str, Fragment]]:
+        """This rank's fragments of the trained weights, or of a moment of the optimizer, of which it has made a step;
+        none where it owns nothing."""
+        raise NotImplementedError
+
+    def steps_of(self, name: str) -> float:
+        """How many steps the optimizer has made on a parameter."""
+        raise NotImplementedError
+
+    def write(self, saved: Saved) -> None:
+        """Sets this rank's weights and moments."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's share of weights, average and optimizer, as tensors and plain containers only: it must load with
-        weights_only=True."""
-        ...
+        """This rank's share, as tensors and plain containers only: it must load with weights_only=True."""
+        share = {
+            name: {
+                "start": start,
+                "weight": value.flatten(),
+                "average": self.average[name].flatten(),
+                "steps": self.steps_of(name),
+            }
+            for name, (start, value) in self.fragments()
+        }
+        for key in MOMENTS:
+            for name, fragment in self.fragments(key):
+                share[name][key] = fragment.value.flatten()
+        return {"fragments": share, "buffers": dict(self.good) if self.rank == 0 else {}}
 
+    @torch.no_grad()
     def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
-        """Takes what all ranks returned from state_dict, in their order."""
-        ...
+        """Takes what all ranks returned from state_dict, in their order, however many they were and of any engine.
+        Raises ValueError where they are of another loss module."""
+        saved = Saved(shares, self.shapes)
+        if saved.buffers.keys() != self.good.keys():
+            raise ValueError(f"buffers {sorted(saved.buffers.keys() ^ self.good.keys())} are not in both")
+        self.write(saved)
+        for name, (start, value) in self.fragments():
+            self.average[name].copy_(saved.part(name, "average", start, value.numel()).view_as(value))
+        for name, buffer in self.buffers.items():
+            buffer.copy_(saved.buffers[name])
+            self.good[name].copy_(buffer)
+
+
+def parts(accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:
+    """The parts of a global batch that rank `rank` takes in turn, and where they lie in its rows rank::world_size."""
+    for i in range(accumulate):
+        yield BatchShare(rank + world_size * i, world_size * accumulate, seed), slice(i, None, accumulate)
+
+
+def blocks_of(net: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """The modules of a network that follow each other, those of its lists (or modules) of these names."""
+    found: list[nn.Module] = []
+    for name, module in net.named_modules():
+        if name.rpartition(".")[2] in names:
+            found += list(module) if isinstance(module, nn.ModuleList) else [module]
+    inner = {id(each) for block in found for each in block.modules() if each is not block}
+    return [block for block in found if id(block) not in inner]

@@ -10,10 +10,11 @@ an even share where ZeRO shards nothing (stage 0). Checkpoints hold such fragmen
 goes on with another number of ranks or another stage.
 """
 
-import copy
-import os
+from __future__ import annotations
+
+import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -27,195 +28,84 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from mmf_fast.devices import choose_device
-from mmf_fast.training.ema import move_average
-from mmf_fast.training.engines.base import StepResult
-from mmf_fast.training.engines.local import parts
+from mmf_fast.distributed import join
+from mmf_fast.training.engines.base import Engine
+from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
 from mmf_fast.training.optimizers import adam_options, build_optimizer, clip_or_skip
-from mmf_fast.training.settings import ConfigError, Optimizer, Train, learning_rate
-from mmf_fast.training.timing import Phases
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, check_ranks
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+__all__ = ["DeepSpeedEngine"]
 
-
-class Fragment(NamedTuple):
-    """What this rank owns of a parameter: elements start, start + 1, ... of it flattened, as a float32 tensor that is
-    (or stands for) the optimizer's own."""
-
-    start: int
-    value: Tensor
+TESTED = "0.19"  # the versions that `Internals` below was tested with
 
 
-class Saved:
-    """The shares of all ranks that saved. They lie in mapped files, of which only what is asked for is read.
+class DeepSpeedEngine(Engine):
+    """`Engine` on DeepSpeed.
 
-    Raises ValueError where they are not the whole of the parameters of these names and shapes.
-    """
-
-    def __init__(self, shares: list[dict[str, Any]], shapes: Mapping[str, torch.Size]) -> None:
-        self.steps, self.shapes = shares[0]["steps"], shapes
-        self.fragments: dict[str, list[dict[str, Any]]] = {name: [] for name in shapes}
-        for share in shares:
-            for name, fragment in share["fragments"].items():
-                self.fragments[name].append(fragment)
-        for name, shape in shapes.items():
-            if sum(fragment["weight"].numel() for fragment in self.fragments[name]) != shape.numel():
-                raise ValueError(f"it holds only a part of {name}")
-
-    def part(self, name: str, key: str, start: int, size: int) -> Tensor:
-        """Elements start, start + 1, ... of a parameter's "weight", "average" or moment, (size,); zeros beyond it."""
-        result = torch.zeros(size)
-        for fragment in self.fragments[name]:
-            first, value = fragment["start"] - start, fragment[key]
-            low, high = max(0, first), min(size, first + value.numel())
-            if low < high:
-                result[low:high] = value[low - first : high - first]
-        return result
-
-    def whole(self, name: str, key: str) -> Tensor:
-        shape = self.shapes[name]
-        return self.part(name, key, 0, shape.numel()).view(shape)
-
-
-class DeepSpeedEngine:
-    """Implements `mmf_fast.training.engines.Engine` on DeepSpeed.
-
-    loss_fn: as for LocalEngine.  zero: a DeepSpeed configuration, of which "zero_optimization" and options of
-    communication are taken; what the YAML file sets (batch, accumulation, clipping, precision) must not be in it.
+    zero: a DeepSpeed configuration, of which "zero_optimization" and options of communication are taken; what the YAML
+    file sets (batch, accumulation, clipping, precision) must not be in it.
     Raises ConfigError for settings that do not fit together.
     """
 
     def __init__(
         self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, zero: Mapping[str, Any], seed: int = 0
     ) -> None:
-        self.config, self.steps, self.accumulate, self.seed = optimizer, train.steps, train.accumulate, seed
-        self.stage = int(zero.get("zero_optimization", {}).get("stage", 0))
-        self.device = _join(train.device)
-        self.phases = Phases(self.device)
+        stage = _stage(zero)
+        device = _join(train.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        settings = _settings(zero, self.stage, optimizer, train, self.world_size, self.device)
-        loss_fn = loss_fn.to(self.device).train()
-        if train.compile:
-            loss_fn.compile()
-        base = _build_optimizer(loss_fn.parameters(), optimizer)
-        net: nn.Module = loss_fn.net  # type: ignore[assignment]
-        self.shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
-        self.whole = copy.deepcopy(net).cpu().eval().requires_grad_(False) if self.rank == 0 else None
-        self.engine, *_ = deepspeed.initialize(model=loss_fn, optimizer=base, config=settings)
-        self.net: nn.Module = self.engine.module.net
-        self.ema = {name: fragment.value.clone() for name, fragment in self._fragments()}
+        settings = _settings(zero, stage, optimizer, train, self.world_size, device)
+        super().__init__(loss_fn, optimizer, train, device, seed)
+        self.stage, self.autocast = stage, False  # bf16: the weights are bfloat16, the optimizer's are float32
+        base = _build_optimizer([p for p in loss_fn.parameters() if p.requires_grad], optimizer)
+        self.model, *_ = deepspeed.initialize(model=loss_fn, optimizer=base, config=settings)
+        self.param_groups = self.model.optimizer.param_groups
+        self.zero = Internals(self.model, stage, {name: p for name, p in self._parameters()})
+        self.start_average()
 
-    # ---- one step ----------------------------------------------------------------------------------------------------
+    def _parameters(self) -> Iterator[tuple[str, Any]]:
+        """The trained ones."""
+        return ((name, p) for name, p in self.model.module.named_parameters() if name in self.shapes)
 
-    def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
-        with self.phases("data"):
-            x = x.to(self.device, non_blocking=True)
-            cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
-        lr = learning_rate(step, self.config, self.steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        found: list[dict[str, Tensor]] = []
-        for part, rows in parts(self.accumulate, self.rank, self.world_size, self.seed):
-            with self.phases("loss"):
-                output = self.engine(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
-            with self.phases("backward"):
-                self.engine.backward(output.loss)
-            found.append({**output.metrics, "loss": output.loss.detach()})
-            with self.phases("optimizer"):
-                if self.stage == 0 and len(found) == self.accumulate:  # DeepSpeed's own skip would wait for the host
-                    norm, skipped = clip_or_skip(
-                        self.engine.module.parameters(), self.engine.optimizer, self.config.clip
-                    )
-                self.engine.step()
-        with self.phases("optimizer"):
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.model.backward(loss)
+        if not last:
+            self.model.step()
+
+    def update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        if self.stage == 0:  # DeepSpeed's own skip would wait for the host
+            parameters = [parameter for _, parameter in self._parameters()]
+            norm, skipped = clip_or_skip(parameters, self.model.optimizer, self.config.clip)
+            self.model.step()
+            return norm, skipped
+        self.model.step()
+        norm = torch.as_tensor(self.model.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
+        return norm, ~torch.isfinite(norm)
+
+    def fragments(self, key: str | None = None) -> Iterator[tuple[str, Fragment]]:
+        if key is not None and not self.zero.moments():
+            return
+        for name, parameter in self._parameters():
             if self.stage > 0:
-                norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
-                norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed writes -1 for a norm that is not finite
-                skipped = ~torch.isfinite(norm)
-            self._move_average(step, skipped)
-            metrics = self._mean(found)
-        return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
-
-    def _move_average(self, step: int, skipped: Tensor) -> None:
-        fragments = dict(self._fragments())
-        average, values = [self.ema[name] for name in fragments], [fragment.value for fragment in fragments.values()]
-        if average:  # a rank may own nothing; what an offloaded optimizer owns is on the CPU
-            move_average(average, values, self.config.ema, step, skipped.to(average[0].device))
-
-    def _mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Metrics over accumulation steps and ranks, in one reduction."""
-        values = torch.stack(
-            [torch.stack([m.detach().float().to(self.device) for m in each.values()]) for each in found]
-        )
-        mean = values.mean(0) / self.world_size
-        dist.all_reduce(mean)
-        return dict(zip(found[0], mean, strict=True))
-
-    # ---- fragments ---------------------------------------------------------------------------------------------------
-
-    def _fragments(self, key: str | None = None) -> Iterator[tuple[str, Fragment]]:
-        """This rank's fragments of the float32 weights, or of a moment of the optimizer; none where it owns nothing."""
-        parameter: Any  # DeepSpeed's attributes are on it
-        for name, parameter in self.net.named_parameters():
-            if self.stage == 3:
-                get = safe_get_local_fp32_param if key is None else safe_get_local_optimizer_state
-                value = get(parameter) if key is None else get(parameter, key)
-                start = self.rank * value.numel()
-                value = value[: max(0, self.shapes[name].numel() - start)]  # the last partition is padded
-            elif self.stage > 0:
-                mapping = parameter._hp_mapping
-                if mapping is None:
+                fragment = self.zero.fragment(name, parameter, key, self.rank)
+                if fragment is None:
                     continue
-                start, value = mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
-            else:
-                whole = parameter.data if key is None else self.engine.optimizer.state[parameter][key]
+                start, value = fragment
+            else:  # ZeRO shares nothing: an even share
+                whole = parameter.data if key is None else self.model.optimizer.state[parameter][key]
                 size = -(-whole.numel() // self.world_size)
                 start = self.rank * size
                 value = whole.flatten()[start : start + size]
+            if self.stage == 3:
+                value = value[: max(0, self.shapes[name].numel() - start)]  # the last partition is padded
             if value.numel():
                 yield name, Fragment(start, value)
 
-    def averaged(self) -> nn.Module:
-        """The network with averaged weights on rank 0; on the others, the network as it is, which nobody should use."""
-        starts = {name: fragment.start for name, fragment in self._fragments()}
-        state = {}
-        for name, shape in self.shapes.items():
-            flat = torch.zeros(shape.numel(), device=self.device)
-            if name in self.ema:
-                flat[starts[name] : starts[name] + self.ema[name].numel()] = self.ema[name]
-            dist.reduce(flat, dst=0)
-            state[name] = flat.view(shape)
-        if self.whole is None:
-            return self.net
-        self.whole.load_state_dict(state, strict=False)  # buffers do not train
-        return self.whole.to(self.device)
+    def steps_of(self, name: str) -> float:
+        return max((float(state["step"]) for state in self.zero.moments().values()), default=0.0)
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        moments = {key: dict(self._fragments(key)) for key in MOMENTS} if self._moments() else {}
-        share = {
-            name: {"start": start, "weight": value, "average": self.ema[name]}
-            | {key: moments[key][name].value for key in moments}
-            for name, (start, value) in self._fragments()
-        }
-        steps = [float(state["step"]) for state in self._moments().values()]
-        return {"fragments": share, "steps": max(steps, default=0.0)}
-
-    @torch.no_grad()
-    def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
-        """Takes the shares of all ranks that saved, however many they were."""
-        saved = Saved(shares, self.shapes)
-        self._set_weights(saved)
-        if saved.steps:
-            self._make_moments(saved.steps)
-            for key in MOMENTS:
-                self._set(saved, key)
-        for name, (start, value) in self._fragments():
-            self.ema[name].copy_(saved.part(name, "average", start, value.numel()))
-
-    def _set_weights(self, saved: Saved) -> None:
-        for name, parameter in self.net.named_parameters():
+    def write(self, saved: Saved) -> None:
+        for name, parameter in self._parameters():
             if self.stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     if self.rank == 0:
@@ -223,65 +113,120 @@ class DeepSpeedEngine:
             else:
                 parameter.data.copy_(saved.whole(name, "weight"))
         if self.stage > 0:  # at stage 0 the optimizer steps on the parameters themselves
-            self._set(saved, None)
+            self._write(saved, None)
+        if steps := saved.steps():
+            self.zero.make_moments(steps)
+            for key in MOMENTS:
+                self._write(saved, key)
 
-    def _set(self, saved: Saved, key: str | None) -> None:
-        """Writes this rank's fragments of the float32 weights, or of a moment; at stage 0 it has them whole."""
-        parameter: Any
+    def _write(self, saved: Saved, key: str | None) -> None:
+        """Sets this rank's fragments of the float32 weights, or of a moment; at stage 0 it has them whole."""
         of = key or "weight"
-        if self.stage == 0:
-            for name, parameter in self.net.named_parameters():
-                self.engine.optimizer.state[parameter][key].copy_(saved.whole(name, of))
-            return
-        if self.stage < 3:
-            for name, (start, value) in self._fragments(key):
+        if 0 < self.stage < 3:
+            for name, (start, value) in self.fragments(key):
                 value.copy_(saved.part(name, of, start, value.numel()))
             return
-        for name, parameter in self.net.named_parameters():
-            size = parameter.ds_tensor.numel()
-            padded = saved.part(name, of, self.rank * size, size).to(self.device)
-            if key is None:
-                safe_set_local_fp32_param(parameter, padded)
+        for name, parameter in self._parameters():
+            if self.stage == 0:
+                self.model.optimizer.state[parameter][key].copy_(saved.whole(name, of))
             else:
-                safe_set_local_optimizer_state(parameter, padded, key)
+                start, size = self.zero.partition(parameter)
+                self.zero.set_partition(parameter, key, saved.part(name, of, start, size))
 
-    def _owned(self) -> list[Tensor]:
+
+class Internals:
+    """What is asked of DeepSpeed beyond its public interface: the float32 tensors its optimizer steps on, their states,
+    and where in the parameters they lie. All its private names are in this class, in `_join`, and in its tests."""
+
+    def __init__(self, engine: Any, stage: int, trained: Mapping[str, Any]) -> None:
+        version = importlib.metadata.version("deepspeed")
+        if not version.startswith(TESTED + "."):
+            raise ConfigError(
+                f"train.zero works with deepspeed {TESTED}, here is {version}: pip install deepspeed~={TESTED}.0"
+            )
+        self.engine, self.stage, self.trained = engine, stage, trained
+
+    @property
+    def inner(self) -> Any:
+        """The optimizer within ZeRO's."""
+        return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+
+    def owned(self) -> list[Tensor]:
         """The float32 tensors that the inner optimizer steps on."""
         optimizer = self.engine.optimizer
         if self.stage == 0:
-            return list(self.net.parameters())
+            return list(self.trained.values())
         return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
 
-    def _moments(self) -> dict[Tensor, dict[str, Any]]:
+    def moments(self) -> dict[Tensor, dict[str, Any]]:
         """The states of the inner optimizer; empty before its first step."""
-        optimizer = self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
-        return {tensor: optimizer.state[tensor] for tensor in self._owned() if optimizer.state.get(tensor)}
+        return {tensor: self.inner.state[tensor] for tensor in self.owned() if self.inner.state.get(tensor)}
 
-    def _make_moments(self, steps: float) -> None:
-        optimizer = self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
-        counts = isinstance(optimizer, torch.optim.Optimizer) and "fused" in optimizer.defaults  # as a tensor
-        for tensor in self._owned():
+    def make_moments(self, steps: float) -> None:
+        inner = self.inner
+        counts = isinstance(inner, torch.optim.Optimizer) and "fused" in inner.defaults  # as a tensor
+        for tensor in self.owned():
             step = torch.tensor(steps, device=tensor.device) if counts else int(steps)
-            optimizer.state[tensor] = {"step": step, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
+            inner.state[tensor] = {"step": step, **{key: torch.zeros_like(tensor) for key in MOMENTS}}
         if self.stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def fragment(self, name: str, parameter: Any, key: str | None, rank: int) -> Fragment | None:
+        """What a rank owns of a parameter at stage 1, 2 or 3 (there with the padding of the last partition)."""
+        if self.stage == 3:
+            get = safe_get_local_fp32_param if key is None else safe_get_local_optimizer_state
+            value = get(parameter) if key is None else get(parameter, key)
+            return Fragment(rank * value.numel(), value)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        return Fragment(mapping.lp_fragment_address.start, mapping.get_hp_fragment(key))
 
-def _join(device: str) -> torch.device:
-    """Joins the processes of the launcher (or starts a group of one) and takes this rank's device."""
-    chosen = choose_device(device)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(chosen)
-    else:
+    def partition(self, parameter: Any) -> tuple[int, int]:
+        """At stage 3, where this rank's share of a flattened parameter starts and its size, which may go beyond it."""
+        size = parameter.ds_tensor.numel()
+        return dist.get_rank() * size, size
+
+    def set_partition(self, parameter: Any, key: str | None, value: Tensor) -> None:
+        value = value.to(parameter.ds_tensor.device)
+        if key is None:
+            safe_set_local_fp32_param(parameter, value)
+        else:
+            safe_set_local_optimizer_state(parameter, value, key)
+
+
+def _join(name: str) -> torch.device:
+    device = join(name)
+    if device.type == "cpu":
         # Its all-reduce through shared memory would be compiled for minutes; gloo serves ranks on CPUs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    if not dist.is_initialized() and "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    return chosen
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def _stage(zero: Mapping[str, Any]) -> int:
+    """Raises ConfigError for a file that was written for another trainer."""
+    for key, value in _leaves(zero):
+        if value == "auto":
+            raise ConfigError(
+                f"train.zero: {key} is 'auto', which another trainer fills in; write the value, or remove it"
+            )
+    if "fp16" in zero:
+        raise ConfigError(
+            "train.zero: fp16 is not trained in here (no loss scaling); remove it, set train.precision=bf16"
+        )
+    stage = zero.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"train.zero: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
+    return int(stage)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
@@ -304,15 +249,11 @@ def _settings(
     zero: Mapping[str, Any], stage: int, optimizer: Optimizer, train: Train, world_size: int, device: torch.device
 ) -> dict[str, Any]:
     """DeepSpeed's configuration: the ZeRO file and what the YAML file says."""
-    if train.batch % (world_size * train.accumulate):
-        raise ConfigError(
-            f"train.batch={train.batch} is not divisible by {world_size} processes x train.accumulate="
-            f"{train.accumulate}: choose another batch"
-        )
+    check_ranks(train, world_size)
     if train.compile and stage == 3:
         raise ConfigError(
-            "train.compile: ZeRO stage 3 fetches weights within the step, which cannot be one graph; "
-            "use stage 2, or train.compile=false"
+            "train.compile: ZeRO stage 3 fetches weights within the step, which cannot be one graph, nor one a block; "
+            "use stage 2, train.zero=fsdp, or train.compile=false"
         )
     if train.precision == "bf16" and stage == 0:
         raise ConfigError(
@@ -336,7 +277,7 @@ def _settings(
         "gradient_clipping": optimizer.clip if stage else 0.0,
         "bf16": {"enabled": train.precision == "bf16"},
     }
-    doubled = sorted(ours.keys() & zero.keys())
+    doubled = sorted((ours.keys() | {"optimizer", "scheduler", "amp"}) & zero.keys())
     if doubled:
         raise ConfigError(f"train.zero: {doubled[0]} is set by the YAML file; remove it from the ZeRO file")
     return {"steps_per_print": 2**62, "zero_allow_untested_optimizer": True, **zero, **ours}

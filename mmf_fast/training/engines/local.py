@@ -1,92 +1,82 @@
 """The engine of one process and one device: AdamW, clipping, moving average, mixed precision, torch.compile."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmf_fast.devices import choose_device
-from mmf_fast.objective import BatchShare
-from mmf_fast.training.ema import EMA
-from mmf_fast.training.engines.base import StepResult
+from mmf_fast.training.engines.base import Engine
+from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
 from mmf_fast.training.optimizers import adam_options, clip_or_skip
-from mmf_fast.training.settings import ConfigError, Optimizer, Train, learning_rate
-from mmf_fast.training.timing import Phases
+from mmf_fast.training.settings import ConfigError, Optimizer, Train
+
+__all__ = ["LocalEngine"]
 
 
-def parts(accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:
-    """The parts of a global batch that rank `rank` takes in turn, and where they lie in its rows rank::world_size."""
-    for i in range(accumulate):
-        yield BatchShare(rank + world_size * i, world_size * accumulate, seed), slice(i, None, accumulate)
+class LocalEngine(Engine):
+    """`Engine` of one process, which owns every parameter as a whole."""
 
-
-class LocalEngine:
-    """Implements `mmf_fast.training.engines.Engine` for one process.
-
-    loss_fn: the loss module around `.net`; called as loss_fn(x, step=step, part=part, **cond) -> object with .loss and
-    .metrics.  seed: of what the loss draws.
-    """
-
-    rank = 0
-    world_size = 1
-
-    def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, seed: int = 0) -> None:
+    def __init__(
+        self,
+        loss_fn: nn.Module,
+        optimizer: Optimizer,
+        train: Train,
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         if optimizer.kind != "adamw":  # the others cannot skip a step without waiting for the host
             raise ConfigError(f"optimizer.kind={optimizer.kind} needs train.zero, for instance train.zero=zero1.json")
-        self.config = optimizer
-        self.steps, self.accumulate, self.seed = train.steps, train.accumulate, seed
-        self.device = choose_device(train.device)
-        self.phases = Phases(self.device)
-        self.loss_fn = loss_fn.to(self.device).train()
-        self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
-        self.ema = EMA(self.net, optimizer.ema)
-        self.optimizer = torch.optim.AdamW(loss_fn.parameters(), fused=True, **adam_options(optimizer))
-        self.autocast = train.precision == "bf16"
-        if train.precision != "fp32" and self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        if train.compile:
-            loss_fn.compile()
+        super().__init__(loss_fn, optimizer, train, device or choose_device(train.device), seed)
+        self.owned = self._own(train)
+        options = adam_options(optimizer)
+        self.optimizer = torch.optim.AdamW([each.value for each in self.owned.values()], fused=True, **options)
+        self.param_groups = self.optimizer.param_groups
+        self.start_average()
 
-    def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
-        with self.phases("data"):
-            x = x.to(self.device, non_blocking=True)
-            cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
-        found: list[dict[str, Tensor]] = []
-        for part, rows in parts(self.accumulate, 0, 1, self.seed):
-            with self.phases("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                output = self.loss_fn(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
-            with self.phases("backward"):
-                (output.loss / self.accumulate).backward()
-            found.append({**output.metrics, "loss": output.loss.detach()})
-        with self.phases("optimizer"):
-            return self._update(found, step)
+    def _own(self, train: Train) -> dict[str, Fragment]:
+        """The trained parameters, which the optimizer steps on."""
+        return {name: Fragment(0, each) for name, each in self.model.named_parameters() if name in self.shapes}
 
-    def _update(self, found: list[dict[str, Tensor]], step: int) -> StepResult:
-        metrics = {key: torch.stack([each[key].detach() for each in found]).mean() for key in found[0]}
-        norm, bad = clip_or_skip(self.loss_fn.parameters(), self.optimizer, self.config.clip, metrics["loss"])
-        lr = learning_rate(step, self.config, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.net, step, skip=bad)
-
-        metrics |= {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}
-        return StepResult(metrics, bad)
+    def start_average(self) -> None:
+        """That of the network lies in the network that is drawn from and saved."""
+        super().start_average()
+        whole = dict(self.whole.named_parameters()) if self.whole is not None else {}
+        self.average |= {name: whole[name[4:]].data for name in self.average if name.startswith("net.")}
 
     def averaged(self) -> nn.Module:
-        return self.ema.net
+        assert self.whole is not None  # rank 0 is the only one
+        return self._with_buffers(self.whole)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "net": self.net.state_dict(),
-            "ema": self.ema.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss / self.accumulate).backward()
 
-    def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
-        (state,) = shares
-        self.net.load_state_dict(state["net"])
-        self.ema.net.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        norm, bad = clip_or_skip([each.value for each in self.owned.values()], self.optimizer, self.config.clip, loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, bad
+
+    def fragments(self, key: str | None = None) -> Iterator[tuple[str, Fragment]]:
+        for name, (start, value) in self.owned.items():
+            if key is None:
+                yield name, Fragment(start, value.data)
+            elif self.optimizer.state.get(value):
+                yield name, Fragment(start, self.optimizer.state[value][key])
+
+    def steps_of(self, name: str) -> float:
+        return float(self.optimizer.state.get(self.owned[name].value, {}).get("step", 0.0))
+
+    def write(self, saved: Saved) -> None:
+        self.optimizer.state.clear()
+        for name, (start, value) in self.owned.items():
+
+            def part(key: str, name: str = name, start: int = start, value: Tensor = value) -> Tensor:
+                return saved.part(name, key, start, value.numel()).view_as(value)
+
+            value.data.copy_(part("weight"))
+            if steps := saved.steps(name):
+                moments = {key: torch.zeros_like(value.data).copy_(part(key)) for key in MOMENTS}
+                self.optimizer.state[value] = {"step": torch.tensor(steps, device=value.device), **moments}

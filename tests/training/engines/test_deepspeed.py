@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_and_without_offload(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 3, 7])
 def test_of_what_was_saved_only_what_is_asked_for_is_read(ranks: int) -> None:
     """Tensors on the meta device have no content: reading one of them raises."""
-    from mmf_fast.training.engines.deepspeed import Saved
+    from mmf_fast.training.fragments import Saved
 
     values = {"a": torch.randn(5, 4), "b": torch.randn(3)}  # b: the last ranks own nothing of it
     shapes = {name: value.shape for name, value in values.items()}
@@ -157,8 +157,8 @@ def test_of_what_was_saved_only_what_is_asked_for_is_read(ranks: int) -> None:
             low, high = cuts[name][rank], cuts[name][rank + 1]
             if low < high:
                 part = value.flatten()[low:high]
-                fragments[name] = {"start": low, "weight": part if readable else part.to("meta")}
-        return {"steps": 3.0, "fragments": fragments}
+                fragments[name] = {"start": low, "steps": 3.0, "weight": part if readable else part.to("meta")}
+        return {"fragments": fragments, "buffers": {}}
 
     every = [share(rank, True) for rank in range(ranks)]
     saved = Saved(every, shapes)

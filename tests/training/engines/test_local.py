@@ -177,3 +177,64 @@ def test_accumulated_steps_are_those_of_the_whole_batch(accumulate: int, float64
         return [engine.step(x, step).metrics["loss"] for step in range(4)]
 
     torch.testing.assert_close(losses(accumulate), losses(1), rtol=1e-10, atol=0)
+
+
+class Normed(nn.Module):
+    """A network with buffers, and a loss with a parameter of its own and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, y: Tensor, **rest: Any) -> Output:
+        loss = (self.scale * self.net(x) - y).square().mean()
+        return Output(loss, {})
+
+
+def test_the_state_holds_what_trains_and_what_is_counted_and_nothing_that_is_frozen() -> None:
+    torch.manual_seed(0)
+    engine = LocalEngine(Normed(), OPTIMIZER, TRAIN)
+    for step in range(3):
+        engine.step(step=step, **batch(step))
+    state = engine.state_dict()
+    assert list(state["fragments"]) == ["scale", "net.0.weight", "net.0.bias", "net.1.weight", "net.1.bias"]
+    assert list(state["buffers"]) == ["net.1.running_mean", "net.1.running_var", "net.1.num_batches_tracked"]
+    assert all(fragment["steps"] == 3 for fragment in state["fragments"].values())
+    torch.manual_seed(0)
+    other = LocalEngine(Normed(), OPTIMIZER, TRAIN)
+    other.load_state_dict([copy.deepcopy(state)])
+    for step in range(3, 6):
+        one, two = (each.step(step=step, **batch(step)).metrics["loss"] for each in (engine, other))
+        assert one == two
+    assert all(map(torch.equal, everything(engine), everything(other)))
+    with pytest.raises(ValueError, match="is not a trained parameter here"):
+        LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN).load_state_dict([state])
+
+
+def test_a_step_that_is_not_finite_leaves_buffers_as_they_were() -> None:
+    engine = LocalEngine(Normed(), OPTIMIZER, TRAIN)
+    engine.step(step=0, **batch(0))
+    before = {name: buffer.clone() for name, buffer in engine.net.named_buffers()}
+    bad = batch(1)
+    bad["x"][0, 0] = math.nan
+    assert engine.step(step=1, **bad).skipped
+    for net in (engine.net, engine.averaged()):
+        assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7])
+def test_compiled_blocks_train_as_eager_ones(lam: float) -> None:
+    def losses(compile: Any) -> list[float]:
+        torch.manual_seed(1)
+        loss_fn = MeanFlowLoss(MLP(2, width=8, depth=3), lam=lam, p=0.5, paired=True)
+        engine = LocalEngine(loss_fn, OPTIMIZER, Train(batch=16, device="cpu", compile=compile), seed=5)
+        assert all(("forward" in vars(block)) == bool(compile) for block in loss_fn.net.blocks)
+        assert not any("forward" in vars(block) for block in engine.averaged().blocks)  # a copy calls itself
+        x = torch.linspace(-1, 1, 32).reshape(16, 2)
+        return [float(engine.step(x, step).metrics["loss"]) for step in range(4)]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert losses("blocks") == pytest.approx(losses(False), rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # on tensors and as duals, at any depth

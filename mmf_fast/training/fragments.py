@@ -1,0 +1,71 @@
+"""What a checkpoint holds, whichever engine wrote it: fragments of the trained parameters, and buffers.
+
+    share of a rank   {"fragments": {name: fragment}, "buffers": {name: tensor}}
+    fragment          {"start", "weight", "average", "steps", "exp_avg", "exp_avg_sq"}
+
+A fragment is elements start, start + 1, ... of a parameter of the loss module, flattened: what one rank owns of it. One
+process owns each as a whole, ZeRO a piece of a flat partition, FSDP2 some rows. As only names and places are written, a
+run goes on with any engine, ZeRO stage and number of ranks. "steps": how many the optimizer has made on it; with none
+there are no moments. Frozen parameters are not in it: they are those that the run was built with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOMENTS", "Fragment", "Saved"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Fragment(NamedTuple):
+    """What this rank owns of a parameter: elements start, start + 1, ... of it flattened, as a tensor of any shape that
+    is (or stands for) the optimizer's own."""
+
+    start: int
+    value: Tensor
+
+
+class Saved:
+    """The shares of all ranks that saved. They lie in mapped files, of which only what is asked for is read.
+
+    Raises ValueError where they are not the whole of the parameters of these names and shapes.
+    """
+
+    def __init__(self, shares: list[dict[str, Any]], shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = shapes
+        self.buffers: dict[str, Tensor] = shares[0]["buffers"]
+        self.fragments: dict[str, list[dict[str, Any]]] = {name: [] for name in shapes}
+        for share in shares:
+            for name, fragment in share["fragments"].items():
+                if name not in shapes:
+                    raise ValueError(f"{name} is not a trained parameter here")
+                self.fragments[name].append(fragment)
+        for name, shape in shapes.items():
+            if sum(fragment["weight"].numel() for fragment in self.fragments[name]) != shape.numel():
+                raise ValueError(f"it holds only a part of {name}, or one of another shape")
+
+    def steps(self, name: str | None = None) -> float:
+        """Of the optimizer on a parameter, or the most of all."""
+        names = self.shapes if name is None else [name]
+        return max((fragment["steps"] for each in names for fragment in self.fragments[each]), default=0.0)
+
+    def part(self, name: str, key: str, start: int, size: int) -> Tensor:
+        """Elements start, start + 1, ... of a parameter's "weight", "average" or moment, (size,); zeros beyond it, and
+        where it has no moments."""
+        fragments = [fragment for fragment in self.fragments[name] if key in fragment]
+        result = torch.zeros(size, dtype=fragments[0][key].dtype if fragments else torch.float32)
+        for fragment in fragments:
+            first, value = fragment["start"] - start, fragment[key]
+            low, high = max(0, first), min(size, first + value.numel())
+            if low < high:
+                result[low:high] = value[low - first : high - first]
+        return result
+
+    def whole(self, name: str, key: str) -> Tensor:
+        shape = self.shapes[name]
+        return self.part(name, key, 0, shape.numel()).view(shape)
