@@ -271,7 +271,7 @@ def missing_rule_error(func: Any, fix: str | None = None) -> MissingRuleError:
     name = getattr(func, "__name__", str(func))
     in_place = name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
     if fix is None and in_place:
-        fix = "a Dual is immutable, use the out-of-place form"
+        fix = "it cannot write into a Dual, use the out-of-place form"
     elif fix is None:
         fix = 'teach it with mmf_fast.register_rule, or differentiate the whole network with jvp="func"'
     return MissingRuleError(f"no forward-mode rule for {name}{_module_path()}: {fix}")

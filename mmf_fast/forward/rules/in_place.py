@@ -88,7 +88,7 @@ def copy_(input: Any, src: Any, non_blocking: bool = False) -> tuple[Any, Any]:
     return written(Tensor.copy_, input, src.expand(input.shape))
 
 
-@register_rule(Tensor.zero_)
+@register_rule(Tensor.zero_, torch.zero_)
 def zero_(input: Any) -> tuple[Any, Any]:
     return written(Tensor.zero_, input, torch.zeros_like(input.primal))
 
