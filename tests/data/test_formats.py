@@ -628,10 +628,13 @@ LATENTS_REFUSED = {
         {"a/1.npy": npy(DRAWN[0]), "stats.npz": npz(mean=np.zeros(4), std=np.zeros(4))},
         "std positive",
     ),
+    "images as floats": ({"1.npz": npz(x=np.zeros((5, 8, 8, 3), "f4"), y=np.arange(5))}, "images as floats; save"),
+    "an image per file": ({"a/1.npy": npy(np.zeros((8, 8, 3), np.uint8))}, "holds bytes, as images do; save"),
     "an LMDB": ({"data.mdb": b"x", "lock.mdb": b"x"}, "is an LMDB, often of pickles, which is not read; export it"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("case", LATENTS_REFUSED)
 def test_latents_that_are_refused(case, tmp_path, monkeypatch):
     files, message = LATENTS_REFUSED[case]

@@ -96,9 +96,15 @@ CATS = images("cat/1.png", "cat/2.png", "dog/1.png")
 ONE_READING = {
     "folders": (CATS, {}),
     "below a common folder": ({f"a/b/{name}": data for name, data in CATS.items()}, {}),
-    "a hidden folder": (CATS | images(".ipynb_checkpoints/1.png", "cat/.ipynb_checkpoints/1-checkpoint.png"), {}),
-    "what a Mac leaves": (CATS | {"__MACOSX/cat/._1.png": b"x", ".DS_Store": b"x", "cat/._1.png": b"x"}, {}),
-    "a folder called .DS_Store": (CATS | images(".DS_Store/1.png"), {}),
+    "a hidden folder (mmpretrain #507)": (
+        CATS | images(".ipynb_checkpoints/1.png", "cat/.ipynb_checkpoints/1-checkpoint.png"),
+        {},
+    ),
+    "what a Mac leaves (udacity #217)": (
+        CATS | {"__MACOSX/cat/._1.png": b"x", ".DS_Store": b"x", "cat/._1.png": b"x"},
+        {},
+    ),
+    "a folder called .DS_Store (gluon-cv #1300)": (CATS | images(".DS_Store/1.png"), {}),
     "train and val": ({f"train/{name}": data for name, data in CATS.items()} | images("val/cat/1.png"), {}),
     "train and val beside a hidden folder": (
         {f"train/{name}": data for name, data in CATS.items()}
@@ -145,6 +151,28 @@ def test_layouts_with_one_reading(case, tmp_path):
         assert list(found.values()) == ["cat", "cat", "dog"], kind
         assert source.classes == ["cat", "dog"] and source.num_classes == 2, kind
         assert "val" not in " ".join(found) and "checkpoint" not in " ".join(found)
+
+
+def test_splits_without_classes_are_no_classes(tmp_path):
+    """https://github.com/huggingface/datasets/issues/7880: train/ and test/ became the labels."""
+    found, source = taken(write_folder(tmp_path, images("train/1.png", "train/2.png", "test/3.png")))
+    assert found == {"train/1.png": None, "train/2.png": None} and source.left_out == {"outside train": 1}
+
+
+def test_names_of_files_tell_no_split(tmp_path):
+    """https://github.com/huggingface/datasets/issues/5021: a photo of a train was the training split."""
+    names = ["photo of a cat.png", "photo of a train.png", "photo of test tubes.png"]
+    write_folder(tmp_path, images(*names) | {"metadata.jsonl": b"{}"})
+    with pytest.raises(DataError, match=r"metadata\.jsonl: may hold the labels"):
+        open_source(tmp_path)
+    assert set(taken(tmp_path, labels="none")[0]) == set(names)
+
+
+def test_classes_within_archives_of_a_folder(tmp_path):
+    """https://github.com/huggingface/datasets/pull/8419: labelled by the folder the archive lies in."""
+    (tmp_path / "zdir").mkdir()
+    write_zip(tmp_path / "zdir" / "data.zip", images("class0/a.png", "class1/b.png"))
+    assert list(taken(tmp_path / "zdir")[0].values()) == ["class0", "class1"]
 
 
 def test_folders_called_by_numbers_stand_in_their_order(tmp_path):
@@ -259,6 +287,11 @@ REFUSED = {
         images("1.png", "2.png") | {"dataset.json": b'{"labels": [["1.png", "1"], ["2.png", "01"]]}'},
         "one number in several ways",
     ),
+    "ids": (
+        images("1.png", "2.png") | {"dataset.json": b'{"labels": [["1.png", 7], ["2.png", 1000000]]}'},
+        "2 labels up to 1000000 are ids, not classes",
+    ),
+    "parquet and images": (images("1.png") | {"a.parquet": b"x"}, "holds parquet and image files; pass --format"),
     "a sample without .cls": (images("1.png", "2.png") | {"1.cls": b"0"}, r"2\.png: has no \.cls file"),
     "an archive beside what it holds": (
         CATS | {"cat.zip": None},

@@ -17,18 +17,23 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from mmf_fast.data.formats.sources import DataError, SampleError, check_member, identity_of_files, identity_of_names
 
-__all__ = ["Tree", "ending"]
+__all__ = ["Tree", "ending", "identity_of"]
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-_HIDDEN = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN"}
+_HIDDEN = {
+    *("__MACOSX", "Icon\r", "Thumbs.db", "ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),
+    *("@eaDir", "lost+found", "__pycache__"),
+}
+_DATED = (".parquet", "dataset.json", "config.json", "stats.pt")
+_FEW = 1000  # files
 _PACKED: dict[bytes, Callable[[BinaryIO], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZ": bz2.open,
@@ -54,7 +59,7 @@ class Tree:
         self._containers: dict[str, _Container] = {}  # by the folder that each stands for
         self._add("", _open_container(path))
         self.names.sort()
-        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        twice = [name for name, other in pairwise(self.names) if name == other]
         if twice:
             raise DataError(f"{self.label(twice[0])}: is there twice, and {len(twice) - 1} other names; pack it anew")
 
@@ -83,11 +88,6 @@ class Tree:
         container, member = self._find(name)
         return container.path / member if isinstance(container, _Folder) else None
 
-    def identity(self) -> str:
-        """Changes with the content as far as names, and sizes and dates of archives, tell."""
-        archives = [c.file for c in self._containers.values() if isinstance(c, _Archive) and c.file]
-        return identity_of_names([*self.names, *self.ignore, identity_of_files(archives)])
-
     def _find(self, name: str) -> tuple[_Container, str]:
         folder = name
         while folder := folder.rpartition("/")[0]:
@@ -99,7 +99,7 @@ class Tree:
         prefix, archives = folder + "/" if folder else "", []
         self._containers[folder] = container
         for entry in container.entries():
-            if self._is_hidden(entry):
+            if _is_hidden(entry, self.ignore):
                 self.hidden += 1
             elif entry.endswith("/"):
                 self.folders.add(prefix + entry[:-1])
@@ -107,13 +107,14 @@ class Tree:
                 archives.append(entry)
             else:
                 self.names.append(prefix + entry)
+        taken = {parent for name in self.names for parent in _parents(name)} | self.folders if archives else set()
         for entry in archives:
             base = entry.rpartition("/")[2]
             stem = prefix + entry[: len(entry) - len(base)] + _stem(base)
-            if self._is_hidden(stem):
+            if _is_hidden(stem, self.ignore):
                 self.hidden += 1
                 continue
-            if stem in self._containers or stem in self.folders or any(n.startswith(stem + "/") for n in self.names):
+            if stem in self._containers or stem in taken:
                 raise DataError(
                     f"{container.label(entry)}: lies beside {_stem(base)}, perhaps the same twice; "
                     f"pass --ignore {base} (or the other)"
@@ -121,11 +122,29 @@ class Tree:
             self.folders.add(stem)
             self._add(stem, _open_archive(container.bytes_of(entry), container.label(entry), container.disk(entry)))
 
-    def _is_hidden(self, entry: str) -> bool:
-        parts = entry.rstrip("/").split("/")
-        if any(part.startswith(".") or part in _HIDDEN for part in parts):
-            return True
-        return any(fnmatch(part, pattern) for pattern in self.ignore for part in (*parts, entry))
+
+def identity_of(path: Path, ignore: Sequence[str] = ()) -> str:
+    """Changes with the content of a source as far as names tell; of archives, tables and few files sizes and dates.
+
+    Asking a network file system for a million dates takes long, and unpacking an archive too.
+    """
+    if path.is_file():
+        return identity_of_names([*ignore, identity_of_files([path])])
+    names = sorted(name for name in _Folder(path).entries() if not _is_hidden(name, ignore))
+    dated = [name for name in names if len(names) <= _FEW or name.lower().endswith((*_ARCHIVES, *_DATED))]
+    return identity_of_names([*ignore, *names, identity_of_files(path / name for name in dated)])
+
+
+def _is_hidden(entry: str, ignore: Sequence[str]) -> bool:
+    parts = entry.rstrip("/").split("/")
+    if any(part.startswith(".") or part in _HIDDEN for part in parts):
+        return True
+    return any(fnmatch(part, pattern) for pattern in ignore for part in (*parts, entry))
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 def ending(name: str) -> str:
