@@ -192,6 +192,20 @@ def test_a_zip_made_on_windows_has_folders(tmp_path):
     assert list(found.values()) == ["cat", "cat", "dog"] and [item.load().shape for item in source.items()]
 
 
+def test_an_archive_is_told_by_its_content_too(tmp_path):
+    for path in (write_zip(tmp_path / "a.zip", CATS), write_tar(tmp_path / "b.tgz", CATS, "")):
+        path = path.rename(tmp_path / path.stem)
+        assert list(taken(path)[0].values()) == ["cat", "cat", "dog"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    write_folder(tmp_path / "set", CATS)
+    (tmp_path / "set" / "dog" / "2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"dog/2\.png: cannot be read \(No such file.*--skip-bad"):
+        prepare(tmp_path / "set", tmp_path / "out")
+    assert prepare(tmp_path / "set", tmp_path / "out", skip_bad=0.3).count == 3
+
+
 def test_links_in_a_tar_are_followed(tmp_path):
     write_folder(tmp_path / "set", CATS)
     (tmp_path / "set" / "dog" / "2.png").symlink_to("../cat/1.png")
