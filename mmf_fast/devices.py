@@ -60,7 +60,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("tensors there have no content")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: choose auto, cpu or cuda") from error
     device = torch.device(name)

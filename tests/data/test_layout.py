@@ -285,6 +285,10 @@ REFUSED = {
         images("a/1.png", "b/1.png") | {"a/dataset.json": JSON, "b/dataset.json": JSON},
         r"a/dataset\.json: lies in one of several folders.*--root 'a'",
     ),
+    "dataset.json of two splits": (
+        images("train/1.png", "val/1.png") | {"dataset.json": b'{"labels": [["train/1.png", 0], ["val/1.png", 1]]}'},
+        "folders train, val within others: splits",
+    ),
     "folders against dataset.json": (
         CATS | {"dataset.json": b'{"labels": null}'},
         "says no labels, but folders cat, dog",
@@ -483,6 +487,9 @@ def random_layout(rng):
     if labels == "json":
         for split, entries in table.items():
             files[f"{base}{split}dataset.json"] = json.dumps({"labels": entries}).encode()
+        if rng.random() < 0.3:  # one for all splits
+            entries = [[split + name, label] for split in splits for name, label in table[split]]
+            files[f"{base}dataset.json"] = json.dumps({"labels": entries}).encode()
     intruder = encoded(Image.new("RGB", (16, 16), colour(63)))
     for where, content in [
         (".ipynb_checkpoints/1.png", intruder),
