@@ -59,7 +59,8 @@ def faults(r):
         yield f"{r['spills_in_loops']} instructions of the inner loops spill registers"
     if not r["matmul"] and r["spills"]:
         yield f"{r['spills']} bytes of register spills"
-    if r["executed"] is not None and not 0.99 <= r["executed"] <= 1.15:  # below 1: the count misses products
+    tuned = numbers == "16 bits" or r["constants"].get("D", 0) <= 72  # wider heads of TF32 have kept their old tiles
+    if r["executed"] is not None and tuned and not 0.99 <= r["executed"] <= 1.15:  # below 1: the count misses products
         yield f"{r['executed']:.2f} times the products of the formulas"
     if r["serialized"] and r["constants"].get("MASK") == "none":  # a boolean mask is read between the products
         yield "the assembler runs its products one after another"

@@ -186,8 +186,9 @@ def call_operators() -> None:
         interpolate.interpolate(image, noise, tau)
         interpolate.interpolate(torch.zeros(image.shape, dtype=torch.uint8), noise, tau)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # attention has no kernels for exact float32
-        widths = (64, 72) if dtype == torch.bfloat16 else (64,)
-        for width in (32, 64, 72, 80, 96, 128) if EVERYTHING else widths:
+        short = dtype == torch.bfloat16
+        few, many = ((64, 72), (32, 64, 72, 80, 96, 128)) if short else ((64,), (32, 64, 72, 128))
+        for width in many if EVERYTHING else few:
             backward(*attention.attention(*draw(*[(1, 2, 256, width)] * 6, dtype=dtype)))
         q, k, v, *d = draw(*[(1, 2, 256, 64)] * 6, dtype=dtype)
         backward(attention.attention(q, k, v, *d, tangent_grad=False)[0])
