@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmf_fast import flash
 from mmf_fast.ops import attention_triton, reference
+from mmf_fast.ops.arguments import Arguments
 from mmf_fast.ops.dispatch import define, fused, kind_for
 
 __all__ = ["attention", "attention_tangent", "serves"]
@@ -136,12 +138,40 @@ def _empty(like: Tensor, width: int) -> Tensor:
     return like.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
+def _check(
+    q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any, *_: Any, name: str = "attention"
+) -> Arguments:
+    arguments = Arguments(name, q, dimensions=4)
+    arguments.holds(k.ndim == v.ndim == 4, f"k {tuple(k.shape)} and v {tuple(v.shape)} must have 4 dimensions")
+    batch, heads, queries, width = q.shape
+    arguments.tensors(q.shape, q=q, dq=dq)
+    arguments.tensors((batch, heads, k.shape[2], width), k=k, dk=dk)
+    arguments.tensors((batch, heads, k.shape[2], v.shape[3]), v=v, dv=dv)
+    kind = torch.bool if mask is not None and mask.dtype == torch.bool else q.dtype
+    arguments.tensors((batch, heads, queries, k.shape[2]), kind, mask=mask)
+    return arguments
+
+
+def _check_backward(
+    g: Any, h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any,
+    o: Tensor, d_o: Any, lse: Tensor, mu: Any, *_: Any,
+) -> None:  # fmt: skip
+    arguments = _check(q, dq, k, dk, v, dv, mask, name="attention_backward")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    arguments.tensors((*q.shape[:3], v.shape[3]), g=g, h=h, o=o, d_o=d_o if h is not None else None)
+    logits = h is not None and not (dq is None and dk is None)
+    arguments.tensors(q.shape[:3], wide, contiguous=True, lse=lse, mu=mu if logits else None)
+    arguments.holds(h is None or d_o is not None, "d_o must be given where it has a cotangent")
+    arguments.holds(not logits or mu is not None, "mu must be given where q or k has a tangent")
+
+
 _OPERANDS = "Tensor q, Tensor? dq, Tensor k, Tensor? dk, Tensor v, Tensor? dv, Tensor? mask"
 _operator = define(
     f"attention({_OPERANDS}, bool causal, float scale, bool tangent_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.attention,
     _fake,
     attention_triton.forward,
+    check=_check,
 )
 _backward_operator = define(
     f"attention_backward(Tensor? g, Tensor? h, {_OPERANDS}, Tensor o, Tensor? d_o, Tensor lse, Tensor? mu, bool causal,"
@@ -149,6 +179,7 @@ _backward_operator = define(
     reference.attention_backward,
     _fake_backward,
     attention_triton.backward,
+    check=_check_backward,
 )
 
 
@@ -184,7 +215,7 @@ torch.library.register_autograd(_operator, _backward, setup_context=_setup)
 
 
 def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """Whether PyTorch's flash attention has a backward pass for these arguments: then O and LSE suffice for it."""
+    """Whether flash attention has a backward pass for these arguments: then O and LSE suffice for it."""
     return (
         q.is_cuda
         and mask is None
@@ -202,14 +233,20 @@ def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
 def _flash_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashAttention's backward: version 2 as PyTorch ships it, or the one that
-    torch.nn.attention.activate_flash_attention_impl has put in its place."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is off
+    """The backward pass of plain attention, by what mmf_fast.flash says serves: FlashAttention 2 as PyTorch ships it, 3
+    or 4 in its place in PyTorch's dispatcher, or cuDNN's, which takes no single row and is not deterministic."""
+    g, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (g, q, k, v))
+    several = q.shape[-2] > 1 and k.shape[-2] > 1
+    if flash.serving() == "cudnn" and several and not torch.are_deterministic_algorithms_enabled():
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # the state of a dropout that is off
+        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            g, q, k, v, o, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[-2], k.shape[-2], 0.0, causal,
+            scale=scale,
+        )  # fmt: skip
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        g.contiguous() if g.stride(-1) != 1 else g,
-        q, k, v, o, lse, None, None, q.shape[-2], k.shape[-2], 0.0, causal, unused, unused, scale=scale,
-    )  # fmt: skip
+        g, q, k, v, o, lse, None, None, q.shape[-2], k.shape[-2], 0.0, causal, unused, unused, scale=scale
+    )
 
 
 # -- the tangent alone, composed of PyTorch's kernels: where the operator does not serve -------------------------------

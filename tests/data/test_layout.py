@@ -192,6 +192,20 @@ def test_a_zip_made_on_windows_has_folders(tmp_path):
     assert list(found.values()) == ["cat", "cat", "dog"] and [item.load().shape for item in source.items()]
 
 
+def test_an_archive_is_told_by_its_content_too(tmp_path):
+    for path in (write_zip(tmp_path / "a.zip", CATS), write_tar(tmp_path / "b.tgz", CATS, "")):
+        path = path.rename(tmp_path / path.stem)
+        assert list(taken(path)[0].values()) == ["cat", "cat", "dog"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    write_folder(tmp_path / "set", CATS)
+    (tmp_path / "set" / "dog" / "2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"dog/2\.png: cannot be read \(No such file.*--skip-bad"):
+        prepare(tmp_path / "set", tmp_path / "out")
+    assert prepare(tmp_path / "set", tmp_path / "out", skip_bad=0.3).count == 3
+
+
 def test_links_in_a_tar_are_followed(tmp_path):
     write_folder(tmp_path / "set", CATS)
     (tmp_path / "set" / "dog" / "2.png").symlink_to("../cat/1.png")
@@ -270,6 +284,10 @@ REFUSED = {
     "several dataset.json": (
         images("a/1.png", "b/1.png") | {"a/dataset.json": JSON, "b/dataset.json": JSON},
         r"a/dataset\.json: lies in one of several folders.*--root 'a'",
+    ),
+    "dataset.json of two splits": (
+        images("train/1.png", "val/1.png") | {"dataset.json": b'{"labels": [["train/1.png", 0], ["val/1.png", 1]]}'},
+        "folders train, val within others: splits",
     ),
     "folders against dataset.json": (
         CATS | {"dataset.json": b'{"labels": null}'},
@@ -469,6 +487,9 @@ def random_layout(rng):
     if labels == "json":
         for split, entries in table.items():
             files[f"{base}{split}dataset.json"] = json.dumps({"labels": entries}).encode()
+        if rng.random() < 0.3:  # one for all splits
+            entries = [[split + name, label] for split in splits for name, label in table[split]]
+            files[f"{base}dataset.json"] = json.dumps({"labels": entries}).encode()
     intruder = encoded(Image.new("RGB", (16, 16), colour(63)))
     for where, content in [
         (".ipynb_checkpoints/1.png", intruder),
