@@ -282,11 +282,11 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
 
 
 def _launches(zero: Job, above: Job) -> str:
-    least = [f"{1e3 * LAUNCH * job.launches:.1f}" for job in (zero, above)]
+    counts = [round(job.launches, -3) or round(job.launches, -2) for job in (zero, above)]
+    least = [f"{1e3 * LAUNCH * count:.0f}" for count in counts]
     return (
-        f"\nAn eager step starts about {zero.launches} kernels at lambda 0 and {above.launches} above, which takes the "
-        f"host {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: "
-        "no step is faster than that without train.compile."
+        f"\nAn eager step starts about {' and '.join(map(str, counts))} kernels at lambda 0 and above, which takes the host "
+        f"at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: train.compile is for steps that are shorter."
     )
 
 
