@@ -285,8 +285,8 @@ def _launches(zero: Job, above: Job) -> str:
     counts = [round(job.launches, -3) or round(job.launches, -2) for job in (zero, above)]
     least = [f"{1e3 * LAUNCH * count:.0f}" for count in counts]
     return (
-        f"\nAn eager step starts about {' and '.join(map(str, counts))} kernels at lambda 0 and above, which takes the host "
-        f"at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: train.compile is for steps that are shorter."
+        f"\nAn eager step starts about {' and '.join(map(str, counts))} kernels at lambda 0 and above, which takes the "
+        f"host at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: train.compile is for steps that are shorter."
     )
 
 

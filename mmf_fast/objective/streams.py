@@ -51,9 +51,11 @@ class NumberedStream:
         numbers = torch.arange(first, first + rows, device=device)
         self.keys = _mix(numbers * _G + int.from_bytes(hashed(seed, step), "little", signed=True))
 
+    @torch.no_grad()
     def uniform(self) -> Tensor:
         return self._two(1)[0][:, 0]
 
+    @torch.no_grad()
     def normal(self, shape: Sequence[int] = ()) -> Tensor:
         count = math.prod(shape)
         u, v = self._two((count + 1) // 2)
