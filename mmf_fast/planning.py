@@ -286,7 +286,8 @@ def _launches(zero: Job, above: Job) -> str:
     least = [f"{1e3 * LAUNCH * count:.0f}" for count in counts]
     return (
         f"\nAn eager step starts about {' and '.join(map(str, counts))} kernels at lambda 0 and above, which takes the "
-        f"host at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: train.compile is for steps that are shorter."
+        f"host at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: train.compile is for "
+        "steps that are shorter."
     )
 
 
