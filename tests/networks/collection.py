@@ -150,7 +150,7 @@ def dit() -> nn.Module:
         attention_head_dim=8,
         in_channels=4,
         out_channels=4,
-        num_layers=2,
+        num_layers=1,
         sample_size=8,
         norm_num_groups=4,
         dropout=0.1,
@@ -484,7 +484,7 @@ def x_rotary() -> nn.Module:
 
     layers = Encoder(
         dim=16,
-        depth=2,
+        depth=1,
         heads=2,
         attn_dim_head=8,
         rotary_pos_emb=True,
