@@ -8,6 +8,7 @@ those of an independent implementation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,21 +29,25 @@ from benchmarks.measure import (
     take_gradient,
     training_step,
 )
+from mmf_fast.training.engines.base import blocks_of
 
 COUNTED = 16  # samples on which FLOPs are counted and gradients compared: their quarter still splits at lambda = 0.5
-COMPILERS: dict[str, Callable[[nn.Module], Any]] = {  # mode -> what it does to a loss module
-    "eager": lambda loss_fn: None,
-    "compiled": lambda loss_fn: loss_fn.compile(),
-}
+EAGER, COMPILED, BY_BLOCK = "eager", "compiled", "compiled by block"  # modes
+BLOCKS = ("blocks", "down", "middle", "up")  # modules of these names are compiled by block
+GRAPHS = 64  # a block has one for each number of rows, tensors or duals, with a graph and without
 
 
 class Workload(NamedTuple):
-    """A network and its data, the step of flow matching on them, and what that one needs."""
+    """A network and its data, the step of flow matching on them, and what that one needs.
+
+    eager: the same network with the same parameters, in which nothing is compiled.
+    """
 
     net: nn.Module
+    eager: nn.Module
     x: Tensor
     device: str
-    mode: str  # one of COMPILERS
+    mode: str
     precision: str  # "fp32" or "bf16"
     baseline: Run
     flops: float
@@ -54,12 +59,13 @@ class Workload(NamedTuple):
         net, x = network.make(device), network.data(device)
         if device == "cuda" and isinstance(net.input, nn.Conv2d):  # faster there; on the CPU it is not
             net, x = (value.to(memory_format=torch.channels_last) for value in (net, x))
-        loss_fn = FLOW_MATCHING.build(net)
-        COMPILERS[mode](loss_fn)
-        baseline = training_step(net, loss_fn, x, precision)
+        eager = copy.deepcopy(net, {id(p): p for p in net.parameters()})
+        if mode == BY_BLOCK:
+            compile_blocks(net)
+        baseline = training_step(net, build(FLOW_MATCHING, net, mode), x, precision)
         baseline()
-        needs = flops(net, FLOW_MATCHING, x, precision), peak_bytes(baseline, device)
-        return Workload(net, x, device, mode, precision, baseline, *needs)
+        needs = flops(eager, FLOW_MATCHING, x, precision), peak_bytes(baseline, device)
+        return Workload(net, eager, x, device, mode, precision, baseline, *needs)
 
     def tolerance(self) -> float:
         """Relative, of loss and gradient."""
@@ -72,14 +78,13 @@ def measure(case: Case, workload: Workload, length: float, repeat: Callable[...,
     repeat(run, setup=, rounds=): calls both in turn; pytest-benchmark's `pedantic`, or a plain loop.
     Raises ValueError where our loss or gradient is wrong. A way of the field that fails is a row with its error.
     """
-    net, x, device, mode, precision, baseline, *_ = workload
+    net, eager, x, device, mode, precision, baseline, *_ = workload
     row = {"batch": list(x.shape), "parameters": sum(p.numel() for p in net.parameters()), "bound": case.bound()}
     row |= {"share": case.share, "way": case.way, "loss": case.loss}
-    loss_fn = case.build(net)
-    COMPILERS[mode](loss_fn)
+    loss_fn = build(case, net, mode)
     run = training_step(net, loss_fn, x, precision)
     try:
-        row["errors"] = errors(net, case, loss_fn, x, mode, precision)
+        row["errors"] = errors(case, loss_fn, workload)
         run()
     except Exception as error:
         if case.way == OURS:
@@ -89,7 +94,7 @@ def measure(case: Case, workload: Workload, length: float, repeat: Callable[...,
         raise ValueError(f"loss or gradient is wrong, so it is not timed: {row['errors']}")
 
     peak = peak_bytes(run, device)
-    cost = flops(net, case, x, precision)
+    cost = flops(eager, case, x, precision)
     ours, theirs = Stopwatch(run, device), Stopwatch(baseline, device)
     theirs(), theirs(), ours(), ours()
     pair = ours.times.pop() + theirs.times.pop()
@@ -117,14 +122,30 @@ def measure(case: Case, workload: Workload, length: float, repeat: Callable[...,
     }
 
 
-def errors(net: nn.Module, case: Case, loss_fn: nn.Module, x: Tensor, mode: str, precision: str) -> dict[str, float]:
+def build(case: Case, net: nn.Module, mode: str) -> nn.Module:
+    """The loss module of a case; compiled whole, if the mode is so."""
+    loss_fn = case.build(net)
+    if mode == COMPILED:
+        loss_fn.compile()
+    return loss_fn
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """As train.compile=blocks does."""
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    for block in blocks_of(net, BLOCKS):
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+
+
+def errors(case: Case, loss_fn: nn.Module, workload: Workload) -> dict[str, float]:
     """Relative errors of loss and gradient. Truth: for eager code, MeanFlowLoss over torch.func.jvp with the norms
     decomposed, in float32; for compiled code, the same case in eager mode."""
-    if mode == "eager":
+    net, eager, x, _, mode, precision, *_ = workload
+    if mode == EAGER:
         x = x[:COUNTED]
-        truth, precise = Case(case.share, case.loss).build(net, jvp="func"), "fp32"
+        truth, precise = Case(case.share, case.loss).build(eager, jvp="func"), "fp32"
     else:
-        truth, precise = case.build(net), precision
+        truth, precise = case.build(eager), precision
     value, gradient = _value_and_gradient(net, loss_fn, x, precision)
     true_value, true_gradient = _value_and_gradient(net, truth, x, precise)
     return {

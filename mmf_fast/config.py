@@ -73,13 +73,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             key, _, value = override.partition("=")
             if key in ("data", "model", "loss") and value.startswith("{"):
                 tree[key] = {}
-        given = OmegaConf.from_dotlist([_expand(override) for override in overrides])
-        merged = OmegaConf.to_container(OmegaConf.merge(tree, given), resolve=True, throw_on_missing=True)
+        for override in overrides:
+            tree = _merged(tree, override)
+        merged = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; pass a YAML file with --config") from error
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: " + " ".join(str(error).split())) from error
     return from_tree(merged)
+
+
+def _merged(tree: Any, override: str) -> Any:
+    try:
+        return OmegaConf.merge(tree, OmegaConf.from_dotlist([_expand(override)]))
+    except TypeError as error:  # a list where the file has a mapping, or the other way round
+        raise ConfigError(f"{override}: is of another kind than what the file has there") from error
 
 
 def from_tree(tree: Any) -> Config:
@@ -123,6 +131,7 @@ def _loss(tree: Any) -> dict[str, Any]:
         preset = _plain(objective.preset(name))
     except ValueError as error:
         raise ConfigError(f"loss.objective: {error}") from error
+    preset = {key: value for key, value in preset.items() if isinstance(given.get(key, value), type(value))}
     merged = _mapping(OmegaConf.to_container(OmegaConf.merge(preset, given)), "loss")
     target = objective.MeanFlowLoss
     return {

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmf_fast import flash
+
 __all__ = ["PEAK_FLOPS", "choose_device", "device_of", "peak_flops"]
 
 # The first name all of whose words are in the driver's is the one, so variants come before the plain name.
@@ -51,14 +53,20 @@ def peak_flops(device: str | torch.device, precision: str) -> float | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of that name; "auto" is CUDA where there is one, else the CPU. Raises ValueError."""
+    """The torch device of that name, with the best FlashAttention for it in place (mmf_fast.flash).
+
+    "auto" is CUDA where there is one, else the CPU. Raises ValueError.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("tensors there have no content")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: choose auto, cpu or cuda") from error
-    return torch.device(name)
+    device = torch.device(name)
+    flash.activate(device)
+    return device
 
 
 def device_of(net: Any) -> torch.device | None:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmf_fast import config, data
 from mmf_fast.devices import peak_flops
@@ -34,6 +35,7 @@ __all__ = ["Cluster", "Job", "activations", "communication", "job", "main", "mem
 
 COUNTS = (1, 8, 64, 256, 1024)
 STAGES = (0, 1, 2, 3)
+LAUNCH = 5e-6  # seconds of the host for one eager operation, its Python included
 RELEASED = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance, by default
 
 
@@ -52,7 +54,8 @@ class Cluster:
 @dataclass(frozen=True)
 class Job:
     """One training step. flops: of the global batch. calls: of the network, in forward and in backward, per pass.
-    share: of the samples that has r < t. weight: bytes of a weight that the network computes with."""
+    share: of the samples that has r < t. launches: of kernels, by a rank in an eager step.
+    weight: bytes of a weight that the network computes with."""
 
     parameters: int
     batch: int
@@ -62,6 +65,7 @@ class Job:
     forwards: float
     calls: tuple[int, int]
     share: float = 0.0
+    launches: int = 0
 
     def divides(self, batch: int, ranks: int) -> bool:
         """Whether ranks and accumulated passes can share a batch, and its samples with r < t, equally."""
@@ -127,7 +131,8 @@ def job(settings: config.Config, lam: float) -> Job:
     if getattr(net, "config", {}).get("recompute"):  # each pass with a graph once more: primals, at lambda > 0 tangents
         forwards += 1 + (lam > 0) * loss_fn.times.intervals(train.batch) / train.batch
     counted = _Calls(net)
-    _on_meta(loss_fn, shape, train.batch)
+    with _Launches() as launched:
+        _on_meta(loss_fn, shape, train.batch)
     return Job(
         parameters=sum(parameter.numel() for parameter in net.parameters()),
         batch=train.batch,
@@ -137,6 +142,7 @@ def job(settings: config.Config, lam: float) -> Job:
         forwards=forwards,
         calls=(counted.all, counted.with_graph),
         share=loss_fn.times.share,
+        launches=train.accumulate * launched.count,
     )
 
 
@@ -204,6 +210,17 @@ class _Flash(torch.autograd.Function):
         return o
 
 
+class _Launches(TorchDispatchMode):
+    """How many operations a step dispatches; views of a tensor start no kernel, a backward takes two for one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        self.count += 0 if views else 3 if torch.is_grad_enabled() else 1
+        return func(*args, **(kwargs or {}))
+
+
 class _Calls:
     """How often a network is called, and how often with a graph."""
 
@@ -251,6 +268,7 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
             [[_stage(stage), f"{communication(one, ranks, stage) / 1e9:.3f}", *_times(one, cluster, ranks, stage)]
              for stage in STAGES],
         ),
+        _launches(one, steps[1.0]),
         "\nWithout activations, GB of one GPU by ZeRO stage:\n",
         table(
             ["GPUs", *map(_stage, STAGES)],
@@ -263,6 +281,15 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
         ),
     ]  # fmt: skip
     return "\n".join(text)
+
+
+def _launches(zero: Job, above: Job) -> str:
+    least = [f"{1e3 * LAUNCH * job.launches:.1f}" for job in (zero, above)]
+    return (
+        f"\nAn eager step starts about {zero.launches} kernels at lambda 0 and {above.launches} above, which takes the "
+        f"host {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: "
+        "no step is faster than that without train.compile."
+    )
 
 
 def _memory_row(one: Job, ranks: int, stage: int, kept: dict[float, int]) -> list[str]:
@@ -314,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(Cluster)}
     parser = argparse.ArgumentParser(prog="mmf plan", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()), help="default: those here, or 1")
     parser.add_argument("--device", default=fields["device"], help="as the driver names it (default: %(default)s)")
     parser.add_argument("--utilisation", type=float, default=fields["utilisation"], help="share of the peak reached")
     parser.add_argument("--node", type=int, default=fields["node"], help="GPUs of a node (default: %(default)s)")

@@ -16,7 +16,7 @@ from mmf_fast.config import Config, ConfigError, load
 from mmf_fast.objective import MeanFlowLoss
 from mmf_fast.registry import parameters_of
 from mmf_fast.training import Trainer
-from mmf_fast.training.trainer import seed_everything
+from mmf_fast.training.run_folder import seed_everything
 
 __all__ = ["build_loss", "build_trainer", "main"]
 
@@ -49,8 +49,11 @@ def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
     return MeanFlowLoss(net, **loss)
 
 
-def build_trainer(config: Config, run: str | Path, resume: bool = False, profile: bool = False) -> Trainer:
-    """The trainer of a configuration. Raises what `Trainer` raises."""
+def build_trainer(config: Config, run: str | Path, **options: Any) -> Trainer:
+    """The trainer of a configuration; options: resume, allow_changes, profile, callbacks, as of `Trainer`.
+
+    Raises what that raises.
+    """
     seed_everything(config.seed)  # of the weights, and of dropout: what the loss draws has a generator of its own
     dataset = data.load(**config.data)
     return Trainer(
@@ -63,8 +66,7 @@ def build_trainer(config: Config, run: str | Path, resume: bool = False, profile
         record=config.tree(),
         identity=config.identity(dataset.identity),
         extra={"data": config.tree()["data"]},
-        resume=resume,
-        profile=profile,
+        **options,
     )
 
 
@@ -78,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
         "--run", "--run-folder", type=Path, dest="run", help="run folder (default: runs/<name of the configuration>)"
     )
     result.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    result.add_argument(
+        "--allow-changes", action="store_true", help="with --resume: another optimizer, loss or batch from there on"
+    )
     result.add_argument("--profile", action="store_true", help="leave a trace of a few steps in RUN/profile/")
     result.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")
     result.add_argument(
@@ -93,7 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError("--config is missing; for instance --config configs/digits.yaml")
     path = options.config or options.run / "config.yaml"
     run = options.run or Path("runs") / path.stem
-    trainer = build_trainer(load(path, options.overrides), run, options.resume, options.profile)
+    trainer = build_trainer(
+        load(path, options.overrides),
+        run,
+        resume=options.resume,
+        allow_changes=options.allow_changes,
+        profile=options.profile,
+    )
     finished = trainer.fit()
     if finished or trainer.stopped_by is None:
         if trainer.is_main:

@@ -177,6 +177,16 @@ def test_import_paths_name_networks_and_data_of_ones_own(tmp_path: Path, monkeyp
             config.from_tree({**tree, **change})
 
 
+@pytest.mark.parametrize(
+    "override", ["loss.lam=[1,2]", "loss.times=[1]", "loss.times=3", "model=[1]", "loss.guidance=4"]
+)
+@pytest.mark.parametrize("name", ["two_moons", "digits", None])
+def test_values_of_another_kind_are_one_line(override: str, name: str | None, toy: Path) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")) as caught:
+        config.load(name or toy, [override])
+    assert "\n" not in str(caught.value)
+
+
 @dataclass(frozen=True)
 class Point:
     x: float

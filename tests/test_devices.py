@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmf_fast.devices import PEAK_FLOPS, peak_flops
+from mmf_fast.devices import PEAK_FLOPS, choose_device, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,8 @@ def test_published_figures() -> None:
     assert peak_flops("H100", "fp32") == pytest.approx(2 * 16896 * 1.98e9, rel=0.01)
     for name, peaks in PEAK_FLOPS.items():
         assert peaks["bf16"] == pytest.approx(2 * peaks["tf32"], rel=0.03), name  # half the operands in a clock
+
+
+def test_a_device_without_content_is_refused() -> None:
+    with pytest.raises(ValueError, match="device 'meta' cannot be used here: choose auto, cpu or cuda"):
+        choose_device("meta")

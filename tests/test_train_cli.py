@@ -67,15 +67,19 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def test_killed_at_random_steps_and_resumed_it_logs_what_an_uninterrupted_run_logs(toy: Path, tmp_path: Path) -> None:
-    """SIGKILL at random steps, before the first checkpoint too; the sequence must agree in every bit."""
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed_it_logs_what_an_uninterrupted_run_logs(
+    toy: Path, tmp_path: Path, count: int
+) -> None:
+    """SIGKILL at random moments, before the first checkpoint and within writes too; all must agree in every bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     uninterrupted = start("--config", toy, "--run", whole)
     generator = random.Random(20240)
-    kills = sorted([generator.randrange(1, 9), *(generator.randrange(9, 225) for _ in range(3))])
+    kills = sorted([generator.randrange(1, 9), *(generator.randrange(9, 225) for _ in range(count - 1))])
     for step in kills:
         process = start("--config", toy, "--run", cut, "--resume")
         wait_for_step(process, cut, step)
+        time.sleep(0.02 * generator.random())
         process.send_signal(signal.SIGKILL)
         assert finish(process)[0] == -signal.SIGKILL, f"the process ended before it was killed at step {step}"
     status, _, err = train("--run", cut, "--resume")  # the configuration is that of the run folder

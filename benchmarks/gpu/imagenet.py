@@ -20,12 +20,12 @@ LAUNCHERS = {  # what the run is started with, and what it overrides
     "DeepSpeed, ZeRO-1": ([sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=1"], []),
     "one process": ([sys.executable], ["train.zero=''"]),
 }
-# The warmup of lambda over one step: all that is timed has lambda > 0, as most of a training has.
-FULL = ["train.log_every=20", "train.sample_every=0", "train.checkpoint_every=1000000", "loss.lam.warmup=1"]
+COMMON = ["train.sample_every=0", "train.checkpoint_every=1000000"]
+# Compiled by block, in a minute and not in many; the warmup of lambda is over at once, as it is in most of a training.
+FULL = [*COMMON, "train.compile=blocks", "train.log_every=20", "loss.lam.warmup=1"]
 TOY = [
-    *("train.log_every=2", "train.sample_every=0", "train.checkpoint_every=1000000", "train.batch=8"),
-    *("train.compile=false", "train.precision=fp32", "model.width=32", "model.depth=1", "model.heads=2"),
-    *("data.count=64", "data.shape=[3,8,8]", "data.num_classes=4"),
+    *(*COMMON, "train.compile=false", "train.log_every=2", "train.batch=8", "train.precision=fp32"),
+    *("model.width=32", "model.depth=1", "model.heads=2", "data.count=64", "data.shape=[3,8,8]", "data.num_classes=4"),
 ]
 SECONDS = 60.0  # of training that are measured, once the first steps are over
 ENDING = 10  # seconds of its share of the time that a run has to end

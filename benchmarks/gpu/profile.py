@@ -10,17 +10,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import CASES, GPU_NETWORKS, Network
 from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.steps import COMPILED, TOYS
+from benchmarks.gpu.steps import TOYS
 from benchmarks.measure import Run, seconds, training_step
 from benchmarks.results import Row
-from benchmarks.step_case import COMPILERS
+from benchmarks.step_case import BY_BLOCK, EAGER, Workload, build
 
 PLAN = [
-    ("DiT-B/4", COMPILED, "lambda 1, 25 %"),
-    ("DiT-B/4", "eager", "lambda 1, 25 %"),
-    ("DiT-B/4", COMPILED, "lambda 0, 25 %"),
-    ("UNet", COMPILED, "lambda 1, 25 %"),
-    ("UNet", "eager", "lambda 1, 25 %"),
+    ("DiT-B/4", BY_BLOCK, "lambda 1, 25 %"),
+    ("DiT-B/4", EAGER, "lambda 1, 25 %"),
+    ("DiT-B/4", BY_BLOCK, "lambda 0, 25 %"),
+    ("UNet", BY_BLOCK, "lambda 1, 25 %"),
+    ("UNet", EAGER, "lambda 1, 25 %"),
 ]
 STEPS, SHOWN = 3, 30  # steps that are profiled; kernels that are named, the rest being summed up
 
@@ -28,16 +28,14 @@ STEPS, SHOWN = 3, 30  # steps that are profiled; kernels that are named, the res
 def run(rows: Rows, device: str, toy: bool) -> None:
     networks: dict[str, Network] = TOYS if toy else GPU_NETWORKS
     precision = "fp32" if toy else "bf16"
-    for network, mode, name in [(n, "eager", c) for n, _, c in PLAN[:1]] if toy else PLAN:
+    for network, mode, name in [(n, EAGER, c) for n, _, c in PLAN[:1]] if toy else PLAN:
         key = {"network": network, "mode": mode, "precision": precision, "name": name}
         rows.measure(key, lambda n=networks[network], m=mode, c=name: _row(n, device, m, precision, c))
 
 
 def _row(network: Network, device: str, mode: str, precision: str, name: str) -> Row:
-    net, x = network.make(device), network.data(device)
-    loss_fn = CASES[name].build(net)
-    COMPILERS[mode](loss_fn)
-    step = training_step(net, loss_fn, x, precision)
+    made = Workload.of(network, device, mode, precision)
+    step = training_step(made.net, build(CASES[name], made.net, mode), made.x, precision)
     for _ in range(3):
         step()
     took = min(seconds(step, device) for _ in range(STEPS))

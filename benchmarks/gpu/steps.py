@@ -10,29 +10,28 @@ import torch
 from benchmarks.cases import CASES, GPU_NETWORKS, Network, dit, unet
 from benchmarks.gpu.rows import Rows
 from benchmarks.results import Row
-from benchmarks.step_case import COMPILERS, Workload, measure
+from benchmarks.step_case import BY_BLOCK, EAGER, Workload, measure
 from mmf_fast.devices import peak_flops
 
 SECONDS = 6.0  # of timing for a case
 QUARTER, WHOLE = ["lambda 0, 25 %", "lambda 1, 25 %"], ["lambda 0, 100 %", "lambda 1, 100 %"]
 PAIRED = ["lambda 0, 25 %, paired", "lambda 1, 25 %, paired"]
-COMPILED = list(COMPILERS)[-1]  # by block, where the loss offers it
 PLAN = [
-    ("DiT-B/4", COMPILED, QUARTER),
-    ("DiT-B/4", "eager", QUARTER),
-    ("DiT-B/4", COMPILED, [*WHOLE, *PAIRED]),
-    ("UNet", COMPILED, QUARTER),
-    ("UNet", "eager", QUARTER),
-    ("DiT-XL/4", COMPILED, QUARTER),
-    ("DiT-B/4", "eager", WHOLE),
-    ("UNet", COMPILED, WHOLE),
-    ("UNet", "eager", WHOLE),
+    ("DiT-B/4", BY_BLOCK, QUARTER),
+    ("DiT-B/4", EAGER, QUARTER),
+    ("DiT-B/4", BY_BLOCK, [*WHOLE, *PAIRED]),
+    ("UNet", BY_BLOCK, QUARTER),
+    ("UNet", EAGER, QUARTER),
+    ("DiT-XL/4", BY_BLOCK, QUARTER),
+    ("DiT-B/4", EAGER, WHOLE),
+    ("UNet", BY_BLOCK, WHOLE),
+    ("UNet", EAGER, WHOLE),
 ]
 TOYS = {
     "DiT-B/4": dit(batch=8, tokens=4, width=32, depth=1, heads=2),
     "UNet": unet(batch=8, size=16, base_channels=32, channel_mults=(1, 2), blocks=1),
 }
-TOY_PLAN = [("DiT-B/4", "eager", QUARTER), ("UNet", "eager", QUARTER[1:])]
+TOY_PLAN = [("DiT-B/4", EAGER, QUARTER), ("DiT-B/4", BY_BLOCK, QUARTER[:1]), ("UNet", EAGER, QUARTER[1:])]
 
 
 def run(rows: Rows, device: str, toy: bool) -> None:

@@ -19,6 +19,7 @@ from benchmarks.measure import environment, seconds
 from benchmarks.results import Row
 from mmf_fast.ops import attention_triton, autotune, reference
 from mmf_fast.ops.gpu import triton
+from mmf_fast.ops.tiles import Config
 
 # Products of a kernel, each 2 N^2 d FLOPs for a head; the backward kernels both compute the logits and tangents again.
 PRODUCTS = {"forward": 6, "key": 12, "query": 9}
@@ -58,7 +59,7 @@ def run(rows: Rows, device: str, toy: bool) -> None:
         time_all(rows, [(k, config) for k in found for config in best(rows.rows, k.name, d, sweep.tokens)], rounds)
 
 
-def time_all(rows: Rows, pairs: list[tuple[Kernel, autotune.Config]], rounds: int) -> None:
+def time_all(rows: Rows, pairs: list[tuple[Kernel, Config]], rounds: int) -> None:
     todo = [(kernel, config) for kernel, config in pairs if rows.find(kernel.key(config)) is None]
     if todo and todo[0][0].written[0].is_cuda:
         compile_ahead([(kernel.call, config) for kernel, config in todo])
@@ -66,30 +67,26 @@ def time_all(rows: Rows, pairs: list[tuple[Kernel, autotune.Config]], rounds: in
         rows.measure(kernel.key(config), functools.partial(kernel.time, config, rounds))
 
 
-def best(rows: list[Row], kernel: str, d: int, tokens: int, count: int = FINALISTS) -> list[autotune.Config]:
+def best(rows: list[Row], kernel: str, d: int, tokens: int, count: int = FINALISTS) -> list[Config]:
     """The fastest configurations of a kernel at one size."""
     found = [r for r in rows if (r["kernel"], r["d"], r["tokens"]) == (kernel, d, tokens) and "error" not in r]
-    return [autotune.Config(*r["config"]) for r in sorted(found, key=lambda r: r["seconds"])[:count]]
+    return [Config(*r["config"]) for r in sorted(found, key=lambda r: r["seconds"])[:count]]
 
 
-def candidates(call: autotune.Call, toy: bool) -> list[autotune.Config]:
-    """Every configuration worth a launch, those of today's table first. A tile of 64 rows has one warpgroup's work,
-    one of 128 that of two; more stages than three exceed the shared memory that two blocks could have."""
+def candidates(call: autotune.Call, toy: bool) -> list[Config]:
+    """Every configuration worth a launch, those of today's table first and tiles of 16 last. A tile of 64 rows has one
+    warpgroup's work, one of 128 that of two; more stages than three exceed the shared memory that two blocks have."""
     known = configs_of(call)
     if toy:
         return known[:2]
-    tiles = itertools.product((64, 128, 32), (64, 128, 32), (4, 8), (2, 3, 1))
-    made = [autotune.Config(*tile) for tile in tiles]
-    fits = [c for c in made if c.warps * 16 <= max(c.block_m, c.block_n)]
-    return list(dict.fromkeys([*known, *fits]))
+    made = [Config(*tile) for tile in itertools.product((64, 128, 32, 16), (64, 128, 32, 16), (4, 8), (2, 3, 1))]
+    fits = [c for c in made if c.warps * 16 <= max(c.block_m, c.block_n) and c.block_m * c.block_n >= 1024]
+    return list(dict.fromkeys([*known, *sorted(fits, key=lambda c: min(c.block_m, c.block_n) == 16)]))
 
 
-def configs_of(call: autotune.Call) -> list[autotune.Config]:
-    """Those of today's table; the first is the default."""
-    found = call.configs
-    if torch.cuda.is_available():
-        found = autotune.usable(found, autotune.chip(torch.cuda.get_device_capability()))
-    return [autotune.Config(*config[:4]) for config in found]
+def configs_of(call: autotune.Call) -> list[Config]:
+    """Those of today's table, the default first; of Hopper where there is no GPU."""
+    return call.configs(autotune.chip(torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)))
 
 
 class Kernel(NamedTuple):
@@ -102,15 +99,15 @@ class Kernel(NamedTuple):
     written: list[Tensor]
     expected: list[Tensor]
 
-    def key(self, config: autotune.Config) -> Row:
+    def key(self, config: Config) -> Row:
         numbers = "16 bits" if self.call.arguments["q_ptr"].dtype == torch.bfloat16 else "tf32"
         sizes = {"d": self.d, "batch": self.size.batch, "heads": self.size.heads, "tokens": self.size.tokens}
         return {"kernel": self.name, "numbers": numbers, **sizes, "config": list(config[:4])}
 
-    def launch(self, config: autotune.Config) -> None:
-        autotune.run(self.call._replace(configs=[config]))
+    def launch(self, config: Config) -> None:
+        autotune.run(self.call._replace(configs=lambda chip: [config]))
 
-    def time(self, config: autotune.Config, rounds: int) -> Row:
+    def time(self, config: Config, rounds: int) -> Row:
         """Raises ValueError where the kernel writes something else than the reference, or less."""
         for y in self.written:
             y.fill_(torch.nan)
@@ -124,7 +121,7 @@ class Kernel(NamedTuple):
         flops = 2 * PRODUCTS[self.name] * self.size.batch * self.size.heads * self.size.tokens**2 * self.d
         return {"seconds": took, "TFLOP/s": flops / took / 1e12, "error of values": error} | self.resources(config)
 
-    def resources(self, config: autotune.Config) -> Row:
+    def resources(self, config: Config) -> Row:
         """What the compiler made of it; nothing in the interpreter."""
         if not self.written[0].is_cuda:
             return {}
@@ -188,13 +185,13 @@ def both(forward: Any, backward: Any, inputs: Inputs) -> tuple[Any, Any]:
     return outputs, backward(g, h, *arguments, *outputs, False, scale)
 
 
-def warm(call: autotune.Call, config: autotune.Config) -> Any:
+def warm(call: autotune.Call, config: Config) -> Any:
     """The compiled kernel, not launched."""
     options = {"num_warps": config.warps, "num_stages": config.stages, "grid": (1,)}
-    return call.kernel.warmup(**call.arguments, **call.constants, **config.constants(call.kernel), **options)
+    return call.kernel.warmup(**call.arguments, **call.constants, **autotune.blocks(config, call.kernel), **options)
 
 
-def compile_ahead(pairs: list[tuple[autotune.Call, autotune.Config]]) -> None:
+def compile_ahead(pairs: list[tuple[autotune.Call, Config]]) -> None:
     """All of them at once, on all processors: compilation takes far longer than what is timed. A configuration that
     does not compile fails again, and in its own row, when it is launched."""
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):

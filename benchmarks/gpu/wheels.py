@@ -10,7 +10,11 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 BINARY = [
     *("omegaconf", "pyyaml", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
@@ -19,7 +23,8 @@ BINARY = [
     *("safetensors", "tensorboard", "tensorboard-data-server", "absl-py", "grpcio", "markdown", "protobuf", "werkzeug"),
     *("markupsafe", "pillow"),
 ]
-SOURCES = ["deepspeed"]  # published without a wheel; its operators are left out, we use none of them
+# Published without a wheel; its operators are left out, we use none of them. The range is that of pyproject.toml.
+SOURCES = ["deepspeed>=0.19,<0.20"]
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -39,33 +44,42 @@ def fetch(folder: Path, python: str) -> None:
 
 
 def install(folder: Path, target: Path) -> list[str]:
-    """Installs the wheels of what is missing here, or older, into `target`; returns their names.
+    """Installs into `target` the wheels of what is missing here, and of what these need newer than it is here; returns
+    their names. Whatever else the machine has stays as it is.
 
     Raises ValueError for a folder without wheels.
     """
-    wheels = sorted(folder.glob("*.whl"))
+    wheels = {str(parse_wheel_filename(path.name)[0]): path for path in sorted(folder.glob("*.whl"))}
     if not wheels:
         raise ValueError(f"--wheels {folder}: no wheels there; make wheels")
-    wanted = [wheel for wheel in wheels if _newer(*wheel.name.split("-")[:2])]
+    wanted = [name for name in wheels if _version(name) is None]
+    for name in wanted:  # it grows
+        for needed in _needs(wheels[name]):
+            other = canonicalize_name(needed.name)
+            if other in wheels and other not in wanted and not needed.specifier.contains(str(_version(other)), True):
+                wanted.append(other)
     if wanted:
         options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", f"--target={target}"]
         command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", *options]
-        subprocess.run([*command, *map(str, wanted)], check=True)
-    names = [wheel.name.split("-")[0] for wheel in wanted]
-    print(f"from {folder}: {', '.join(names) or 'nothing is missing'}", flush=True)
-    return names
+        subprocess.run([*command, *(str(wheels[name]) for name in wanted)], check=True)
+    print(f"from {folder}: {', '.join(wanted) or 'nothing is missing'}", flush=True)
+    return wanted
 
 
-def _newer(name: str, version: str) -> bool:
+def _version(name: str) -> str | None:
     try:
-        here = importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return True
-    return _numbers(version) > _numbers(here)
+        return None
 
 
-def _numbers(version: str) -> list[int]:
-    return [int("".join(filter(str.isdigit, part)) or 0) for part in version.split("+")[0].split(".")]
+def _needs(wheel: Path) -> list[Requirement]:
+    """What a wheel says it requires here, without extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    found = [Requirement(line.partition(":")[2].strip()) for line in lines if line.startswith("Requires-Dist:")]
+    return [needed for needed in found if needed.marker is None or needed.marker.evaluate({"extra": ""})]
 
 
 if __name__ == "__main__":

@@ -46,11 +46,16 @@ class Prefetcher:
         self._steps = itertools.count(first) if last is None else range(first, last)
         self._ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(depth)
         self._stopped = threading.Event()
+        self._taken = False
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
     def __enter__(self) -> Prefetcher:
-        self._thread.start()
+        self._start()
         return self
+
+    def _start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -63,6 +68,14 @@ class Prefetcher:
                 continue
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        """Once: the batches are made as it goes. Raises RuntimeError the second time."""
+        if self._taken:
+            raise RuntimeError("the batches of a Prefetcher can be gone through once: make another from the step on")
+        self._taken = True
+        self._start()
+        return self._batches()
+
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
         while (ready := self._ready.get()) is not None:
             if isinstance(ready, BaseException):
                 raise ready

@@ -26,7 +26,7 @@ from typing import Any, get_args
 import numpy as np
 from tqdm import tqdm
 
-from mmf_fast.data.formats import FORMATS, DataError, Item, Options, SampleError, Source, open_source
+from mmf_fast.data.formats import FORMATS, DataError, Item, Options, SampleError, Source, identity_of, open_source
 from mmf_fast.data.formats.latents import Contents
 from mmf_fast.data.formats.layout import LABELS
 from mmf_fast.data.prepared import MANIFEST, Manifest, read_manifest, verify
@@ -55,29 +55,37 @@ def prepare(
     workers: threads that decode.  overwrite: replaces another set in `out`.  options: see `Options`.
     Raises DataError.
     """
-    path, folder = Path(source), Path(out)
-    opened = open_source(path, format, **options)
-    if num_classes is not None:
-        opened = replace(opened, num_classes=num_classes)
-    options = {**Options(**options).given(), **({} if num_classes is None else {"num_classes": num_classes})}
-    origin = {"path": str(path.resolve()), "format": opened.format, "identity": opened.identity, **options}
+    path, folder, chosen = Path(source), Path(out), Options(**options)
+    given = {**chosen.given(), **({} if num_classes is None else {"num_classes": num_classes})}
     try:
         if overwrite:
             (folder / MANIFEST).unlink(missing_ok=True)
-        elif (folder / MANIFEST).exists():
-            found = read_manifest(folder)
-            if found.source != json.loads(json.dumps(origin)):
-                raise DataError(f"{folder}: holds another prepared set; pass another OUT, or --overwrite")
-            return found
+        elif (folder / MANIFEST).exists() and path.exists():
+            return _same(folder, read_manifest(folder), _origin(path, format, identity_of(path, chosen.ignore), given))
+        opened = open_source(path, format, **options)
+        if num_classes is not None:
+            opened = replace(opened, num_classes=num_classes)
         told = f"{path}: {opened.rule}{_listed('; images: ', opened.looks)}{_listed('; not taken: ', opened.left_out)}"
         tqdm.write(told, file=sys.stderr)
-        with Writer(folder, opened, options) as writer:
+        with Writer(folder, opened, given) as writer:
             _copy(opened, writer, skip_bad, workers or min(os.cpu_count() or 1, _MAX_WORKERS))
-            return writer.finish(origin)
+            return writer.finish(_origin(path, opened.format, opened.identity, given))
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: {error.strerror or error}; mend that and start again: it goes on"
         ) from error
+
+
+def _origin(path: Path, format: str | None, identity: str, given: dict[str, Any]) -> dict[str, Any]:
+    return {"path": str(path.resolve()), "format": format, "identity": identity, **given}
+
+
+def _same(folder: Path, found: Manifest, origin: dict[str, Any]) -> Manifest:
+    """The manifest of a set that was prepared before, if it is of this origin. Raises DataError."""
+    origin = {**origin, "format": origin["format"] or found.source["format"]}
+    if found.source != json.loads(json.dumps(origin)):
+        raise DataError(f"{folder}: holds another prepared set; pass another OUT, or --overwrite")
+    return found
 
 
 def _copy(source: Source, writer: Writer, skip_bad: float, workers: int) -> None:
@@ -153,7 +161,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--split", choices=("train", "validation"), default="train", help="where SRC holds both")
     result.add_argument("--root", metavar="FOLDER", help="the folder in SRC that holds the class folders; . is SRC")
     result.add_argument(
-        "--ignore", metavar="NAME", nargs="+", default=(), help="files and folders to leave out; * is any"
+        "--ignore",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files and folders to leave out; * is any",
     )
     result.add_argument("--labels", choices=LABELS, help="no labels, or by the folder that each file lies in")
     result.add_argument("--label-column", metavar="NAME", help="of a table")

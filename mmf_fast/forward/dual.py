@@ -29,6 +29,7 @@ __all__ = [
     "Dual",
     "MissingRuleError",
     "known_functions",
+    "laid_out_like",
     "missing_rule_error",
     "no_tangent",
     "primal",
@@ -72,7 +73,7 @@ class Dual(NamedTuple):
     tangent: tensor of the same shape, or None for a symbolic zero.
 
     A NamedTuple, because DDP, FSDP and ZeRO look for tensors inside tuples. Two things follow: iterating or unpacking
-    a Dual gives (primal, tangent), not rows, and `isinstance(x, torch.Tensor)` is False. `a += b` rebinds `a`.
+    a Dual gives (primal, tangent), not rows, and `isinstance(x, torch.Tensor)` is False.
     """
 
     primal: Tensor
@@ -107,7 +108,7 @@ class Dual(NamedTuple):
         )
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise missing_rule_error(Tensor.__setitem__)
+        type(self).__torch_function__(Tensor.__setitem__, (), (self, index, value))
 
     def __len__(self) -> int:
         return len(self.primal)
@@ -259,7 +260,15 @@ def _wrap(cls: type[Dual], func: Any, y: Any, dy: Any) -> Any:
         if dy.is_complex() and not y.is_complex():
             raise missing_rule_error(func, "its rule gives a real result a complex tangent, take the real part")
         dy = dy.to(y.dtype)
-    return cls(y, dy if dy.shape == y.shape else dy.expand(y.shape))
+    return cls(y, laid_out_like(y, dy))
+
+
+def laid_out_like(y: Tensor, dy: Tensor) -> Tensor:
+    """dy in the shape and strides of y, so that reshape, contiguous and their kin view both or copy both."""
+    dy = dy if dy.shape == y.shape else dy.expand(y.shape)
+    if any(a != b and n > 1 for a, b, n in zip(y.stride(), dy.stride(), y.shape, strict=True)):
+        dy = torch.empty_like(y).copy_(dy)
+    return dy
 
 
 def missing_rule_error(func: Any, fix: str | None = None) -> MissingRuleError:
@@ -267,7 +276,7 @@ def missing_rule_error(func: Any, fix: str | None = None) -> MissingRuleError:
     name = getattr(func, "__name__", str(func))
     in_place = name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
     if fix is None and in_place:
-        fix = "a Dual is immutable, use the out-of-place form"
+        fix = "it cannot write into a Dual, use the out-of-place form"
     error = MissingRuleError(
         f"no forward-mode rule for {name}{_module_path()}: "
         + (fix or 'teach it with mmf_fast.register_rule, or differentiate the whole network with jvp="func"')

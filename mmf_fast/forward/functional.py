@@ -74,7 +74,10 @@ def jvp(
     if mode == "dual":
         kind = Dual if tangent_grad else DetachedDual
         given = [dx if dx is None or tangent_grad else dx.detach() for dx in tangents]
-        duals = [x if dx is None else kind(x, dx) for x, dx in zip(primals, given, strict=True)]
+        # a copy: the network may write into its input, and the tangents are the caller's
+        duals = [
+            x if dx is None else kind(x, torch.empty_like(x).copy_(dx)) for x, dx in zip(primals, given, strict=True)
+        ]
         with intercepted():
             out = fn(*duals)
         y, dy = primal(out), tangent(out)

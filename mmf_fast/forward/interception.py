@@ -1,8 +1,9 @@
 """How functions that were written for tensors come to meet a Dual.
 
-What torch hands to `Dual.__torch_function__` needs nothing from here. Three things do not arrive there by themselves:
-what torch.compile spells in its own way, `torch.is_tensor`, and libraries that ask for the type of a tensor (einops).
-`intercepted()` is the scope of one pass and cares for all of them; outside it nothing in the process is changed.
+What torch hands to `Dual.__torch_function__` needs nothing from here. Four things do not arrive there by themselves:
+what torch.compile spells in its own way, `torch.is_tensor`, `autograd.Function.apply`, and libraries that ask for the
+type of a tensor (einops). `intercepted()` is the scope of one pass and cares for all of them; outside it nothing in the
+process is changed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mmf_fast.forward.dual import DetachedDual, Dual, known_functions
+from mmf_fast.forward.dual import DetachedDual, Dual, known_functions, primal
 from mmf_fast.ops.tracing import constant_to_dynamo
 
 __all__ = ["intercepted", "operands_keep_their_order"]
@@ -26,13 +27,14 @@ __all__ = ["intercepted", "operands_keep_their_order"]
 # They take a Dual apart themselves, because it is a tuple, and must not take it for a tensor.
 _LOOK_INTO_TUPLES = ("torch", "deepspeed", "mmf_fast")
 _IS_TENSOR = torch.is_tensor
+_APPLY: Any = torch.autograd.Function.__dict__["apply"]
 
 
 @contextlib.contextmanager
 def intercepted() -> Iterator[None]:
     """The scope in which a network is called on Duals."""
     _prepare()
-    with _serving_is_tensor(), Interception():
+    with _replacing(), Interception():
         yield
 
 
@@ -118,10 +120,11 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _serving_is_tensor() -> Iterator[None]:
-    """torch.is_tensor is not a function that PyTorch lets anybody override: replace it while a pass is under way.
+def _replacing() -> Iterator[None]:
+    """PyTorch lets nobody override torch.is_tensor and Function.apply: replace them while a pass is under way.
 
-    Compiled code needs no replacement: Dynamo hands the function on, since it is one that Duals know."""
+    Compiled code needs no replacement: Dynamo hands the one on, since it is one that Duals know, and refuses the other.
+    """
     global _passes
     if torch.compiler.is_compiling():
         yield
@@ -129,6 +132,7 @@ def _serving_is_tensor() -> Iterator[None]:
     with _lock:
         _passes += 1
         torch.is_tensor = _is_tensor  # type: ignore[assignment]
+        torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -136,6 +140,16 @@ def _serving_is_tensor() -> Iterator[None]:
             _passes -= 1
             if not _passes:
                 torch.is_tensor = _IS_TENSOR
+                torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Function.apply would take a Dual for a constant and give a tuple; here it needs a rule: register_rule(cls)."""
+    duals = [x for x in _duals([*args, *kwargs.values()]) if x.tangent is not None]
+    if duals:
+        kind = DetachedDual if any(isinstance(x, DetachedDual) for x in duals) else Dual
+        return kind.__torch_function__(cls, (), args, kwargs)
+    return _APPLY.__func__(cls, *map(primal, args), **kwargs)
 
 
 def _is_tensor(obj: Any) -> bool:

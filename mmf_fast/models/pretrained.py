@@ -1,7 +1,7 @@
 """Networks by name, and on disk: a folder with model.safetensors (weights) and model.json (what they are).
 
-Both are one thing, though they are two files: the weights hold the text of model.json too, which is there for people,
-and a checksum of every tensor, so that a flipped bit is found when they are loaded.
+Both are one thing, though they are two files: the weights hold the text of model.json too, which is there for people.
+It has a checksum of every tensor and of itself, so that a flipped bit is found when they are loaded.
 """
 
 from __future__ import annotations
@@ -72,12 +72,13 @@ def save_pretrained(
         raise ValueError(f"state_dict does not belong to this {name}: {problem}")
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}  # no two share memory
     try:
-        text = json.dumps({"config": config, "extra": dict(extra or {})}, indent=2) + "\n"
+        facts = {"config": config, "extra": dict(extra or {})}
+        text = json.dumps({**facts, "sha256": _digest(weights, facts)}, indent=2) + "\n"
     except TypeError as error:
         raise ValueError(f"extra must be JSON-able (numbers, strings, lists, dictionaries): {error}") from error
     try:
         with writing(folder / "model.safetensors") as draft:
-            save_file(weights, draft, metadata={"model.json": text, "sha256": _digest(weights, text)})
+            save_file(weights, draft, metadata={"model.json": text})
         write_text(folder / "model.json", text)
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -92,10 +93,9 @@ def load_pretrained(folder: str | Path, net: nn.Module | None = None) -> tuple[A
     Draws nothing from the caller's random state. Raises ValueError when a file is missing, damaged, or not ours.
     """
     path = Path(folder) / "model.safetensors"
-    state, text = _read(path)
+    state, facts = _read(path)
     try:
-        found = json.loads(text)
-        config, extra = found["config"], dict(found["extra"])
+        config, extra = facts["config"], dict(facts["extra"])
         name = None if config is None else str(config.pop("name"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its description is damaged; save the model again from a checkpoint") from error
@@ -117,8 +117,20 @@ def load_pretrained(folder: str | Path, net: nn.Module | None = None) -> tuple[A
     return net.eval(), extra
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The weights, compared with their checksum, and the text of model.json."""
+def exported_step(folder: str | Path) -> int | None:
+    """The training step of the weights in a folder; None where they, or model.json beside them, are not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+            text = (file.metadata() or {})["model.json"]
+        return json.loads(text)["extra"]["step"] if (Path(folder) / "model.json").read_text() == text else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights, and what model.json says of them, compared with their checksum."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -129,16 +141,21 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); save the model again from a checkpoint") from error
-    if "sha256" not in metadata:
+    if "model.json" not in metadata:
         raise ValueError(f"{path} was not written by save_pretrained: load it with safetensors into a network")
-    if _digest(state, metadata.get("model.json", "")) != metadata["sha256"]:
+    try:
+        facts = json.loads(metadata["model.json"])
+        whole = facts.pop("sha256") == _digest(state, facts)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise ValueError(f"{path} is damaged (its checksum differs); save the model again from a checkpoint")
-    return state, metadata["model.json"]
+    return state, facts
 
 
-def _digest(state: Mapping[str, Tensor], text: str) -> str:
-    """sha256 of the text, and of names and contents of the weights."""
-    result = hashlib.sha256(text.encode())
+def _digest(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """sha256 of what is said of the weights, and of their names and contents."""
+    result = hashlib.sha256(json.dumps(facts).encode())
     for name in sorted(state):
         result.update(name.encode())
         result.update(state[name].cpu().reshape(-1).view(torch.uint8).numpy().data)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmf_fast import flash
 from mmf_fast.ops import attention_triton, reference
 from mmf_fast.ops.dispatch import define, fused, kind_for
 
@@ -184,7 +185,7 @@ torch.library.register_autograd(_operator, _backward, setup_context=_setup)
 
 
 def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """Whether PyTorch's flash attention has a backward pass for these arguments: then O and LSE suffice for it."""
+    """Whether flash attention has a backward pass for these arguments: then O and LSE suffice for it."""
     return (
         q.is_cuda
         and mask is None
@@ -202,14 +203,20 @@ def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
 def _flash_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashAttention's backward: version 2 as PyTorch ships it, or the one that
-    torch.nn.attention.activate_flash_attention_impl has put in its place."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is off
+    """The backward pass of plain attention, by what mmf_fast.flash says serves: FlashAttention 2 as PyTorch ships it, 3
+    or 4 in its place in PyTorch's dispatcher, or cuDNN's, which takes no single row and is not deterministic."""
+    g, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (g, q, k, v))
+    several = q.shape[-2] > 1 and k.shape[-2] > 1
+    if flash.serving() == "cudnn" and several and not torch.are_deterministic_algorithms_enabled():
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # the state of a dropout that is off
+        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            g, q, k, v, o, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[-2], k.shape[-2], 0.0, causal,
+            scale=scale,
+        )  # fmt: skip
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        g.contiguous() if g.stride(-1) != 1 else g,
-        q, k, v, o, lse, None, None, q.shape[-2], k.shape[-2], 0.0, causal, unused, unused, scale=scale,
-    )  # fmt: skip
+        g, q, k, v, o, lse, None, None, q.shape[-2], k.shape[-2], 0.0, causal, unused, unused, scale=scale
+    )
 
 
 # -- the tangent alone, composed of PyTorch's kernels: where the operator does not serve -------------------------------

@@ -1,7 +1,8 @@
-"""Launchers of the attention kernels, with the block sizes that autotuning may choose from."""
+"""Launchers of the attention kernels."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from mmf_fast.ops import attention_kernels as kernels
 from mmf_fast.ops import reference
-from mmf_fast.ops.autotune import Call, Config, run
+from mmf_fast.ops.autotune import Call, run
 from mmf_fast.ops.dispatch import has_flags
 from mmf_fast.ops.gpu import triton
+from mmf_fast.ops.tiles import Config, choices
 from mmf_fast.ops.tracing import constant_to_dynamo
 
 __all__ = ["backward", "fits", "forward"]
@@ -88,7 +90,7 @@ def _backward_calls(
     g, h, q, dq, k, dk, v, dv = map(_unit, (g, h, q, dq, k, dk, v, dv))
     delta, gam = torch.empty_like(lse), None if h is None else torch.empty_like(lse)
     arguments = _named(g=g, h=h, o=o, do=d_o, gam=gam) | {"del_ptr": delta}
-    size = {"HAS_H": h is not None, "E": v.shape[-1], "BLOCK_E": _block(v.shape[-1])}
+    size = {"HAS_H": h is not None, "E": v.shape[-1]}
     yield _call(kernels.delta_kernel, q, k, arguments, size, q.shape[2], "block_m")
 
     flags = has_flags(H=h, DQ=dq, DK=dk, DV=dv) | _constants(q, v, mask, causal)
@@ -117,18 +119,12 @@ def _named(**tensors: Any) -> dict[str, Any]:
     return {f"{name}_ptr": x for name, x in tensors.items()} | strides
 
 
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def _constants(q: Tensor, v: Tensor, mask: Any, causal: bool) -> dict[str, Any]:
     return {
         "MASK": "none" if mask is None else "bool" if mask.dtype == torch.bool else "bias",
         "CAUSAL": causal,
         "D": q.shape[-1],
         "E": v.shape[-1],
-        "BLOCK_D": _block(q.shape[-1]),
-        "BLOCK_E": _block(v.shape[-1]),
         "PRECISION": "tf32" if q.dtype == torch.float32 and _tf32() else "ieee",
     }
 
@@ -138,41 +134,13 @@ def _call(kernel: Any, q: Tensor, k: Tensor, arguments: dict, constants: dict, r
     arguments = arguments | {"H": H, "N": N, "M": M}
     wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     kind = kernel.__name__.removesuffix("_kernel")
-    number = "tf32" if q.dtype == torch.float32 else "16 bits"
-    large = max(constants.get("BLOCK_D", 0), constants["BLOCK_E"]) > 64
-    configs = [Config(32, 0, 4, 1)] if kind == "delta" else CONFIGS[kind, number, large]
-    if kind == "key" and constants["MASK"] == "bool":  # Triton 3.6 spills 128 bytes of the one made for sm_90
-        configs = sorted(configs, key=lambda config: config.since == 90)
+    numbers = "tf32" if q.dtype == torch.float32 else "16 bits"
+    width = max(constants.get("D", 0), constants["E"])
+    masked = constants.get("MASK", "none") != "none"
     heads = q.shape[0] * H
     sizes = tuple(map(triton.next_power_of_2, (N, M, heads)))
 
     def grid(config: Config) -> int:
         return heads * triton.cdiv(rows, getattr(config, block))
 
-    return Call(kernel, grid, wanted, constants, configs, sizes)
-
-
-# (kernel, numbers, head size above 64) -> configurations to choose from; the first that a chip may use is its default,
-# which compiles without spilling registers (tests/ops/test_compile_gate.py). With an additive mask and head sizes of 72
-# to 128, 8 to 16 bytes do spill on some chips.
-CONFIGS: dict[tuple[str, str, bool], list[Config]] = {
-    ("forward", "16 bits", False): [
-        Config(128, 64, 8, 2, 100), Config(128, 64, 8, 3, 90), Config(64, 64, 4, 3, 90), Config(128, 32, 8, 3),
-    ],
-    ("forward", "16 bits", True): [Config(64, 32, 8, 2, 90), Config(32, 32, 4, 2), Config(32, 32, 8, 2)],
-    ("forward", "tf32", False): [Config(64, 32, 8, 2), Config(32, 32, 4, 2)],
-    ("forward", "tf32", True): [Config(32, 32, 8, 2), Config(16, 32, 4, 1)],
-    ("key", "16 bits", False): [
-        Config(64, 64, 8, 2, 100), Config(32, 64, 8, 2, 90), Config(32, 32, 4, 2), Config(16, 64, 4, 2),
-    ],
-    ("key", "16 bits", True): [Config(32, 32, 8, 2), Config(64, 32, 8, 2)],
-    ("key", "tf32", False): [Config(16, 32, 4, 1), Config(32, 32, 8, 1)],
-    ("key", "tf32", True): [Config(16, 16, 4, 1), Config(16, 16, 8, 1)],
-    ("query", "16 bits", False): [
-        Config(64, 64, 4, 2, 100), Config(64, 32, 8, 2, 90), Config(64, 64, 8, 2, 90), Config(32, 32, 4, 2),
-        Config(32, 64, 4, 2),
-    ],
-    ("query", "16 bits", True): [Config(32, 64, 8, 2), Config(32, 32, 8, 2)],
-    ("query", "tf32", False): [Config(32, 16, 8, 1), Config(16, 32, 4, 1), Config(32, 32, 8, 1)],
-    ("query", "tf32", True): [Config(32, 16, 8, 1), Config(16, 32, 8, 1)],
-}  # fmt: skip
+    return Call(kernel, grid, wanted, constants, functools.partial(choices, kind, width, numbers, masked), sizes)

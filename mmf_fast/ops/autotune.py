@@ -2,8 +2,12 @@
 
 A kernel, its constants and the class of its sizes are timed with every configuration at their first call on a device,
 and the choice is kept for the life of the process. The default (the first configuration for the chip) is taken without
-timing while a CUDA graph is captured, under torch.use_deterministic_algorithms (another choice rounds differently) and
-with MMF_FAST_AUTOTUNE=0. The interpreter has small blocks, so that small tests have several.
+timing while a CUDA graph is captured, under torch.use_deterministic_algorithms (another choice rounds differently),
+with MMF_FAST_AUTOTUNE=0, and by the ranks of a run of several: those that time keep the others waiting in the next
+collective, noise makes them choose differently, and the slowest choice sets the pace of all. A choice shared by a
+collective would be worse, since ranks may meet a class of sizes at different times or alone.
+
+The interpreter has small blocks, so that small tests have several.
 """
 
 from __future__ import annotations
@@ -13,24 +17,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmf_fast.ops.gpu import triton
+from mmf_fast.ops.tiles import Config
 
-__all__ = ["Call", "Config", "chip", "run", "usable"]
-
-
-class Config(NamedTuple):
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    since: int = 80  # the chips it is for, see `chip`
-
-    def constants(self, kernel: Any) -> dict[str, int]:
-        """Its block sizes, as far as the kernel has them."""
-        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
-        return {name: size for name, size in blocks.items() if name in kernel.arg_names}
+__all__ = ["Call", "blocks", "chip", "run"]
 
 
 class Call(NamedTuple):
@@ -40,12 +33,18 @@ class Call(NamedTuple):
     grid: Callable[[Config], int]
     arguments: dict[str, Any]
     constants: dict[str, Any]
-    configs: list[Config]
+    configs: Callable[[int], list[Config]]  # for a chip, see `chip`; the first is the default
     sizes: tuple[int, ...]  # the class of its sizes: calls that agree in it share a choice
 
 
 _chosen: dict[Any, Config] = {}
 _INTERPRETED = Config(32, 16, 4, 1)
+
+
+def blocks(config: Config, kernel: Any) -> dict[str, int]:
+    """The block sizes of a configuration, as far as the kernel has them."""
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return {name: size for name, size in sizes.items() if name in kernel.arg_names}
 
 
 def run(call: Call) -> None:
@@ -62,19 +61,15 @@ def chip(capability: tuple[int, int]) -> int:
     return {9: 90, 10: 100}.get(capability[0], 80)
 
 
-def usable(configs: list[Config], chip: int) -> list[Config]:
-    """Those for this chip; the first is the default."""
-    return [config for config in configs if config.since <= chip]
-
-
 def _choice(call: Call, device: torch.device) -> Config:
     dtypes = tuple(x.dtype for x in call.arguments.values() if isinstance(x, Tensor))
     key = (call.kernel.__name__, device, dtypes, tuple(call.constants.items()), call.sizes)
     if key in _chosen:
         return _chosen[key]
-    configs = usable(call.configs, chip(torch.cuda.get_device_capability(device)))
+    configs = call.configs(chip(torch.cuda.get_device_capability(device)))
     if (
         len(configs) == 1
+        or _several_ranks()
         or os.environ.get("MMF_FAST_AUTOTUNE") == "0"
         or torch.are_deterministic_algorithms_enabled()
         or torch.cuda.is_current_stream_capturing()
@@ -83,6 +78,10 @@ def _choice(call: Call, device: torch.device) -> Config:
     times = {config: _time(call, config) for config in configs}
     _chosen[key] = min(times, key=times.__getitem__)
     return _chosen[key]
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _time(call: Call, config: Config) -> float:
@@ -96,7 +95,7 @@ def _launch(call: Call, config: Config) -> None:
     call.kernel[(call.grid(config),)](
         **call.arguments,
         **call.constants,
-        **config.constants(call.kernel),
+        **blocks(config, call.kernel),
         num_warps=config.warps,
         num_stages=config.stages,
     )

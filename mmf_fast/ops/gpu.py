@@ -13,7 +13,7 @@ try:
 except ImportError:  # macOS, Windows, CPU-only wheels of torch
     triton = tl = None
 
-__all__ = ["available", "jit", "processors", "tl", "triton"]
+__all__ = ["available", "constexpr_function", "jit", "processors", "tl", "triton"]
 
 
 def available() -> bool:
@@ -23,6 +23,11 @@ def available() -> bool:
 def jit(kernel: Callable[..., Any]) -> Any:
     """triton.jit, or the plain function where there is no Triton."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """triton.constexpr_function, for plain functions of a kernel's constants; the function where there is no Triton."""
+    return function if triton is None else triton.constexpr_function(function)
 
 
 def processors(device: Any) -> int:

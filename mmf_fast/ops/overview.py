@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mmf_fast import flash
 from mmf_fast.ops import attention, gpu, group_norm, interpolate, layer_norm, native, pointwise, sg_loss
 from mmf_fast.ops.dispatch import OPERATORS, choose
 
@@ -20,6 +21,11 @@ DEFINED_IN = (
 )  # importing them defines the operators
 
 
+def _flash() -> str:
+    chosen = flash.activate(torch.device("cuda")) if torch.cuda.is_available() else None
+    return f"{chosen.kind} ({chosen.reason})" if chosen else "not used: no CUDA device"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(prog="mmf ops", description=(__doc__ or "").partition(": ")[2]).parse_args(arguments)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -29,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("triton: not installed")
     else:
         print(f"triton: {gpu.triton.__version__}" + ("" if "cuda" in devices else ", not used: no CUDA device"))
+    print(f"flash attention (MMF_FAST_FLASH={'|'.join(flash.KINDS)}): {_flash()}")
     for name in sorted(OPERATORS):
         served = (f"{device}: {choose(name, [torch.empty(0, device=device)])}" for device in devices)
         print(f"  {name:32} {', '.join(served)}")

@@ -3,6 +3,7 @@ picture of its curves."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -28,12 +29,20 @@ class MetricsLog:
         self.path = run / "metrics.jsonl"
         kept = [json.dumps(record) + "\n" for record in read(self.path) if record["step"] <= step]
         write_text(self.path, "".join(kept))
+        self._rows, self._hash = len(kept), hashlib.sha256("".join(kept).encode())
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
 
     def __call__(self, step: int, row: dict[str, float]) -> None:
         """Non-finite values become null: JSON has no NaN."""
         plain = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self.file.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
+        line = json.dumps({"step": step, **plain}, allow_nan=False) + "\n"
+        self.file.write(line)
+        self._rows += 1
+        self._hash.update(line.encode())
+
+    def mark(self) -> dict[str, Any]:
+        """What the file holds: kept in a checkpoint, so that a change of it is noticed."""
+        return {"rows": self._rows, "sha256": self._hash.hexdigest()}
 
     def close(self) -> None:
         self.file.close()
@@ -80,13 +89,14 @@ class Rows:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, none if it is not there; a last line cut off by a crash is left out."""
+    """The records of a metrics.jsonl, none if it is not there; lines that are none, such as one cut off by a crash, are
+    left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 

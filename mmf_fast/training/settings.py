@@ -69,6 +69,8 @@ class Train:
     steps: int = field(default=2000, metadata=FREE)
     # What shares the work among processes: a DeepSpeed configuration such as zero1.json, or fsdp, PyTorch's FSDP2.
     zero: str = field(default="", metadata=FREE)
+    init: str = field(default="", metadata=FREE)  # a run folder or a safetensors file whose weights to start from,
+    init_from: Literal["average", "weights", "state"] = field(default="average", metadata=FREE)  # and what of a run
     device: str = field(default="auto", metadata=FREE)  # auto: cuda where there is one, else cpu
     # The whole loss as one graph, or each block of the network: two graphs, whatever its depth.
     compile: bool | Literal["blocks"] = field(default=False, metadata=FREE)

@@ -1,18 +1,9 @@
-"""The trainer: it feeds batches to an engine, records, draws, saves, and goes on exactly where a run stopped.
+"""The trainer: it feeds batches to an engine, records, draws, saves, and goes on exactly where a run stopped."""
 
-Run folder:
-
-    config.yaml  metrics.jsonl  tensorboard/  curves.png     the record
-    logs/rank_0.log  profile/rank_0.json                     what each process did; its trace, with --profile
-    samples/step_0000500.png                                 one-step samples of the averaged weights, fixed noise
-    checkpoints/                                             see checkpoint.py
-    model.safetensors  model.json                            the averaged weights, for sampling and evaluation
-"""
-
+import json
 import logging
 import os
 import platform
-import random
 import signal
 import sys
 import threading
@@ -25,9 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,24 +24,22 @@ from mmf_fast.contract import bare
 from mmf_fast.data import Batch, Prefetcher, as_dataset
 from mmf_fast.devices import peak_flops
 from mmf_fast.distributed import agree, gather
-from mmf_fast.files import remove_drafts, write_text
-from mmf_fast.models import save_pretrained
+from mmf_fast.files import write_text
+from mmf_fast.models import exported_step, save_pretrained
 from mmf_fast.pictures import save_grid
 from mmf_fast.sampling import sample
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.engines import Engine, build_engine
+from mmf_fast.training.initial import start_from
 from mmf_fast.training.logs import RankLog
 from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard, plot_curves
+from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, seed_everything
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
 from mmf_fast.training.timing import PHASES, TRACED, WARM_UP, Speed, tracer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOP_EVERY = 10  # steps: launchers kill after 30 s what has not ended on SIGTERM
-
-
-class RunFolderError(ValueError):
-    """The run folder cannot be used; the message is one line that names it and the way out."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -88,6 +75,8 @@ class Trainer:
     record: nested plain values that config.yaml keeps.  identity: flat ones beside the settings that a run which goes
         on must agree in.  extra: is kept beside the exported weights.
     resume: continues from the newest whole checkpoint, or from the start where there is none yet.
+    allow_changes: to it, of the optimizer, the loss and the batch; the run's history.jsonl has them. With another batch
+        the data go on at the next batch of that size, so that no sample comes twice in an epoch.
     profile: leaves a trace of a few of its first steps in the run folder.
     Raises ConfigError, RunFolderError, CheckpointError, or ValueError of the component that refuses its arguments.
     """
@@ -107,16 +96,22 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
         resume: bool = False,
+        allow_changes: bool = False,
         profile: bool = False,
     ) -> None:
         self.train, self.seed, self.callbacks, self.profile = train or Train(), seed, callbacks, profile
+        self.allow_changes = allow_changes
+        self.history: list[dict[str, Any]] = []
         optimizer = optimizer or Optimizer()
         self.run = Path(run)
         self.checkpoints = Checkpoints(self.run / "checkpoints", self.train.keep)
-        self.step = 0  # steps done: the schedules and the position in the data follow from it
+        self.step = 0  # steps done: the schedules follow from it
+        self.data_offset = 0  # of the batch of data that a step takes, since the batch size changed
+        self._log: MetricsLog | None = None
+        self._logged: Any = None  # what the checkpoint says of metrics.jsonl
         self.stopped_by: signal.Signals | None = None
 
-        _check_run_folder(self.run, resume)
+        check_run_folder(self.run, resume)
         self.dataset = as_dataset(data, seed)
         self.fingerprint = {**(identity or self.dataset.identity), **fixed(optimizer, self.train), "seed": seed}
         if not isinstance(getattr(loss_fn, "net", None), nn.Module):
@@ -125,7 +120,14 @@ class Trainer:
         self.model = type(net).__name__
         forwards, flops = getattr(loss_fn, "forwards", None), getattr(net, "flops", None)
         self.flops_of_step = (lambda step: flops() * forwards(self.train.batch, step)) if forwards and flops else None
+        fresh = not resume or self.checkpoints.newest() is None
+        shares = start_from(loss_fn, self.train.init, self.train.init_from) if self.train.init and fresh else None
         self.engine = engine or build_engine(loss_fn, optimizer, self.train, seed)
+        if shares:
+            try:
+                self.engine.load_state_dict(shares)
+            except (KeyError, ValueError) as error:
+                raise ConfigError(f"train.init={self.train.init}: it is of another loss module ({error})") from error
         self._example = self._first_batch()
         self.extra = {"shape": list(self.dataset.shape), "num_classes": self.dataset.num_classes, **(extra or {})}
         self.log = RankLog(self.engine.rank, terminal=self.is_main)
@@ -142,7 +144,9 @@ class Trainer:
             seed_everything(hash((seed, self.engine.rank, self.step)) % 2**32)  # other dropout on other ranks
         if self.is_main:
             settings = {"optimizer": asdict(optimizer), "train": asdict(self.train), "seed": seed}
-            _prepare_run_folder(self.run, record or settings)
+            prepare_run_folder(self.run, record or settings)
+            if self.history:
+                write_text(self.run / "history.jsonl", "".join(json.dumps(each) + "\n" for each in self.history))
 
     @property
     def is_main(self) -> bool:
@@ -155,6 +159,8 @@ class Trainer:
         """
         with self.log.recording(self.run):
             self._describe()
+            if self.step and gather(exported_step(self.run) if self.is_main else None)[0] != self.step:
+                self._export(self.engine.averaged())  # the run was killed between its checkpoint and its export
             with self._signals(), self._rows() as rows, self._progress_bar() as bar:
                 self._train(rows, bar)
             self.log.info("step %d: ended%s", self.step, f" on {self.stopped_by.name}" if self.stopped_by else "")
@@ -210,16 +216,18 @@ class Trainer:
             "skipped_in_a_row": int(self.skipped_in_a_row),
             "rng": rng_state(),
             "fingerprint": self.fingerprint,
+            "history": self.history,
+            "data_offset": self.data_offset,
+            "metrics": self._log.mark() if self._log else None,
             "engine": share,
         }
         net = self.engine.averaged()
-
-        def write() -> None:
-            self.checkpoints.save(state, self.step, dict(shares[1:]))
-            save_pretrained(self.run, net, {**self.extra, "step": self.step})
-
-        agree(write if self.is_main else lambda: None)
+        agree(lambda: self.checkpoints.save(state, self.step, dict(shares[1:])) if self.is_main else None)
+        self._export(net)
         self.log.info("step %d: checkpoint written in %.1f s", self.step, time.perf_counter() - start)
+
+    def _export(self, net: nn.Module) -> None:
+        agree(lambda: save_pretrained(self.run, net, {**self.extra, "step": self.step}) if self.is_main else None)
 
     def draw(self) -> None:
         """Draws one-step samples of the averaged weights from the same noise at every call, of each class or with the
@@ -266,8 +274,8 @@ class Trainer:
         return Prefetcher(
             self.dataset,
             train.batch,
-            first=self.step,
-            last=train.steps,
+            first=self.step + self.data_offset,
+            last=train.steps + self.data_offset,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             then=pin if device.type == "cuda" else None,
@@ -304,7 +312,16 @@ class Trainer:
     def _rows(self) -> AbstractContextManager[Rows | None]:
         if not self.is_main:
             return nullcontext()
-        return Rows(MetricsLog(self.run, self.step), TensorBoard(self.run, self.step), *self.callbacks)
+        self._log = MetricsLog(self.run, self.step)
+        if self._logged is not None and self._log.mark() != self._logged:
+            found, written = self._log.mark()["rows"], self._logged["rows"]
+            what = f"holds {found} of the {written} rows" if found != written else "does not hold the rows"
+            self.log.say(
+                f"{self._log.path}: {what} that this run wrote up to step {self.step}: it was changed, and curves have "
+                "gaps; training goes on",
+                logging.WARNING,
+            )
+        return Rows(self._log, TensorBoard(self.run, self.step), *self.callbacks)
 
     def _tracer(self) -> AbstractContextManager[Any]:
         return tracer(self.run / "profile" / f"rank_{self.engine.rank}.json") if self.profile else nullcontext()
@@ -353,15 +370,23 @@ class Trainer:
             return
         state = agree(lambda: read_checkpoint(path, check=False))
         changed = differences(state["fingerprint"], self.fingerprint)
-        if changed:
+        allowed = [each for each in changed if each.startswith(("optimizer.", "loss.", "train."))]
+        if changed and not (self.allow_changes and allowed == changed):
+            ways = "set these back" if allowed != changed else "set these back, go on with them by --allow-changes"
             raise CheckpointError(
-                f"{path} is of another configuration: {', '.join(changed)}; set these back, or pass another --run"
+                f"{path} is of another configuration: {', '.join(changed)}; {ways}, or pass another --run"
             )
         try:
             self.engine.load_state_dict([state["engine"], *state["shares"]])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another version of the code ({error}); start another run") from error
-        self.step = state["step"]
+        self.step, self._logged = state["step"], state["metrics"]
+        self.history, self.data_offset = state["history"], state["data_offset"]
+        if changed:
+            self.history.append({"step": self.step, "changes": changed})
+            self.log.say(f"{self.run}: from step {self.step} on: {', '.join(changed)}")
+            samples = (self.step + self.data_offset) * state["fingerprint"]["train.batch"]
+            self.data_offset = -(-samples // self.train.batch) - self.step
         self.skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
         set_rng_state(state["rng"])  # rank 0's, see the end of __init__
@@ -388,13 +413,6 @@ class Trainer:
                 signal.signal(number, handler or signal.SIG_DFL)
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds the global generators of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def _conditions(given: Any) -> dict[str, Tensor]:
     """What a batch holds beside x, as keyword arguments of the network: nothing, labels `y`, or by name."""
     if given is None:
@@ -404,19 +422,3 @@ def _conditions(given: Any) -> dict[str, Tensor]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_run_folder(run: Path, resume: bool) -> None:
-    if run.exists() and not run.is_dir():
-        raise RunFolderError(f"{run}: is a file, not a folder; pass another --run")
-    if not resume and run.is_dir() and any(run.iterdir()):
-        raise RunFolderError(f"{run}: holds a run already; go on with --resume, or start another with --run FOLDER")
-
-
-def _prepare_run_folder(run: Path, record: Mapping[str, Any]) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        remove_drafts(run)
-        write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(record))))
-    except OSError as error:
-        raise RunFolderError(f"{run}: cannot be written ({error.strerror}); pass another --run") from error

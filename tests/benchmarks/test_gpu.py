@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,8 +143,21 @@ def test_tests_of_one_kernel_dtype_and_head_size_are_one_kind():
     assert kind_of(item("test_y[4]", shape=())) != kind_of(one)
 
 
-def test_wheels_are_for_what_is_missing_or_older():
-    assert wheels._newer("no_such_distribution", "1.0")
-    assert wheels._newer("torch", "99.0") and not wheels._newer("torch", "1.0.2")
+def wheel(folder, name, version, *needs):
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines))
+
+
+def test_wheels_are_for_what_is_missing_and_what_that_needs_newer(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, check: None)
+    wheel(tmp_path, "not_here", "1.0", "numpy>=99", 'pillow>=99; extra == "dev"', "packaging>=1", "nor_here")
+    wheel(tmp_path, "nor_here", "1.0")
+    for name in ("numpy", "pillow", "packaging"):
+        wheel(tmp_path, name, "99.1")
+    assert sorted(wheels.install(tmp_path, tmp_path)) == ["nor-here", "not-here", "numpy"]
+
+
+def test_a_folder_without_wheels_is_named(tmp_path):
     with pytest.raises(ValueError, match="make wheels"):
-        wheels.install(Path(__file__).parent / "none", Path("."))
+        wheels.install(tmp_path, tmp_path)

@@ -96,9 +96,15 @@ CATS = images("cat/1.png", "cat/2.png", "dog/1.png")
 ONE_READING = {
     "folders": (CATS, {}),
     "below a common folder": ({f"a/b/{name}": data for name, data in CATS.items()}, {}),
-    "a hidden folder": (CATS | images(".ipynb_checkpoints/1.png", "cat/.ipynb_checkpoints/1-checkpoint.png"), {}),
-    "what a Mac leaves": (CATS | {"__MACOSX/cat/._1.png": b"x", ".DS_Store": b"x", "cat/._1.png": b"x"}, {}),
-    "a folder called .DS_Store": (CATS | images(".DS_Store/1.png"), {}),
+    "a hidden folder (mmpretrain #507)": (
+        CATS | images(".ipynb_checkpoints/1.png", "cat/.ipynb_checkpoints/1-checkpoint.png"),
+        {},
+    ),
+    "what a Mac leaves (udacity #217)": (
+        CATS | {"__MACOSX/cat/._1.png": b"x", ".DS_Store": b"x", "cat/._1.png": b"x"},
+        {},
+    ),
+    "a folder called .DS_Store (gluon-cv #1300)": (CATS | images(".DS_Store/1.png"), {}),
     "train and val": ({f"train/{name}": data for name, data in CATS.items()} | images("val/cat/1.png"), {}),
     "train and val beside a hidden folder": (
         {f"train/{name}": data for name, data in CATS.items()}
@@ -147,6 +153,28 @@ def test_layouts_with_one_reading(case, tmp_path):
         assert "val" not in " ".join(found) and "checkpoint" not in " ".join(found)
 
 
+def test_splits_without_classes_are_no_classes(tmp_path):
+    """https://github.com/huggingface/datasets/issues/7880: train/ and test/ became the labels."""
+    found, source = taken(write_folder(tmp_path, images("train/1.png", "train/2.png", "test/3.png")))
+    assert found == {"train/1.png": None, "train/2.png": None} and source.left_out == {"outside train": 1}
+
+
+def test_names_of_files_tell_no_split(tmp_path):
+    """https://github.com/huggingface/datasets/issues/5021: a photo of a train was the training split."""
+    names = ["photo of a cat.png", "photo of a train.png", "photo of test tubes.png"]
+    write_folder(tmp_path, images(*names) | {"metadata.jsonl": b"{}"})
+    with pytest.raises(DataError, match=r"metadata\.jsonl: may hold the labels"):
+        open_source(tmp_path)
+    assert set(taken(tmp_path, labels="none")[0]) == set(names)
+
+
+def test_classes_within_archives_of_a_folder(tmp_path):
+    """https://github.com/huggingface/datasets/pull/8419: labelled by the folder the archive lies in."""
+    (tmp_path / "zdir").mkdir()
+    write_zip(tmp_path / "zdir" / "data.zip", images("class0/a.png", "class1/b.png"))
+    assert list(taken(tmp_path / "zdir")[0].values()) == ["class0", "class1"]
+
+
 def test_folders_called_by_numbers_stand_in_their_order(tmp_path):
     """Sorted as text, 10 would become class 2: https://github.com/modestyachts/ImageNetV2/issues/10."""
     found, _ = taken(write_folder(tmp_path, images(*(f"{i}/a.png" for i in range(12)))))
@@ -162,6 +190,20 @@ def test_a_zip_made_on_windows_has_folders(tmp_path):
             archive.writestr(info, data)
     found, source = taken(tmp_path / "a.zip")
     assert list(found.values()) == ["cat", "cat", "dog"] and [item.load().shape for item in source.items()]
+
+
+def test_an_archive_is_told_by_its_content_too(tmp_path):
+    for path in (write_zip(tmp_path / "a.zip", CATS), write_tar(tmp_path / "b.tgz", CATS, "")):
+        path = path.rename(tmp_path / path.stem)
+        assert list(taken(path)[0].values()) == ["cat", "cat", "dog"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    write_folder(tmp_path / "set", CATS)
+    (tmp_path / "set" / "dog" / "2.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"dog/2\.png: cannot be read \(No such file.*--skip-bad"):
+        prepare(tmp_path / "set", tmp_path / "out")
+    assert prepare(tmp_path / "set", tmp_path / "out", skip_bad=0.3).count == 3
 
 
 def test_links_in_a_tar_are_followed(tmp_path):
@@ -243,6 +285,10 @@ REFUSED = {
         images("a/1.png", "b/1.png") | {"a/dataset.json": JSON, "b/dataset.json": JSON},
         r"a/dataset\.json: lies in one of several folders.*--root 'a'",
     ),
+    "dataset.json of two splits": (
+        images("train/1.png", "val/1.png") | {"dataset.json": b'{"labels": [["train/1.png", 0], ["val/1.png", 1]]}'},
+        "folders train, val within others: splits",
+    ),
     "folders against dataset.json": (
         CATS | {"dataset.json": b'{"labels": null}'},
         "says no labels, but folders cat, dog",
@@ -259,6 +305,11 @@ REFUSED = {
         images("1.png", "2.png") | {"dataset.json": b'{"labels": [["1.png", "1"], ["2.png", "01"]]}'},
         "one number in several ways",
     ),
+    "ids": (
+        images("1.png", "2.png") | {"dataset.json": b'{"labels": [["1.png", 7], ["2.png", 1000000]]}'},
+        "2 labels up to 1000000 are ids, not classes",
+    ),
+    "parquet and images": (images("1.png") | {"a.parquet": b"x"}, "holds parquet and image files; pass --format"),
     "a sample without .cls": (images("1.png", "2.png") | {"1.cls": b"0"}, r"2\.png: has no \.cls file"),
     "an archive beside what it holds": (
         CATS | {"cat.zip": None},
@@ -436,6 +487,9 @@ def random_layout(rng):
     if labels == "json":
         for split, entries in table.items():
             files[f"{base}{split}dataset.json"] = json.dumps({"labels": entries}).encode()
+        if rng.random() < 0.3:  # one for all splits
+            entries = [[split + name, label] for split in splits for name, label in table[split]]
+            files[f"{base}dataset.json"] = json.dumps({"labels": entries}).encode()
     intruder = encoded(Image.new("RGB", (16, 16), colour(63)))
     for where, content in [
         (".ipynb_checkpoints/1.png", intruder),

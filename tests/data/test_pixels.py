@@ -153,6 +153,13 @@ def test_a_background_that_is_no_colour(tmp_path):
         open_source(tmp_path, background="nowhite")
 
 
+def test_only_the_first_frame_is_taken_and_that_is_said(tmp_path):
+    frames = [Image.new("L", (8, 8), value) for value in (10, 200)]
+    write_folder(tmp_path, {"1.gif": encoded(frames[0], "gif", save_all=True, append_images=frames[1:])})
+    found, source = loaded(tmp_path)
+    assert (found == 10).all() and source.looks["of several frames, of which the first is taken"] == 1
+
+
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 

@@ -82,3 +82,10 @@ def test_the_engine_may_pin_in_the_thread():
 def test_depth_is_positive():
     with pytest.raises(ValueError, match="prefetch depth is 0"):
         Prefetcher(Counting(), 4, depth=0)
+
+
+def test_it_starts_by_itself_and_serves_once() -> None:
+    batches = Prefetcher(load("two_moons"), size=4, last=3)
+    assert [step for step, _ in batches] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="once: make another"):
+        iter(batches)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops.layers.torch import EinMix, Rearrange, Reduce
 from torch import Tensor, nn
 
-from mmf_fast import jvp
+from mmf_fast import MissingRuleError, jvp, register_rule
+from mmf_fast.forward import dual
 
 torch.manual_seed(0)
 W = torch.randn(4, 4, dtype=torch.float64)
@@ -92,6 +93,32 @@ def test_outside_a_pass_the_process_is_as_it_was() -> None:
     assert torch.is_tensor is original
     assert type(einops._backends.get_backend(W)) is einops._backends.TorchBackend
     assert torch.equal(einops.rearrange(W, "a b -> b a"), W.T)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+def test_an_autograd_function_is_refused_by_name_wherever_its_result_goes() -> None:
+    original = torch.autograd.Function.__dict__["apply"]
+    for then in (lambda y: y, lambda y: W, lambda y: y[0] + y[1]):
+        with pytest.raises(MissingRuleError, match="Doubled.*register_rule"):
+            jvp(lambda x, then=then: then(Doubled.apply(x * x)), (W,), (W,))
+    y, dy = jvp(lambda x: x * Doubled.apply(W), (W,), (W,))  # of plain tensors it is what it was
+    assert torch.equal(y, 2 * W * W) and torch.equal(dy, y)
+    assert torch.autograd.Function.__dict__["apply"] is original
+
+
+def test_an_autograd_function_may_have_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dual, "_RULES", dict(dual._RULES))
+    register_rule(Doubled)(lambda x: (Doubled.apply(x.primal), 2 * x.tangent))
+    assert torch.equal(jvp(lambda x: Doubled.apply(x) * 3, (W,), (W,))[1], 6 * W)
 
 
 def test_einops_is_not_imported_for_its_sake() -> None:

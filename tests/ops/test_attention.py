@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.operator_harness import check, distance
 
-from mmf_fast.ops import native
+from mmf_fast.ops import gpu, native
 from mmf_fast.ops.attention import attention
+from mmf_fast.ops.attention_kernels import head_columns, tail_columns
 
 SUBSETS = list(itertools.product([False, True], repeat=3))  # which tangents: of q, k, v
 EVERY = (True, True, True)
@@ -134,6 +135,28 @@ def test_masks(device, name, causal):
     mask = None if name is None else MASKS[name]
     for dtype in (torch.float32, torch.bfloat16) if os.environ["MMF_FAST_OPS"] == "native" else (torch.float32,):
         check_attention(*draw((2, 2), 20, 33, 16), dtype, device, mask=mask, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("d", "e"), [(72, 72), (80, 80), (96, 96), (88, 40), (16, 80)])
+@pytest.mark.parametrize("kind", ["plain", "causal", "boolean", "additive"])
+def test_heads_of_two_tiles_of_columns(device, d, e, kind, dtype):
+    """Sizes that the Triton kernels split, with odd numbers of tokens and every mask."""
+    mask = {"boolean": torch.rand(37, 37) < 0.6, "additive": normal(37, 37)}.get(kind)
+    check_attention(*draw((1, 2), 37, 37, d, e), dtype, device, mask=mask, causal=kind == "causal")
+
+
+def test_two_tiles_hold_a_head_with_little_to_spare():
+    """Columns computed over columns needed; where the tiles would be alike, one holds the head."""
+    if not gpu.available():
+        pytest.skip("Triton is not installed")
+    tiles = {d: (int(head_columns(d)), int(tail_columns(d))) for d in range(8, 129, 8)}
+    assert {d: tiles[d] for d in (64, 72, 80, 96, 104, 128)} == {
+        64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 104: (128, 0), 128: (128, 0),
+    }  # fmt: skip
+    for d, (head, tail) in tiles.items():
+        assert head + tail >= d and head & (head - 1) == 0 and tail & (tail - 1) == 0 and tail < head
+    assert max((head + tail) / d for d, (head, tail) in tiles.items() if d >= 64 and d != 104) <= 1.15
 
 
 @pytest.mark.parametrize(("n", "m"), [(40, 40), (50, 20), (20, 50)])

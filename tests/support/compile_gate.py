@@ -11,9 +11,7 @@ import importlib
 import json
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,6 +23,10 @@ from triton.runtime.jit import JITFunction
 
 import mmf_fast.ops
 from mmf_fast.ops import autotune
+from mmf_fast.ops.tiles import Config
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]  # this is a script
+from support import disassembly  # noqa: E402
 
 CHIPS = {80: ("sm_80", 166_912), 90: ("sm_90a", 232_448), 100: ("sm_100a", 232_448)}  # shared memory of a block, bytes
 TYPES = {
@@ -81,14 +83,33 @@ def record_every_configuration(tuner: Autotuner, *args: object, **options: objec
         tuner.fn.run(*args, **options, **config.all_kwargs(), default_on=() if i else tuple(CHIPS))
 
 
-def record_every_choice(call: autotune.Call, _: autotune.Config) -> None:
-    for config in call.configs:
-        chips = tuple(chip for chip in CHIPS if config.since <= chip)
+def record_every_choice(call: autotune.Call, _: Config) -> None:
+    chips_of: dict[Config, list[int]] = {}
+    for chip in CHIPS:
+        for config in call.configs(chip):
+            chips_of.setdefault(config, []).append(chip)
+    for config, chips in chips_of.items():
         call.kernel.run(
-            **call.arguments, **call.constants, **config.constants(call.kernel),
+            **call.arguments, **call.constants, **autotune.blocks(config, call.kernel),
             num_warps=config.warps, num_stages=config.stages, grid=None, warmup=False,
-            chips=chips, default_on=tuple(chip for chip in chips if autotune.usable(call.configs, chip)[0] == config),
+            chips=tuple(chips), default_on=tuple(chip for chip in chips if call.configs(chip)[0] == config),
         )  # fmt: skip
+
+
+def needed_flops(name: str, c: dict) -> float:
+    """FLOPs of an iteration of an attention kernel by the formulas of mmf_fast/ops/attention.py; 0 for other kernels.
+
+    S and S' are 1 + (q') + (k') products over a head of q, O and O' are 1 + (S') + (v') over one of v; the backward
+    kernels compute S, S', G and G' anew, which takes as many.
+    """
+    module, _, kernel = name.partition(".")
+    sides = {"forward_kernel": (1, 1), "key_kernel": (2, 2), "query_kernel": (2, 1)}
+    if module != "attention_kernels" or kernel not in sides:
+        return 0.0
+    of_q, of_v = sides[kernel]
+    dq, dk, dv = (c[f"HAS_{x}"] for x in ("DQ", "DK", "DV"))
+    products = of_q * (1 + dq + dk) * c["D"] + of_v * (1 + (dq or dk) + dv) * c["E"]
+    return 2.0 * products * c["BLOCK_M"] * c["BLOCK_N"]
 
 
 def compile_for(chip: int, launch: tuple) -> dict:
@@ -96,24 +117,29 @@ def compile_for(chip: int, launch: tuple) -> dict:
     arch, limit = CHIPS[chip]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = tools / ("ptxas-blackwell" if chip >= 100 and (tools / "ptxas-blackwell").exists() else "ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(compiled.asm["ptx"])
-        ptx.flush()
-        command = [ptxas, "-v", f"--gpu-name={arch}", ptx.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    matmul = bool(TENSOR_CORE_PRODUCT.search(compiled.asm["ttir"]))
+    code = disassembly.assemble(compiled.asm["ptx"], arch, look_inside=matmul)
+    loops = [
+        (disassembly.tensor_core_flops(loop, options["num_warps"]), disassembly.spills(loop)) for loop in code.loops
+    ]
+    flops = max([of_loop for of_loop, _ in loops] + disassembly.blackwell_flops(compiled.asm["ttgir"]), default=0.0)
+    constants = {kernel.arg_names[k[0]]: v for k, v in constants.items() if v is not None}
+    needed = needed_flops(name, constants)
     return {
         "kernel": name,
         "chip": arch,
         "default": chip in default_on,
-        "constants": {kernel.arg_names[k[0]]: v for k, v in constants.items() if v is not None},
+        "constants": constants,
         "options": options,
-        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
-        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "registers": code.registers,
+        "spills": code.spilled,
+        "spills_in_loops": sum(spills for _, spills in loops),
+        "serialized": code.serialized,
+        "executed": flops / needed if needed else None,
         "shared": compiled.metadata.shared,
         "shared_limit": limit,
-        "matmul": bool(TENSOR_CORE_PRODUCT.search(compiled.asm["ttir"])),
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "matmul": matmul,
         "tensor_cores": bool(TENSOR_CORES.search(compiled.asm["ptx"])),
     }
 
@@ -160,7 +186,9 @@ def call_operators() -> None:
         interpolate.interpolate(image, noise, tau)
         interpolate.interpolate(torch.zeros(image.shape, dtype=torch.uint8), noise, tau)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # attention has no kernels for exact float32
-        for width in (32, 64, 72, 128) if EVERYTHING else (64, 72):
+        short = dtype == torch.bfloat16
+        few, many = ((64, 72), (32, 64, 72, 80, 96, 128)) if short else ((64,), (32, 64, 72, 128))
+        for width in many if EVERYTHING else few:
             backward(*attention.attention(*draw(*[(1, 2, 256, width)] * 6, dtype=dtype)))
         q, k, v, *d = draw(*[(1, 2, 256, 64)] * 6, dtype=dtype)
         backward(attention.attention(q, k, v, *d, tangent_grad=False)[0])

@@ -151,6 +151,9 @@ def _judge(sample: Sample, kind: type[Dual], count: int | None, function: Any) -
         return "wrong: shape or dtype of the tangent"
     if any(_error(primal(y).detach(), p) > 1e-10 for y, p in zip(out, plain, strict=True)):
         return "wrong: primal"
+    first = sample.call([kind(xs[0], dxs[0]), *xs[1:]], function) if n > 1 else out
+    if not all(stored_alike(list(zip(xs, dxs, strict=True)), ys) for ys in (out, first)):
+        return "wrong: the primal is fresh and the tangent a view, or the other way round"
     with torch.no_grad():
         truth = slopes(lambda h: sample.call(moved(xs, dxs, h)))
     dys = tangents(out)
@@ -220,6 +223,21 @@ def _judge_detached(sample: Sample, out: list[Any], xs: list[Tensor]) -> str:
     if any(_error(b, a) > 1e-10 for a, b in zip(*pairs, strict=True)):
         return "wrong: gradient of the primal"
     return "right"
+
+
+def stored_alike(inputs: list[tuple[Tensor, Tensor]], out: list[Any]) -> bool:
+    """A fresh primal has a fresh tangent, and a view of an input's primal the same view of its tangent."""
+
+    def memory(x: Tensor) -> int:
+        return x.untyped_storage().data_ptr()
+
+    for y, dy in (y for y in out if tangent(y) is not None and y.primal.numel()):
+        for x, dx in inputs:
+            if (memory(y) == memory(x)) != (memory(dy) == memory(dx)) or memory(dy) == memory(x):
+                return False
+            if memory(y) == memory(x) and (y.stride() != dy.stride() or y.storage_offset() != dy.storage_offset()):
+                return False
+    return True
 
 
 def _error(a: Tensor, b: Tensor, scale: Tensor | None = None) -> float:

@@ -1,10 +1,13 @@
 """The trainer with a network, a loss and data that are not of this package."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -12,7 +15,7 @@ from mmf_fast import MeanFlowLoss, Optimizer, TimeSampler, Train, Trainer, sampl
 from mmf_fast.evaluation.samples import evaluate_run
 from mmf_fast.models import load_pretrained
 from mmf_fast.sampling import draw_run
-from mmf_fast.training import ConfigError
+from mmf_fast.training import CheckpointError, ConfigError, RunFolderError, checkpoint
 from mmf_fast.training.record import read
 
 
@@ -37,8 +40,9 @@ X, Y = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)), torch.ara
 def trainer(run: Path, data: Any = (X, Y), steps: int = 10, wrap: Any = lambda net: net, **options: Any) -> Trainer:
     torch.manual_seed(1)
     loss_fn = MeanFlowLoss(wrap(Net()), times=TimeSampler(share=0.5), lam=0.5, paired=True, null_label=2)
-    train = Train(**{**vars(SETTINGS), "steps": steps})
-    return Trainer(loss_fn, data, run, train=train, optimizer=Optimizer(warmup=2, ema=0.5), **options)
+    train = Train(**{**vars(SETTINGS), "steps": steps, **options.pop("settings", {})})
+    options = {"optimizer": Optimizer(warmup=2, ema=0.5), **options}
+    return Trainer(loss_fn, data, run, train=train, **options)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "dataset", "loader"])
@@ -107,3 +111,106 @@ def test_a_loss_without_a_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="loss_fn.net must be the network"):
         Trainer(MeanFlowLoss(lambda z, r, t: z), X, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---- starting from weights, and going on with changes ----------------------------------------------------------------
+
+
+def test_a_run_starts_from_the_weights_of_another_or_of_a_file(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    trainer(source, steps=6).fit()
+    state = checkpoint.read(source / "checkpoints" / "step_0000006.pt")["engine"]["fragments"]
+    averaged, _ = load_pretrained(source, Net())
+    save_file(averaged.state_dict(), tmp_path / "mine.safetensors")
+
+    def weights(init: Path, part: str) -> dict[str, Tensor]:
+        made = trainer(tmp_path / f"{init.name}-{part}", settings={"init": str(init), "init_from": part})
+        assert made.step == 0
+        if part == "state":
+            name = "net.body.0.weight"
+            assert torch.equal(made.engine.state_dict()["fragments"][name]["exp_avg"], state[name]["exp_avg"])
+            assert torch.equal(made.engine.average[name].flatten(), state[name]["average"])
+        assert made.fit()
+        return {name: value["weight"] for name, value in made.engine.state_dict()["fragments"].items()}
+
+    for init, part, key in (
+        (source, "average", "average"),
+        (source, "weights", "weight"),
+        (source, "state", "weight"),
+        (tmp_path / "mine.safetensors", "average", "average"),
+    ):
+        fresh = trainer(tmp_path / f"fresh-{init.name}-{part}", settings={"init": str(init), "init_from": part})
+        for name, parameter in fresh.engine.net.named_parameters():
+            if parameter.requires_grad:
+                assert torch.equal(parameter.flatten(), state[f"net.{name}"][key])
+        weights(init, part)
+    # going on, a run has its own weights
+    again = trainer(tmp_path / "source-state", resume=True, settings={"init": str(source), "init_from": "state"})
+    assert again.step == 10
+    for wrong in (tmp_path / "nowhere", tmp_path / "source" / "metrics.jsonl"):
+        with pytest.raises(ConfigError, match=f"train.init={wrong}: .*give a run folder, or a safetensors file"):
+            trainer(tmp_path / "wrong", settings={"init": str(wrong)})
+
+
+def test_a_run_goes_on_with_what_it_is_told_to_change(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer(run, steps=6).fit()
+    half = {"optimizer": Optimizer(warmup=2, ema=0.5, lr=5e-4)}
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr \(0\.001 -> 0\.0005\); .*--allow-changes"):
+        trainer(run, resume=True, **half)
+    assert trainer(run, resume=True, allow_changes=True, **half).fit()
+    rows = read(run / "metrics.jsonl")
+    assert [row["lr"] for row in rows[5:7]] == pytest.approx([1e-3, 5e-4]) and len(rows) == 10
+    assert json.loads((run / "history.jsonl").read_text()) == {"step": 6, "changes": ["optimizer.lr (0.001 -> 0.0005)"]}
+
+    seen: list[Tensor] = []
+    made = trainer(run, steps=14, resume=True, allow_changes=True, settings={"batch": 4}, **half)
+    real = made.engine.step
+    made.engine.step = lambda x, step, **cond: seen.append(x) or real(x, step, **cond)  # type: ignore[func-returns-value]
+    assert made.fit() and made.step == 14
+    # 10 steps of 8 samples are 20 batches of 4: the next is the twenty-first of the stream
+    assert all(torch.equal(x, made.dataset.batch(20 + i, 4)[0]) for i, x in enumerate(seen)) and len(seen) == 4
+    assert len((run / "history.jsonl").read_text().splitlines()) == 2
+    trainer(run, steps=16, resume=True, settings={"batch": 4}, **half).fit()  # as it is now, it needs no leave
+    with pytest.raises(CheckpointError, match=r"seed \(0 -> 1\); set these back, or"):
+        trainer(run, resume=True, allow_changes=True, seed=1, settings={"batch": 4}, **half)
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_between_its_checkpoint_and_its_export_exports_when_it_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer(run).fit()
+    files = {name: (run / name).read_bytes() for name in ("model.safetensors", "model.json")}
+    trainer(tmp_path / "old", steps=4).fit()
+    for stale in (["model.safetensors", "model.json"], ["model.json"], ["model.safetensors"]):
+        for name in stale:
+            shutil.copy(tmp_path / "old" / name, run / name)
+        assert trainer(run, resume=True).fit()
+        assert {name: (run / name).read_bytes() for name in files} == files
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda lines: lines[:3], "holds 3 of the 8 rows"),
+        (lambda lines: [], "holds 0 of the 8 rows"),
+        (lambda lines: [lines[0], "{nonsense", *lines[2:]], "holds 7 of the 8 rows"),
+        (lambda lines: [lines[0].replace("loss", "lass"), *lines[1:]], "does not hold the rows"),
+    ],
+    ids=["truncated", "emptied", "a line", "exchanged"],
+)
+def test_rows_that_are_lost_are_named(damage: Any, found: str, tmp_path: Path, capsys: Any) -> None:
+    trainer(tmp_path, steps=8).fit()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line + "\n" for line in damage(path.read_text().splitlines())))
+    assert trainer(tmp_path, resume=True).fit()
+    assert f"{found} that this run wrote up to step 8" in capsys.readouterr().err
+    assert trainer(tmp_path, steps=11, resume=True).fit()  # said once
+    assert "that this run wrote" not in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="File name too long.*another --run"):
+        trainer(tmp_path / ("x" * 300))

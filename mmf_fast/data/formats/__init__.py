@@ -6,6 +6,7 @@ To add a format: a function (Tree, Options) -> `Source` in a file of its own, en
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from mmf_fast.data.formats.images import IMAGE_ENDINGS, open_images
 from mmf_fast.data.formats.latents import LATENT_ENDINGS, open_latents
 from mmf_fast.data.formats.parquet import open_parquet
 from mmf_fast.data.formats.sources import DataError, Item, Options, SampleError, Source
-from mmf_fast.data.formats.trees import Tree, ending
+from mmf_fast.data.formats.trees import Tree, ending, identity_of
 
-__all__ = ["FORMATS", "DataError", "Item", "Options", "SampleError", "Source", "detect", "open_source"]
+__all__ = ["FORMATS", "DataError", "Item", "Options", "SampleError", "Source", "detect", "identity_of", "open_source"]
 
 
 class Format(NamedTuple):
@@ -54,7 +55,7 @@ def open_source(path: Path, format: str | None = None, **options: Any) -> Source
         name = format or _format_of(tree)
         for option in chosen.given().keys() - {"split", "ignore"} - FORMATS[name].options:
             raise DataError(f"{path}: is {name}; leave --{option.replace('_', '-')} out")
-        return FORMATS[name].open(tree, chosen)
+        return replace(FORMATS[name].open(tree, chosen), identity=identity_of(path, chosen.ignore))
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
@@ -78,6 +79,8 @@ def _format_of(tree: Tree) -> str:
             f"{tree.path}: is an LMDB, often of pickles, which is not read; export it as npz or safetensors"
         )
     endings = {ending(name) for name in tree.names}
+    if ".parquet" in endings and endings & set(IMAGE_ENDINGS):
+        raise DataError(f"{tree.path}: holds parquet and image files; pass --format parquet or --format images")
     for format, known in {"parquet": {".parquet"}, "images": IMAGE_ENDINGS, "latents": LATENT_ENDINGS}.items():
         if endings & set(known):
             return "arrays" if format == "latents" and holds_images(tree) else format

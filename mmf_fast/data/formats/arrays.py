@@ -22,14 +22,7 @@ import numpy as np
 
 from mmf_fast.data.formats.labels import numbering
 from mmf_fast.data.formats.layout import left_out, split_of
-from mmf_fast.data.formats.sources import (
-    DataError,
-    Item,
-    Options,
-    Source,
-    identity_of_files,
-    identity_of_names,
-)
+from mmf_fast.data.formats.sources import DataError, Item, Options, Source
 from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["array_file", "holds_images", "open_arrays", "read_array", "rows", "source_of_rows"]
@@ -105,12 +98,9 @@ def source_of_rows(
         for i, image in enumerate(images()):
             yield Item(f"{place}[{i}]", None if labels is None else labels[i], partial(np.array, image, order="C"))
 
-    paths = [path for name in names if (path := tree.disk_path(name))]
-    identity = identity_of_names([tree.identity(), *names, identity_of_files(paths)])
-    classes_known = len(classes) if classes else None
-    return Source(
-        format, "images", items, identity, count, classes_known, classes, rule=rule, left_out=left_out(tree, names)
-    )
+    known = len(classes) if classes else None
+    missed = left_out(tree, names)
+    return Source(format, "images", items, count=count, num_classes=known, classes=classes, rule=rule, left_out=missed)
 
 
 def _arrays(tree: Tree) -> list[_Array]:

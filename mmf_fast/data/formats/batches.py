@@ -21,7 +21,7 @@ import numpy as np
 from mmf_fast.data.formats.arrays import array_file, read_array, rows
 from mmf_fast.data.formats.layout import left_out
 from mmf_fast.data.formats.pickles import load_dict
-from mmf_fast.data.formats.sources import DataError, Item, Options, Source, identity_of_files, identity_of_names
+from mmf_fast.data.formats.sources import DataError, Item, Options, Source
 from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["CIFAR10_CLASSES", "open_cifar10", "open_imagenet"]
@@ -73,11 +73,7 @@ def _npz_rows(tree: Tree, name: str) -> int:
 
 
 def _source(format: str, tree: Tree, names: Sequence[str], items: Callable[[], Iterator[Item]], **more: Any) -> Source:
-    paths = [path for name in names if (path := tree.disk_path(name))]
-    identity = identity_of_names([tree.identity(), identity_of_files(paths)])
-    return Source(
-        format, "images", items, identity, rule="labels of the batches", left_out=left_out(tree, names), **more
-    )
+    return Source(format, "images", items, rule="labels of the batches", left_out=left_out(tree, names), **more)
 
 
 def _items(tree: Tree, names: Sequence[str], first_label: int, classes: int, side: int | None = None) -> Iterator[Item]:

@@ -35,7 +35,7 @@ def open_images(tree: Tree, options: Options) -> Source:
             label = None if found.labels is None else int(found.labels[i])
             yield Item(tree.label(name), label, partial(_load, tree, name, pixels))
 
-    return Source("images", "images", items, tree.identity(), count, looks=looks, **found.described())
+    return Source("images", "images", items, count=count, looks=looks, **found.described())
 
 
 def _load(tree: Tree, name: str, pixels: Pixels) -> np.ndarray:

@@ -11,6 +11,8 @@ from mmf_fast.data.formats.sources import DataError
 
 __all__ = ["alike", "in_order", "json_labels", "numbering"]
 
+_IDS = 100_000  # so many classes there are in no set that leaves most of them out
+
 
 def numbering(values: Iterable[Any], where: str) -> tuple[Callable[[Any], int], list[str] | None]:
     """(stated value -> label, class names or None) for all distinct values that a set states.
@@ -41,6 +43,11 @@ def numbering(values: Iterable[Any], where: str) -> tuple[Callable[[Any], int], 
                 "-1 stands for no label in many test splits: pass another split" if value == -1 else "write them anew"
             )
             raise DataError(f"{where}: label is {value!r}, not a number from 0; {hint}, or pass --labels none")
+    highest = max(int(float(value)) for value in distinct)
+    if highest >= max(_IDS, 100 * len(distinct)):
+        raise DataError(
+            f"{where}: {len(distinct)} labels up to {highest} are ids, not classes; number them from 0, or write names"
+        )
     return (lambda value: int(float(value))), None
 
 

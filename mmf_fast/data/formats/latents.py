@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from mmf_fast.data.formats.layout import Layout, lay_out, left_out
-from mmf_fast.data.formats.sources import DataError, Item, Options, SampleError, Source, identity_of_names
+from mmf_fast.data.formats.sources import DataError, Item, Options, SampleError, Source
 from mmf_fast.data.formats.tensors import TENSOR_ENDINGS, read_tensors
 from mmf_fast.data.formats.trees import Tree, ending
 
@@ -65,7 +65,13 @@ def open_latents(tree: Tree, options: Options) -> Source:
     files = features or [name for name in tree.names if ending(name) in LATENT_ENDINGS and name not in stats]
     if not files:
         raise DataError(f"{tree.path}: holds no latents; pass a folder or archive with {', '.join(LATENT_ENDINGS)}")
-    keys = _keys_of(read_tensors(tree, files[0]), tree.label(files[0]))
+    first = read_tensors(tree, files[0])
+    if any(value.dtype == np.uint8 and value.ndim >= 3 for value in first.values()):
+        raise DataError(f"{tree.label(files[0])}: holds bytes, as images do; save them as PNG, or all in one npz")
+    keys = _keys_of(first, tree.label(files[0]))
+    shape = first[keys.parts[0]].shape
+    if keys.many and shape[1] > 3 >= shape[3]:
+        raise DataError(f"{tree.label(files[0])}: {shape} are images as floats; save them as uint8, 0 .. 255")
     if features:  # in the order of their numbers
         used = [*features, *map(_fast_dit_name, features)]
         found = Layout(features, None, None, "labels of fast-DiT", left_out(tree, used))
@@ -90,14 +96,12 @@ def open_latents(tree: Tree, options: Options) -> Source:
         "flipped": bool(keys.flip),
     }
     statistics = _stated(tree, stats, contents)
-    identity = identity_of_names([tree.identity(), json.dumps(statistics)])
     one = partial(_items_of_one, tree, found, keys, contents, bool(features))
     return Source(
         "latents",
         "latents",
         partial(_items_of_many, tree, found, keys, contents) if keys.label is not None or keys.many else one,
-        identity,
-        None if keys.many else len(found.names),
+        count=None if keys.many else len(found.names),
         facts=facts,
         statistics=statistics,
         **found.described(),

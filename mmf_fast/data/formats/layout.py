@@ -61,9 +61,7 @@ class Layout:
 def lay_out(tree: Tree, endings: Iterable[str], options: Options, besides: Sequence[str] = ()) -> Layout:
     """The samples are the files of these endings. Raises DataError, which names the option that decides.
 
-    besides: files that are none.
-
-    options: of which split, root ("." is the source itself), labels and allow_empty.
+    besides: files that are none.  options: of which split, root ("." is the source itself), labels and allow_empty.
     """
     known, root, labels = tuple(endings), options.root, options.labels
     samples = [name for name in tree.names if ending(name) in known and name not in besides]
@@ -310,7 +308,8 @@ def _check_depth(tree: Tree, inner: Sequence[str], at: str) -> None:
 
 def _check_splits(tree: Tree, inner: Sequence[str], at: str, split: str) -> None:
     """Raises DataError where samples of another split lie among those of this one, in each class for instance."""
-    folders = {part for name in inner for part in name.split("/")[1:-1]}
+    first = 0 if at + "dataset.json" in tree.names else 1  # else the first are the classes, or looked at already
+    folders = {part for name in inner for part in name.split("/")[first:-1]}
     words = {part: found for part in folders if (found := split_of(part))}
     if set(words.values()) - {split} or len({*words}) > 1:
         other = next((part for part in sorted(words) if words[part] != split), min(words))

@@ -16,7 +16,7 @@ from typing import Any
 from mmf_fast.data.formats.labels import numbering
 from mmf_fast.data.formats.layout import left_out, split_of
 from mmf_fast.data.formats.pixels import Pixels, survey
-from mmf_fast.data.formats.sources import DataError, Item, Options, Source, identity_of_files
+from mmf_fast.data.formats.sources import DataError, Item, Options, Source
 from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["open_parquet"]
@@ -55,10 +55,9 @@ def open_parquet(tree: Tree, options: Options) -> Source:
         "parquet",
         "images",
         partial(_items, pq, files, image, label, number, pixels),
-        identity_of_files(files),
-        count,
-        len(classes) if classes else None,
-        classes,
+        count=count,
+        num_classes=len(classes) if classes else None,
+        classes=classes,
         rule=rule,
         left_out=left_out(tree, names),
         looks=looks,

@@ -82,12 +82,13 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class _Look(NamedTuple):
-    """size: (width, height), upright.  clear: some pixel is not opaque."""
+    """size: (width, height), upright.  clear: some pixel is not opaque.  moves: it has several frames."""
 
     size: tuple[int, int]
     grey: bool
     turned: bool
     clear: bool
+    moves: bool
 
 
 def survey(
@@ -107,6 +108,7 @@ def survey(
             "greyscale" if look.grey else "colour": True,
             "turned upright": look.turned,
             "with transparent pixels": look.clear,
+            "of several frames, of which the first is taken": look.moves,
         }
         for kind in (kind for kind, holds in kinds.items() if holds):
             looks[kind] += 1
@@ -167,7 +169,7 @@ def _look(opened: Callable[[], BinaryIO]) -> _Look | None:
                 size = ImageOps.exif_transpose(image).size if turned else (size[1], size[0])
             grey = image.mode in _GREY or (image.mode == "P" and _is_grey_palette(image))
             clear = _may_be_transparent(image) and bool((np.asarray(image.convert("RGBA"))[..., 3] < 255).any())
-            return _Look(size, grey, orientation > 1, clear)
+            return _Look(size, grey, orientation > 1, clear, getattr(image, "is_animated", False))
     except Exception:  # the pass that decodes it will say what is wrong
         return None
 

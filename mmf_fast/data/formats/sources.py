@@ -80,8 +80,8 @@ class Source:
     """A set of samples in some format.
 
     items: starts a new pass over the samples; raises DataError where the source is damaged.
-    count: None where only reading tells.  num_classes: None where the largest label tells.
     identity: changes with the content as far as names, sizes and dates tell; a restart compares it.
+    count: None where only reading tells.  num_classes: None where the largest label tells.
     facts: what else training has to know of the samples.
     statistics: of latents: mean and std of each channel, or one for all, and "from"; None: to be measured.
     rule: what decided which files are samples and what their labels are.  left_out: {kind: files that are not samples}.
@@ -91,7 +91,7 @@ class Source:
     format: str
     kind: Kind
     items: Callable[[], Iterator[Item]]
-    identity: str
+    identity: str = ""  # filled in by open_source
     count: int | None = None
     num_classes: int | None = None
     classes: list[str] | None = None

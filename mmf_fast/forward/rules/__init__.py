@@ -5,6 +5,7 @@ from mmf_fast.forward.rules import (
     arithmetic,
     by_pytorch,
     elementwise,
+    in_place,
     indexing,
     linear,
     norms,
@@ -19,6 +20,7 @@ __all__ = [
     "arithmetic",
     "by_pytorch",
     "elementwise",
+    "in_place",
     "indexing",
     "linear",
     "norms",
@@ -27,3 +29,5 @@ __all__ = [
     "sdpa",
     "shapes",
 ]
+
+in_place.register()  # last: an in-place method is the rule of the function, written into its argument

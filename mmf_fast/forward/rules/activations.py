@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.forward.dual import tangent_scope
-from mmf_fast.forward.rules.families import forward_derivative, fusable, in_place_error, keeps_tangent, pointwise, rule
+from mmf_fast.forward.rules.families import forward_derivative, fusable, keeps_tangent, pointwise, rule
 from mmf_fast.ops.pointwise import activation, gelu_tangent, silu_tangent
 
 aten = torch.ops.aten
@@ -46,9 +46,7 @@ def gelu(input: Any, *, approximate: str = "none") -> tuple[Any, Any]:
 
 
 @rule("silu")
-def silu(input: Any, inplace: bool = False) -> tuple[Any, Any]:
-    if inplace:
-        raise in_place_error(F.silu)
+def silu(input: Any) -> tuple[Any, Any]:
     if input.dtype.is_complex:
         return forward_derivative(F.silu, (input,), {})
     x, dx = input

@@ -15,13 +15,18 @@ from mmf_fast.forward.rules.families import add_tangents, forward_derivative, li
 linear_in_first("neg", "negative", "positive")
 
 
+def _fresh(input: Any, other: Any, dy: Tensor | None) -> Tensor | None:
+    """dy, which is the tangent of one of the two where the other has none, as memory of its own: so is their sum."""
+    return dy.clone() if dy is tangent(input) or dy is tangent(other) else dy  # type: ignore[union-attr]
+
+
 @rule("add")
 @register_rule(operator.add)
 def add(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
     a, b = primal(input), primal(other)
     with tangent_scope(input, other):
         db = tangent(other)
-        dy = add_tangents(tangent(input), db if db is None or alpha == 1 else alpha * db)
+        dy = _fresh(input, other, add_tangents(tangent(input), db if db is None or alpha == 1 else alpha * db))
     return a + (b if alpha == 1 else alpha * b), dy
 
 
@@ -32,7 +37,7 @@ def sub(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
     with tangent_scope(input, other):
         da, db = tangent(input), tangent(other)
         if db is None:
-            dy = da
+            dy = _fresh(input, other, da)
         else:
             db = db if alpha == 1 else alpha * db
             dy = -db if da is None else da - db
@@ -93,7 +98,8 @@ def fmod(input: Any, other: Any) -> tuple[Any, Any]:
 def _modulo(function: Callable[..., Tensor], input: Any, other: Any) -> tuple[Any, Any]:
     if not isinstance(primal(input), Tensor):  # PyTorch has no derivative of number % tensor
         input = torch.full((), input, dtype=other.dtype, device=other.device)
-    return forward_derivative(function, (input, other), {})
+    y, dy = forward_derivative(function, (input, other), {})
+    return y, dy.clone()  # of x % number it is the tangent of x itself
 
 
 # Comparisons and integer quotients: piecewise constant.

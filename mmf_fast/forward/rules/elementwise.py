@@ -22,6 +22,7 @@ _DERIVATIVES = {
     "sin": lambda x, y: torch.cos(x),
     "cos": lambda x, y: -torch.sin(x),
     "abs": lambda x, y: torch.sign(x),
+    "frac": lambda x, y: 1.0,
     "absolute": lambda x, y: torch.sign(x),
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -101,9 +99,7 @@ def pointwise(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Te
 
 def _pointwise(function: Any, derivative: Callable[..., Tensor]) -> None:
     @register_rule(function)
-    def pointwise_rule(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> tuple[Any, Any]:
-        if inplace:
-            raise in_place_error(function)
+    def pointwise_rule(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if input.dtype.is_complex or any(isinstance(x, Dual) for x in (input, *args, *kwargs.values())[1:]):
             return forward_derivative(function, (input, *args), kwargs)
         y = function(input.primal, *args, **kwargs)
@@ -125,12 +121,7 @@ def by_pytorch(*functions: Any, in_graph: bool = True, complex_too: bool = True)
 
 
 def _by_pytorch(function: Any, in_graph: bool, complex_too: bool) -> Rule:
-    names = list(inspect.signature(function).parameters) if isinstance(function, FunctionType) else []
-    position = names.index("inplace") if "inplace" in names else None
-
     def rule_of_pytorch(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if kwargs.get("inplace") or (position is not None and any(args[position : position + 1])):
-            raise in_place_error(function)
         if not in_graph and not any(isinstance(x, DetachedDual) for x in _duals((*args, *kwargs.values()))):
             raise missing_rule_error(
                 function,
@@ -218,8 +209,3 @@ def autocasts(device_type: str) -> bool:
 def as_autocast(x: Any) -> Any:
     """x, a Dual, a tensor or None, in float32 where autocast is on, as for PyTorch's own norms."""
     return x.float() if x is not None and autocasts(primal(x).device.type) else x
-
-
-def in_place_error(function: Any) -> Exception:
-    """The error for inplace=True."""
-    return missing_rule_error(function, "a Dual is immutable, build the module with inplace=False")

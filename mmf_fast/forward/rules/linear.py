@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.forward.dual import missing_rule_error, primal, register_rule, tangent, tangent_scope
-from mmf_fast.forward.rules.families import add_tangents, in_place_error
+from mmf_fast.forward.rules.families import add_tangents
 
 
 def _affine(function: Callable[..., Tensor], spatial_dims: int) -> None:
@@ -25,7 +25,7 @@ def _affine(function: Callable[..., Tensor], spatial_dims: int) -> None:
             terms = (
                 None if dx is None else function(dx, w, None, *args, **kwargs),
                 None if dw is None else function(x, dw, None, *args, **kwargs),
-                None if db is None else db.view(-1, *[1] * spatial_dims),
+                None if db is None else db.clone().view(-1, *[1] * spatial_dims),
             )
             return y, add_tangents(*terms)
 
@@ -52,11 +52,7 @@ def embedding(
 def _dropout(function: Any) -> None:
     # One mask for primal and tangent: the function applied to ones.
     @register_rule(function)
-    def dropout(
-        input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True
-    ) -> tuple[Any, Any]:
-        if inplace:
-            raise in_place_error(function)
+    def dropout(input: Any, p: float = 0.5, training: bool = True, train: bool = True) -> tuple[Any, Any]:
         if not (training and train) or p == 0:
             return input
         mask = function(torch.ones_like(input.primal), p, True)

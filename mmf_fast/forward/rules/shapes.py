@@ -71,7 +71,8 @@ def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, Any]:
     tensors = tuple(tensors[0]) if type(tensors[0]) in (list, tuple) else tensors
     ys = torch.meshgrid(*map(primal, tensors), indexing=indexing)
     with tangent_scope(*tensors):
-        return ys, torch.meshgrid(*map(tangent_or_zeros, tensors), indexing=indexing)
+        dys = torch.meshgrid(*map(tangent_or_zeros, tensors), indexing=indexing)
+        return ys, tuple(None if tangent(x) is None else dy for x, dy in zip(tensors, dys, strict=True))
 
 
 def tangent_or_zeros(x: Any) -> Tensor:

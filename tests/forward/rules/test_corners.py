@@ -70,30 +70,6 @@ def test_dropout_draws_one_mask_the_one_of_the_plain_call(dims: int) -> None:
 X = Dual(torch.ones(2, 4, 4), torch.ones(2, 4, 4))
 
 
-def assign(x: Any) -> None:
-    x[0] = 1.0
-
-
-def assign_dual(x: Any) -> None:
-    torch.zeros(2, 4, 4)[0] = x[0]
-
-
-def accumulate(x: Any) -> None:
-    total = torch.zeros(2, 4, 4)
-    total += x
-
-
-@pytest.mark.parametrize("function", [
-    lambda x: x.relu_(), lambda x: x.add_(1), lambda x: torch.relu_(x), lambda x: F.relu(x, inplace=True),
-    nn.SiLU(inplace=True), nn.Dropout(inplace=True), nn.LeakyReLU(inplace=True), assign, assign_dual, accumulate,
-    lambda x: torch.zeros(2, 4, 4).copy_(x), lambda x: torch.exp(x, out=torch.empty(2, 4, 4)),
-])  # fmt: skip
-@pytest.mark.parametrize("kind", [Dual, DetachedDual])
-def test_writing_in_place_is_refused(function: Callable[[Any], Any], kind: type[Dual]) -> None:
-    with pytest.raises(MissingRuleError, match="no forward-mode rule for .*: .*(out-of-place|inplace=False|returned)"):
-        function(kind(*X))
-
-
 @torch.library.custom_op("mmf_fast_tests::double", mutates_args=())
 def double(x: Tensor) -> Tensor:
     return x * 2
@@ -111,10 +87,10 @@ def total(xs: list[Tensor]) -> Tensor:
     lambda x: x.numpy(), lambda x: x.data, lambda x: x.grad, lambda x: x.backward(), lambda x: x.register_hook(print),
     lambda x: torch.nn.functional.linear_cross_entropy(x[0], x[0], torch.ones(4).long()), lambda x: bool(x),
     nn.LSTM(4, 4), lambda x: x.scatter(0, (0 * x).long(), x, reduce="add"), lambda x: torch.normal(x, 1.0),
-    lambda x: x.scatter_reduce(0, (0 * x).long(), x, reduce="prod"), lambda x: F.relu6(x, True),
+    lambda x: x.scatter_reduce(0, (0 * x).long(), x, reduce="prod"),
     lambda x: F.embedding(torch.tensor([0]), x[0], max_norm=1.0), lambda x: F.grid_sample(torch.ones(1, 1, 2, 2), x),
     lambda x: nn.MultiheadAttention(4, 2, add_bias_kv=True)(x, x, x), lambda x: x.no_such_method(),
-    lambda x: F.rrelu(x, inplace=True), lambda x: torch.cov(x[0, 0], aweights=x[0, 0]),
+    lambda x: torch.cov(x[0, 0], aweights=x[0, 0]),
     lambda x: F.batch_norm(x, x[0, 0], x[0, 0]), lambda x: (x + 0j).logcumsumexp(0),
 ])  # fmt: skip
 def test_what_has_no_rule_is_loud(function: Callable[[Any], Any]) -> None:

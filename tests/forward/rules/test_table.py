@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.operator_database import stored_alike
 from support.rule_cases import CASES
 from support.rule_harness import Case, tangents
 from torch import Tensor
@@ -54,6 +55,7 @@ def test_primal_and_tangent(case: Case) -> None:
             out = case.call(duals(kind, xs, dxs, chosen))
             assert close([primal(y) for y in out], plain, EXACT)
             assert all(type(y) in (kind, Tensor) for y in out)
+            assert stored_alike([(x, dx) for x, dx, carries in zip(xs, dxs, chosen, strict=True) if carries], out)
             if in_float64(case):
                 assert close(tangents(out), central_difference(case, xs, direction), 1e-6)
             else:  # a conversion: the tangent is the converted direction

@@ -1,0 +1,171 @@
+"""Writing into Duals: what PyTorch does to a tensor and all that shares its memory, or a refusal."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.operator_database import OPERATORS, name_of, samples, supports
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from mmf_fast import MissingRuleError, jvp
+from mmf_fast.forward.dual import DetachedDual, Dual, known_functions
+
+KINDS = (Dual, DetachedDual)
+
+
+def constant_sums(x: Any) -> Any:
+    """x + c once had the tangent of x itself, so that writing into it changed x."""
+    h = x + 1
+    h.mul_(2)
+    g = 3 - x
+    g -= 1
+    f = x % 5
+    f.zero_()
+    return x * h + g + f
+
+
+def views(x: Any) -> Any:
+    y = x * 2
+    y[1:].mul_(x[1:])
+    y.reshape(-1)[:2].add_(1)
+    y.transpose(0, 1)[0] *= 3
+    y.contiguous().view(-1)[-1:].copy_(x.flatten()[:1])
+    return y * y
+
+
+def assignments(x: Any) -> Any:
+    y = x.square()
+    y[0] = 2 * x[1]
+    y[:, 1] = 0.5
+    y[y > 3] = 1.0
+    y[1, torch.tensor([0, 2])] = x[0, :2]
+    y[2] += x[0]
+    return y * x
+
+
+def activations(x: Any) -> Any:
+    h = nn.Sequential(nn.Linear(3, 3).double(), nn.SiLU(inplace=True), nn.LeakyReLU(0.2, True), nn.Dropout(0.5, True))
+    torch.nn.init.constant_(h[0].weight, 0.3)
+    torch.nn.init.constant_(h[0].bias, 0.1)
+    torch.manual_seed(0)
+    return F.relu6(h(x) * 2, True) + torch.relu_(x * 3) + F.elu_(x * 2) + (x + 0).clamp_(-1, 1)
+
+
+def scattered(x: Any) -> Any:
+    y = torch.sin(x)
+    y.index_add_(0, torch.tensor([0, 2]), x[:2]).masked_fill_(x > 1, 0.0).addcmul_(x, x, value=0.5)
+    y.scatter_(1, torch.tensor([[0], [1], [2]]), x[:, :1])
+    return y.exp_() / 7
+
+
+def shared(x: Any) -> Any:
+    """x += y is seen under each name of x, as of a tensor."""
+    h = x * 1.5
+    skip = h
+    h += x.square()
+    h /= 2
+    h **= 2
+    return skip * x
+
+
+NETWORKS = [constant_sums, views, assignments, activations, scattered, shared]
+every_network = pytest.mark.parametrize("network", NETWORKS, ids=lambda f: f.__name__)
+
+
+@every_network
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_value_tangent_and_gradient_through_it(network: Callable[[Any], Any], way: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    x, dx, g, h, a, b = (torch.randn(3, 3, dtype=torch.float64) for _ in range(6))
+
+    def functional(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, dy = jvp(network, (x,), (dx,))
+        return (g * y).sum() + (h * dy).sum(), y, dy
+
+    run = functional
+    if way == "compiled" and network is not activations:  # which builds its layers anew
+        run = torch.compile(functional, fullgraph=network is not assignments, backend="aot_eager")
+    leaves = x.clone().requires_grad_(), dx.clone().requires_grad_()
+    loss, y, dy = run(*leaves)
+    torch.testing.assert_close(y, network(x.clone()))
+    step = 1e-5
+    with torch.no_grad():
+        slope = (network(x + step * dx) - network(x - step * dx)) / (2 * step)
+        expected = (functional(x + step * a, dx + step * b)[0] - functional(x - step * a, dx - step * b)[0]) / (
+            2 * step
+        )
+    torch.testing.assert_close(dy, slope, rtol=1e-7, atol=1e-7)
+    gradients = torch.autograd.grad(loss, leaves)
+    torch.testing.assert_close((gradients[0] * a).sum() + (gradients[1] * b).sum(), expected, rtol=1e-6, atol=1e-6)
+    detached = jvp(network, (x,), (dx,), tangent_grad=False)
+    torch.testing.assert_close(detached, (y, dy))
+
+
+def test_the_tangents_of_the_caller_are_not_written_to() -> None:
+    x, dx = torch.ones(3), torch.full((3,), 2.0)
+    assert torch.equal(jvp(lambda x: x.mul_(3), (x.clone(),), (dx,))[1], 3 * dx) and torch.equal(
+        dx, torch.full((3,), 2.0)
+    )
+
+
+IN_PLACE = [op for op in OPERATORS if op.inplace_variant in known_functions() and supports(op, torch.float64)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", IN_PLACE, ids=name_of)
+def test_a_method_writes_what_its_function_returns(op: Any, kind: type[Dual]) -> None:
+    for sample in samples(op, torch.float64, 3):
+        x, *others = sample.leaves
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            continue
+        _, args, kwargs = tree_unflatten([x, *others], sample.spec)
+        dx = torch.randn_like(x)
+        try:
+            expected = op.op(kind(x, dx), *args, **kwargs)
+            op.inplace_variant(x.clone(), *args, **kwargs)
+        except (MissingRuleError, RuntimeError, TypeError):
+            continue  # refused, or the result does not fit
+        if expected.shape != x.shape:
+            continue  # PyTorch changes the shape of what it writes to
+        written = kind(x.clone(), dx.clone())
+        out = getattr(kind, op.inplace_variant.__name__)(written, *args, **kwargs)
+        y, dy = expected if isinstance(expected, Dual) else (expected, torch.zeros_like(x))
+        torch.testing.assert_close(tuple(written), (y.to(x.dtype), dy), equal_nan=True)
+        assert out.primal.data_ptr() == written.primal.data_ptr() and type(out) is kind
+
+
+X = Dual(torch.ones(2, 4), torch.ones(2, 4))
+LEAF = torch.ones(2, 4, requires_grad=True)
+
+
+def accumulate(x: Any) -> None:
+    total = torch.zeros(2, 4)
+    total += x
+
+
+def assign(x: Any) -> None:
+    torch.zeros(2, 4)[0] = x[0]
+
+
+@pytest.mark.parametrize("function", [
+    accumulate, assign, lambda x: torch.zeros(2, 4).copy_(x), lambda x: torch.zeros(2, 4).add_(x),
+    lambda x: torch.exp(x, out=torch.empty(2, 4)), lambda x: torch.ones(2, 4).mul_(x), lambda x: x.transpose_(0, 1),
+    lambda x: x.detach_(), lambda x: x.normal_(), lambda x: x.bernoulli_(), lambda x: x.set_(x), lambda x: x.resize_(3),
+    lambda x: Dual(LEAF, x.tangent).mul_(2), lambda x: Dual(x.primal, LEAF).mul_(2),
+    lambda x: x[:1].expand(5, 4).add_(1), lambda x: Dual(x.primal, None).add_(x),
+    lambda x: operator.setitem(Dual(x.primal, None), 0, x[0]),
+    lambda x: operator.setitem(Dual(LEAF, x.tangent), 0, 1.0),
+    lambda x: Dual(*x).copy_(DetachedDual(*x)), lambda x: x.mul_(1j), lambda x: x[0].add_(x),
+])  # fmt: skip
+def test_what_cannot_be_written_is_refused(function: Callable[[Any], Any]) -> None:
+    with pytest.raises(MissingRuleError):
+        function(X)
+    assert torch.equal(X.primal, torch.ones(2, 4)) and torch.equal(X.tangent, torch.ones(2, 4))
