@@ -187,7 +187,10 @@ def _detached(dy: Any) -> Any:
     if isinstance(dy, (list, tuple)):
         items = [_detached(item) for item in dy]
         return items if type(dy) is list else tuple(items)
-    return dy.detach() if isinstance(dy, Tensor) else dy
+    if not isinstance(dy, Tensor):
+        return dy
+    is_symbolic = not torch.compiler.is_compiling() and dy._is_zerotensor()  # a zero of PyTorch that has no memory
+    return dy.detach().clone() if is_symbolic else dy.detach()
 
 
 def fusable(name: str, *args: Any) -> bool:
