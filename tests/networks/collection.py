@@ -676,8 +676,7 @@ def timm_mixer() -> nn.Module:
 
 @entry("PEFT LoRA of a diffusers DiT", LATENT, quick=True)
 def peft_dit() -> nn.Module:
-    with stubs.installed():
-        from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     net = dit().net
     config = LoraConfig(
@@ -693,8 +692,7 @@ def peft_dit() -> nn.Module:
 
 @entry("PEFT DoRA of a diffusers UNet2DModel")
 def peft_unet() -> nn.Module:
-    with stubs.installed():
-        from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=2, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"], use_dora=True, init_lora_weights=False
