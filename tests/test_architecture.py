@@ -14,6 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "planning": {"train", "config", "objective", "data", "forward", "devices"},
     "train": {"cli", "config", "training", "models", "objective", "data", "registry"},
+    "doctor": {"forward"},
     "cli": set(),  # it finds each command by name
     "config": {"training", "models", "objective", "data", "registry"},
     "__init__": {"training", "sampling", "models", "objective", "forward"},
