@@ -1,4 +1,4 @@
-# make train | test | test-all | operators | lint | bench | bench-full | bench-compare | wheels | gpu | clean: each but gpu does its own set-up in
+# make train | test | test-networks | test-all | operators | lint | bench | bench-full | bench-compare | wheels | gpu | clean: each but gpu does its own set-up in
 # .venv; a second run is quick.
 # Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu" TRITON=triton==3.6.0
 
@@ -17,7 +17,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 READY := .venv/.ready
 FIRST := .venv/.torch
 
-.PHONY: train test test-all operators lint bench bench-full bench-compare wheels gpu clean
+.PHONY: train test test-networks test-all operators lint bench bench-full bench-compare wheels gpu clean
 .DEFAULT_GOAL := train
 
 # torch goes first and pinned, with the triton that goes with it, so that no range fetches a second one.
@@ -29,8 +29,10 @@ $(FIRST):
 	$(if $(filter Linux,$(shell uname)),$(BIN)/python -m pip install --quiet $(TRITON))
 	@touch $@
 
-$(READY): $(FIRST) pyproject.toml setup.py
+# The packages of tests/networks would bring a torch of their own: without what they depend on.
+$(READY): $(FIRST) pyproject.toml setup.py tests/networks/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/networks/requirements.txt
 	@touch $@
 
 # A run that was interrupted goes on where it stopped; a finished one is only drawn and evaluated again.
@@ -46,6 +48,10 @@ test: $(READY)
 operators: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore -m support.operator_database > docs/operators.new
 	mv docs/operators.new docs/operators.md
+
+# Networks of other packages, unmodified; make test runs five of them.
+test-networks: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" tests/networks
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ""

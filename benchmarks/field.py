@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmf_fast import TimeSampler
-from mmf_fast.objective.draws import Points, column, draw
+from mmf_fast.objective.draws import BatchShare, Points, arrange, column, draw_kinds, given_kinds
 from mmf_fast.objective.loss import LossOutput
+from mmf_fast.objective.streams import GlobalStream
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 STEP = 0.005  # of the finite differences, TiM's
@@ -63,7 +64,7 @@ WAYS: dict[str, Callable[[Velocity, Tensor, Tensor, Tensor, bool], tuple[Tensor,
 
 
 class FieldLoss(nn.Module):
-    """The MeanFlow loss of net(z, r, t) by one of WAYS, called as loss_fn(x, step), as MeanFlowLoss is.
+    """The MeanFlow loss of net(z, r, t) by one of WAYS, called as MeanFlowLoss is.
 
     exact: whether gradients flow through du/dt (lambda = 1) or not (lambda = 0).  p, c: as in MeanFlowLoss.
     """
@@ -74,9 +75,17 @@ class FieldLoss(nn.Module):
         super().__init__()
         self.net, self.pair, self.times, self.exact, self.p, self.c = net, WAYS[way], times, exact, p, c
 
-    def forward(self, x: Tensor, step: int = 0, **given: Any) -> LossOutput:
+    def forward(self, x: Tensor, *, step: int = 0, **given: Any) -> LossOutput:
         """given: noise and times, drawn when absent."""
-        d = draw(x, given.get("noise"), given.get("times"), {}, self.times)
+        stream = GlobalStream(len(x), x.device, x.dtype)
+        if given.get("times") is None:
+            kinds = draw_kinds(len(x), BatchShare(), step, self.times.intervals(len(x)), 0, paired=False)
+            r, t = self.times.draw(stream)
+        else:
+            r, t = given["times"]
+            kinds = given_kinds(r, t, 0, paired=False)
+        noise = stream.normal(x.shape[1:]) if given.get("noise") is None else given["noise"]
+        d, _ = arrange(x, noise, r, t, {}, (), kinds)
         per_sample = self._compute(*d.on_path())
         return LossOutput(per_sample.mean(), per_sample.detach(), {})
 
@@ -84,7 +93,7 @@ class FieldLoss(nn.Module):
         self._compute = torch.compile(self._compute, dynamic=False, **kwargs)  # type: ignore[method-assign]
 
     def _compute(self, points: Points, v: Tensor) -> Tensor:
-        z, r, t, _ = points
+        z, r, t = points[:3]
         u, du = self.pair(lambda z, t: self.net(z, r, t), z, t, v, self.exact)
         square = (u + column(t - r, u) * du - v).square().flatten(1).sum(1)
         return square * (square.detach() + self.c) ** -self.p

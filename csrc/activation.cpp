@@ -6,7 +6,16 @@ namespace {
 
 constexpr int64_t grain = 16384;
 
+// x without gaps in any order of dimensions, the others like it.
+void check(const char* op, const at::Tensor& x) {
+  const Arguments arguments{op};
+  arguments.like("x", x, x);
+  arguments.holds(x.is_non_overlapping_and_dense(), "x must have no gaps in memory");
+}
+
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& dx, std::string name, bool) {
+  check("activation", x);
+  Arguments{"activation"}.like("dx", dx, x);
   at::Tensor y = at::empty_like(x), dy = at::empty_like(x);
   MMF_DISPATCH(x, "activation", [&] {
     using T = scalar_t;
@@ -29,6 +38,9 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
 // g_x = f' g + f'' x' h,  g_x' = f' h
 std::tuple<at::Tensor, at::Tensor> backward(const MaybeTensor& g, const at::Tensor& h, const at::Tensor& x,
                                             const at::Tensor& dx, std::string name) {
+  check("activation_backward", x);
+  const Arguments arguments{"activation_backward"};
+  arguments.like("dx", dx, x), arguments.like("g", g, x), arguments.like("h", h, x);
   at::Tensor g_x = at::empty_like(x), g_dx = at::empty_like(x);
   MMF_DISPATCH(x, "activation_backward", [&] {
     using T = scalar_t;

@@ -51,6 +51,7 @@ using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 Four forward(const at::Tensor& q, const MaybeTensor& dq, const at::Tensor& k, const MaybeTensor& dk,
              const at::Tensor& v, const MaybeTensor& dv, const MaybeTensor& mask, bool causal, double scale,
              bool tangent_grad) {
+  check_attention("attention", q, dq, k, dk, v, dv, mask);
   const auto wide = q.options().dtype(at::toOpMathType(q.scalar_type()));
   const bool logits = dq || dk, any = logits || dv;
   at::Tensor o = empty_heads(q, v.size(3)), d_o = any ? empty_heads(q, v.size(3)) : at::empty({0}, q.options());

@@ -149,6 +149,20 @@ inline int64_t parts_of(int64_t heads, int64_t N) {
   return std::clamp<int64_t>(wanted, 1, at::divup(N, ROWS));
 }
 
+// q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), their tangents alike, mask (B, H, N, M); any strides.
+inline void check_attention(const char* op, const at::Tensor& q, const MaybeTensor& dq, const at::Tensor& k,
+                            const MaybeTensor& dk, const at::Tensor& v, const MaybeTensor& dv, const MaybeTensor& mask) {
+  const Arguments arguments{op};
+  const at::ScalarType dtype = q.scalar_type();
+  arguments.dimensions("q", q, 4), arguments.dimensions("k", k, 4), arguments.dimensions("v", v, 4);
+  const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2), D = q.size(3), E = v.size(3);
+  arguments.tensor("q", q, dtype, q.sizes()), arguments.tensor("dq", dq, dtype, q.sizes());
+  arguments.tensor("k", k, dtype, {B, H, M, D}), arguments.tensor("dk", dk, dtype, {B, H, M, D});
+  arguments.tensor("v", v, dtype, {B, H, M, E}), arguments.tensor("dv", dv, dtype, {B, H, M, E});
+  const bool boolean = mask && mask->scalar_type() == at::kBool;
+  arguments.tensor("the mask", mask, boolean ? at::kBool : dtype, {B, H, N, M});
+}
+
 // (B, H, N, width), laid out as (B, N, H, width).
 inline at::Tensor empty_heads(const at::Tensor& like, int64_t width) {
   return at::empty({like.size(0), like.size(2), like.size(1), width}, like.options()).transpose(1, 2);

@@ -36,6 +36,19 @@ Six backward(const MaybeTensor& g, const MaybeTensor& h, const at::Tensor& q, co
              const MaybeTensor& dk, const at::Tensor& v, const MaybeTensor& dv, const MaybeTensor& mask,
              const at::Tensor& o, const MaybeTensor& d_o, const at::Tensor& lse, const MaybeTensor& mu, bool causal,
              double scale) {
+  check_attention("attention_backward", q, dq, k, dk, v, dv, mask);
+  const Arguments arguments{"attention_backward"};
+  const at::ScalarType accumulated = at::toOpMathType(q.scalar_type());
+  const std::array<int64_t, 4> results{q.size(0), q.size(1), q.size(2), v.size(3)};
+  arguments.tensor("g", g, q.scalar_type(), results), arguments.tensor("h", h, q.scalar_type(), results);
+  arguments.tensor("o", o, q.scalar_type(), results);
+  if (h) arguments.tensor("d_o", d_o, q.scalar_type(), results);
+  arguments.contiguous("lse", lse, accumulated, q.sizes().slice(0, 3));
+  if (h && (dq || dk)) {
+    arguments.contiguous("mu", mu, accumulated, q.sizes().slice(0, 3));
+    arguments.holds(mu.has_value(), "mu must be given where q or k has a tangent");
+  }
+  arguments.holds(!h || d_o.has_value(), "d_o must be given where it has a cotangent");
   const bool has_dq = h && dq, has_dk = h && dk, has_dv = h && dv, logits = has_dq || has_dk;
   const int64_t parts = q.numel() && k.numel() ? parts_of(q.size(0) * q.size(1), q.size(2)) : 1;
   const auto none = at::empty({0}, q.options());

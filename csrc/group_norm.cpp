@@ -177,9 +177,27 @@ void for_units(const Shape& shape, F f) {
   });
 }
 
+// x contiguous or channels-last, dx like it, gain and bias (1 or B, C).
+void check(const char* op, const at::Tensor& x, const MaybeTensor& dx, const MaybeTensor& gain, const MaybeTensor& dgain,
+           const MaybeTensor& bias, const MaybeTensor& dbias, int64_t groups) {
+  const Arguments arguments{op};
+  arguments.holds(x.dim() >= 2, "x must have the dimensions (B, C, ...)");
+  arguments.like("x", x, x), arguments.like("dx", dx, x);
+  const bool channels_last = (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
+                             (x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d));
+  arguments.holds(x.is_contiguous() || channels_last, "x must be contiguous or channels-last");
+  arguments.holds(groups > 0 && x.size(1) % groups == 0, "the channels of x must divide into the groups");
+  const auto parameter = [&](const char* name, const MaybeTensor& p) {
+    const bool rows = p && p->dim() == 2 && p->size(0) == x.size(0);
+    arguments.contiguous(name, p, x.scalar_type(), {rows ? x.size(0) : 1, x.size(1)});
+  };
+  parameter("gain", gain), parameter("dgain", dgain), parameter("bias", bias), parameter("dbias", dbias);
+}
+
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const MaybeTensor& dx, const MaybeTensor& gain,
                                            const MaybeTensor& dgain, const MaybeTensor& bias, const MaybeTensor& dbias,
                                            int64_t groups, double eps, std::string act, bool) {
+  check("group_norm_silu", x, dx, gain, dgain, bias, dbias, groups);
   const Shape shape(x, groups);
   at::Tensor y = at::empty_like(x);
   at::Tensor dy = dx || dgain || dbias ? at::empty_like(x) : at::empty({0}, x.options());
@@ -211,6 +229,9 @@ using Six = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 Six backward(const MaybeTensor& g, const MaybeTensor& h, const at::Tensor& x, const MaybeTensor& dx,
              const MaybeTensor& gain, const MaybeTensor& dgain, const MaybeTensor& bias, const MaybeTensor& dbias,
              int64_t groups, double eps, std::string act) {
+  check("group_norm_silu_backward", x, dx, gain, dgain, bias, dbias, groups);
+  const Arguments arguments{"group_norm_silu_backward"};
+  arguments.like("g", g, x), arguments.like("h", h, x);
   const Shape shape(x, groups);
   at::Tensor g_x = at::empty_like(x), g_dx = dx && h ? at::empty_like(x) : at::empty({0}, x.options());
   at::Tensor sums = at::zeros({4, shape.batch, shape.channels}, x.options().dtype(at::toOpMathType(x.scalar_type())));

@@ -10,7 +10,8 @@
 #include <torch/library.h>
 
 #include <array>
-#include <optional>
+
+#include "arguments.h"
 
 namespace mmf {
 
@@ -70,8 +71,6 @@ inline __attribute__((always_inline)) std::array<double, K> row_sums(int64_t siz
   }
   return out;
 }
-
-using MaybeTensor = std::optional<at::Tensor>;
 
 template <class T>
 const T* pointer(const MaybeTensor& t) {

@@ -64,11 +64,29 @@ void forward_rows(const T* x, const T* dx, const T* gain, const T* dgain, const 
   }
 }
 
+// The number of groups of rows, of arguments that fit.
+int64_t check(const char* op, const at::Tensor& x, const MaybeTensor& dx, const MaybeTensor& gain,
+              const MaybeTensor& dgain, const MaybeTensor& bias, const MaybeTensor& dbias) {
+  const Arguments arguments{op};
+  arguments.dimensions("x", x, 2);
+  arguments.contiguous("x", x, x.scalar_type(), x.sizes());
+  arguments.contiguous("dx", dx, x.scalar_type(), x.sizes());
+  const MaybeTensor* first = gain ? &gain : bias ? &bias : dgain ? &dgain : &dbias;
+  const int64_t groups = *first && (*first)->dim() ? (*first)->size(0) : 1;
+  const auto parameter = [&](const char* name, const MaybeTensor& p) {
+    arguments.contiguous(name, p, x.scalar_type(), {groups, x.size(1)});
+  };
+  parameter("gain", gain), parameter("dgain", dgain), parameter("bias", bias), parameter("dbias", dbias);
+  arguments.holds(groups > 0 ? x.size(0) % groups == 0 : x.size(0) == 0,
+                  "the rows of gain and bias must divide those of x");
+  return groups;
+}
+
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const MaybeTensor& dx, const MaybeTensor& gain,
                                            const MaybeTensor& dgain, const MaybeTensor& bias, const MaybeTensor& dbias,
                                            bool rms, double eps, bool tangent_grad) {
-  const int64_t size = x.size(-1), rows = size ? x.numel() / size : 0;
-  const int64_t groups = gain ? gain->size(0) : bias ? bias->size(0) : dgain ? dgain->size(0) : dbias ? dbias->size(0) : 1;
+  const int64_t groups = check("modulated_layer_norm", x, dx, gain, dgain, bias, dbias);
+  const int64_t size = x.size(1), rows = x.size(0);
   at::Tensor y = at::empty_like(x);
   at::Tensor dy = dx || dgain || dbias ? at::empty_like(x) : at::empty({0}, x.options());
   if (x.numel() == 0) return {y, dy};
@@ -153,8 +171,10 @@ using Six = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 Six backward(const MaybeTensor& g, const MaybeTensor& h, const at::Tensor& x, const MaybeTensor& dx,
              const MaybeTensor& gain, const MaybeTensor& dgain, const MaybeTensor& bias, const MaybeTensor& dbias,
              bool rms, double eps) {
-  const int64_t size = x.size(-1), rows = size ? x.numel() / size : 0;
-  const int64_t groups = gain ? gain->size(0) : bias ? bias->size(0) : dgain ? dgain->size(0) : dbias ? dbias->size(0) : 1;
+  const int64_t groups = check("modulated_layer_norm_backward", x, dx, gain, dgain, bias, dbias);
+  const Arguments arguments{"modulated_layer_norm_backward"};
+  arguments.contiguous("g", g, x.scalar_type(), x.sizes()), arguments.contiguous("h", h, x.scalar_type(), x.sizes());
+  const int64_t size = x.size(1), rows = x.size(0);
   const int64_t per_group = groups ? rows / groups : 0;
   // Several threads may share a group of rows: each has its own sums.
   const int64_t parts = std::max<int64_t>(1, std::min(per_group, at::divup(at::get_num_threads(), std::max<int64_t>(groups, 1))));

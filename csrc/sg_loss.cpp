@@ -32,6 +32,16 @@ struct Error {
   }
 };
 
+void check(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
+           const at::Tensor& interval, const at::Tensor& lam) {
+  const Arguments arguments{"sg_loss"};
+  const at::ScalarType wide = at::toOpMathType(u.scalar_type());
+  arguments.dimensions("u", u, 2);
+  arguments.contiguous("u", u, u.scalar_type(), u.sizes()), arguments.contiguous("du", du, u.scalar_type(), u.sizes());
+  arguments.contiguous("x", x, wide, u.sizes()), arguments.contiguous("the target", noise, wide, u.sizes());
+  arguments.contiguous("the interval", interval, wide, {u.size(0)}), arguments.tensor("lam", lam, wide, {});
+}
+
 // The loss, its terms and s; e too where a tensor for it is given.
 Three values(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
              const at::Tensor& interval, double p, double c, const MaybeTensor& kept) {
@@ -56,7 +66,8 @@ Three values(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, c
 }
 
 Four forward(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
-             const at::Tensor& interval, const at::Tensor&, double p, double c, bool) {
+             const at::Tensor& interval, const at::Tensor& lam, double p, double c, bool) {
+  check(u, du, x, noise, interval, lam);
   at::Tensor error = at::empty(u.sizes(), noise.options());
   auto [loss, per_sample, square] = values(u, du, x, noise, interval, p, c, error);
   return {loss, per_sample, square, error};
@@ -94,6 +105,13 @@ Two cotangents(const at::Tensor& g, F error_of, at::ScalarType dtype, at::IntArr
 
 Two backward(const at::Tensor& g, const at::Tensor& error, const at::Tensor& square, const at::Tensor& interval,
              const at::Tensor& lam, double p, double c, bool tangent_grad, at::ScalarType dtype) {
+  const Arguments arguments{"sg_loss_backward"};
+  const at::ScalarType wide = at::toOpMathType(dtype);
+  arguments.dimensions("the error", error, 2);
+  arguments.contiguous("the error", error, wide, error.sizes());
+  arguments.contiguous("the squares", square, wide, {error.size(0)});
+  arguments.contiguous("the interval", interval, wide, {error.size(0)});
+  arguments.tensor("lam", lam, wide, {}), arguments.tensor("g", g, wide, {});
   const auto kept = [&](auto type) {
     using A = typename Lanes<decltype(type)>::A;
     return [e = error.const_data_ptr<A>()](int64_t, int64_t at, int64_t n) { return Lanes<A>::load(e + at, n); };
@@ -142,6 +160,8 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
 
 Three differentiable(const at::Tensor& u, const MaybeTensor& du, const MaybeTensor& x, const at::Tensor& noise,
                      const at::Tensor& interval, const at::Tensor& lam, double p, double c, bool tangent_grad) {
+  check(u, du, x, noise, interval, lam);
+  TORCH_CHECK_VALUE(du || !tangent_grad, "sg_loss: tangent_grad needs du");
   auto out = Differentiable::apply(u, du, x, noise, interval, lam, p, c, tangent_grad);
   return {out[0], out[1], out[2]};
 }

@@ -21,6 +21,7 @@ COMMANDS = {
     "fid": ("mmf_fast.evaluation.fid", "Frechet Inception distance of a trained run"),
     "plan": ("mmf_fast.planning", "memory, communication and time of a step on paper"),
     "prepare": ("mmf_fast.data.prepare", "turn a dataset into a folder that training reads"),
+    "doctor": ("mmf_fast.doctor", "whether a network of yours runs as it is, how exact, and what is in the way"),
     "ops": ("mmf_fast.ops.overview", "which implementation serves each operator here, and why"),
 }
 

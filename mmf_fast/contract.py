@@ -10,13 +10,13 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["bare", "check_cond", "check_network", "check_output", "hidden_modules"]
+__all__ = ["bare", "check_cond", "check_network", "check_output", "hidden_modules", "names_taken"]
 
 ADAPT = "mmf_fast.Adapter(net, lambda net, z, r, t, **c: {call})"
 
@@ -56,19 +56,23 @@ def check_network(net: Any) -> None:
         )
 
 
+def names_taken(net: Any, own: Iterable[str]) -> list[str]:
+    """Which of these names are conditions of the network too."""
+    theirs = {p.name for p in _parameters(net)[3:]}
+    return [name for name in own if name in theirs]
+
+
 def check_cond(net: Any, own: Mapping[str, Any], caller: str) -> None:
     """Raises ValueError for an argument that `caller` (the loss, the sampler) and the network both call by one name.
 
-    own: the caller's own arguments that were given.
+    own: the caller's own arguments, None where they were not given.
     """
-    theirs = {p.name for p in _parameters(net)[3:]}
-    for name in own:
-        if name in theirs:
-            call = f"net(z, r, t, {name}=c.pop('net_{name}'), **c)"
-            raise ValueError(
-                f"{name}= is an argument of {caller}, and {_name(net)} has a condition of that name: call that "
-                f"net_{name}, by {ADAPT.format(call=call)}"
-            )
+    for name in names_taken(net, [name for name, value in own.items() if value is not None]):
+        call = f"net(z, r, t, {name}=c.pop('net_{name}'), **c)"
+        raise ValueError(
+            f"{name}= is an argument of {caller}, and {_name(net)} has a condition of that name: call that net_{name}, "
+            f"by {ADAPT.format(call=call)}"
+        )
 
 
 def check_output(u: Any, z: Tensor) -> Any:

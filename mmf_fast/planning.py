@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmf_fast import config, data
 from mmf_fast.devices import peak_flops
 from mmf_fast.forward.dual import Dual
-from mmf_fast.objective import LambdaSchedule, MeanFlowLoss
+from mmf_fast.objective import BatchShare, LambdaSchedule, MeanFlowLoss
 from mmf_fast.train import build_loss
 
 __all__ = ["Cluster", "Job", "activations", "communication", "job", "main", "memory", "report", "step_time", "table"]
@@ -54,8 +54,7 @@ class Cluster:
 @dataclass(frozen=True)
 class Job:
     """One training step. flops: of the global batch. calls: of the network, in forward and in backward, per pass.
-    share: of the samples that has r < t. launches: of kernels, by a rank in an eager step.
-    weight: bytes of a weight that the network computes with."""
+    launches: of kernels, by a rank in an eager step. weight: bytes of a weight that the network computes with."""
 
     parameters: int
     batch: int
@@ -64,13 +63,11 @@ class Job:
     flops: float
     forwards: float
     calls: tuple[int, int]
-    share: float = 0.0
     launches: int = 0
 
     def divides(self, batch: int, ranks: int) -> bool:
-        """Whether ranks and accumulated passes can share a batch, and its samples with r < t, equally."""
-        parts = ranks * self.accumulate
-        return batch % parts == 0 and round(self.share * batch) % parts == 0
+        """Whether ranks and accumulated passes can share a batch equally."""
+        return batch % (ranks * self.accumulate) == 0
 
     @property
     def weight(self) -> int:
@@ -141,7 +138,6 @@ def job(settings: config.Config, lam: float) -> Job:
         flops=forwards * net.flops(train.batch),
         forwards=forwards,
         calls=(counted.all, counted.with_graph),
-        share=loss_fn.times.share,
         launches=train.accumulate * launched.count,
     )
 
@@ -181,9 +177,9 @@ def _loss(settings: config.Config, lam: float) -> tuple[MeanFlowLoss, tuple[int,
 
 def _on_meta(loss_fn: MeanFlowLoss, shape: tuple[int, ...], rows: int) -> None:
     x = torch.empty(rows, *shape, device="meta")
-    cond = {"y": torch.zeros(rows, dtype=torch.int64, device="meta")} if loss_fn.null_label else {}
+    cond = {"y": torch.zeros(rows, dtype=torch.int64, device="meta")} if loss_fn.null_label is not None else {}
     with _fused_operators(), _FlashAttention():
-        loss_fn(x, **cond)
+        loss_fn(x, part=BatchShare(seed=0), **cond)  # as runs draw; it leaves the global generators alone
 
 
 @contextmanager
@@ -211,14 +207,16 @@ class _Flash(torch.autograd.Function):
 
 
 class _Launches(TorchDispatchMode):
-    """How many operations a step dispatches; views of a tensor start no kernel, a backward takes two for one."""
+    """How many operations a step dispatches to the device; views start no kernel, a backward takes two for one."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
-        self.count += 0 if views else 3 if torch.is_grad_enabled() else 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        on_host = isinstance(out, Tensor) and out.device.type == "cpu"  # which rows have r < t is decided there
+        self.count += 0 if views or on_host else 3 if torch.is_grad_enabled() else 1
+        return out
 
 
 class _Calls:
@@ -242,8 +240,8 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
     one, train = steps[0.0], settings.train
     if not one.divides(train.batch, ranks):
         raise config.ConfigError(
-            f"{ranks} GPUs x train.accumulate={train.accumulate} cannot share train.batch={train.batch} and its "
-            f"samples with r < t (times.share={one.share}) equally: choose another batch"
+            f"{ranks} GPUs x train.accumulate={train.accumulate} cannot share train.batch={train.batch} equally: "
+            "choose another batch"
         )
     rows = train.batch // (ranks * train.accumulate)
     kept = {lam: activations(settings, lam, rows) for lam in steps}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmf_fast.conditions import per_sample, take, to_device
 from mmf_fast.contract import check_cond, check_network, check_output
 from mmf_fast.devices import choose_device, device_of
 from mmf_fast.files import writing
@@ -45,7 +46,7 @@ def sample(
     shape: of the result, batch first.  noise: of that shape, floating point; the result has its dtype.
     seed, generator: where the noise is drawn when it is not given (float32, at most one of the two, by default torch's
         global generator). A seed draws on the CPU, so that it means the same noise on every device.
-    cond: conditions such as y (B,) int64; tensors are moved to the device of the network.
+    cond: conditions such as y (B,) int64; tensors in them are moved to the device of the network.
 
     Raises ValueError for steps below 1, a noise of another shape, noise given twice, a network with another call, and
     an output that is no tensor like z.
@@ -53,7 +54,7 @@ def sample(
     shape = tuple(shape)
     check_network(net)
     given = {"steps": steps if steps != 1 else None, "noise": noise, "seed": seed, "generator": generator}
-    check_cond(net, {name: value for name, value in given.items() if value is not None}, "sample")
+    check_cond(net, given, "sample")
     if steps < 1:
         raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
     if (noise is not None) + (seed is not None) + (generator is not None) > 1:
@@ -66,7 +67,7 @@ def sample(
         noise = torch.randn(shape, generator=generator, device=None if generator is None else generator.device)
     device = device_of(net)
     z = noise.to(device or noise.device)
-    cond = {name: value.to(z.device) if isinstance(value, Tensor) else value for name, value in cond.items()}
+    cond = to_device(cond, z.device)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     time_dtype = torch.promote_types(z.dtype, torch.float32)  # half precision would move the times
     with evaluating(net):
@@ -77,17 +78,17 @@ def sample(
 
 
 def sample_in_chunks(
-    net: Callable[..., Tensor], noise: Tensor, steps: int = 1, chunk: int | None = None, **cond: Tensor
+    net: Callable[..., Tensor], noise: Tensor, steps: int = 1, chunk: int | None = None, **cond: Any
 ) -> Tensor:
-    """`sample` from noise (N, *shape), `chunk` rows at a time; cond: tensors with one row per sample.
+    """`sample` from noise (N, *shape), `chunk` rows at a time; leaves of cond with N rows follow them.
 
     By default a chunk has about a million numbers and at most 4,096 rows. Returns x on the device of the network.
     """
-    rows = torch.arange(len(noise)).split(chunk or min(4096, max(1, 2**20 // noise[0].numel())))
+    paths = per_sample(cond, len(noise))
     parts = []
-    for i in rows:
-        part: dict[str, Any] = {name: value[i] for name, value in cond.items()}
-        parts.append(sample(net, noise[i].shape, steps, noise[i], **part))
+    for rows in torch.arange(len(noise)).split(chunk or min(4096, max(1, 2**20 // noise[0].numel()))):
+        part: dict[str, Any] = take(cond, rows, paths)
+        parts.append(sample(net, noise[rows].shape, steps, noise[rows], **part))
     return torch.cat(parts)
 
 

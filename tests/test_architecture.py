@@ -14,17 +14,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "planning": {"train", "config", "objective", "data", "forward", "devices"},
     "train": {"cli", "config", "training", "models", "objective", "data", "registry"},
+    "doctor": {"forward"},
     "cli": set(),  # it finds each command by name
     "config": {"training", "models", "objective", "data", "registry"},
     "__init__": {"training", "sampling", "models", "objective", "forward"},
     "training": {
-        "sampling", "models", "objective", "data", "contract",
+        "sampling", "models", "objective", "data", "contract", "conditions",
         "pictures", "files", "devices", "distributed",
     },
     "evaluation": {"sampling", "models", "data", "pictures", "files", "devices", "distributed"},
-    "sampling": {"models", "contract", "pictures", "files", "devices", "registry"},
+    "sampling": {"models", "contract", "conditions", "pictures", "files", "devices", "registry"},
     "models": {"forward", "contract", "files", "registry"},
-    "objective": {"forward", "ops", "contract"},
+    "objective": {"forward", "ops", "contract", "conditions"},
     "data": {"files", "registry"},
     "forward": {"ops"},
     "ops": {"flash"},
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flash": set(),
     "registry": set(),
     "contract": set(),
+    "conditions": set(),
 }  # fmt: skip
 BELOW_FORWARD = {"torch", "triton", "mmf_fast"}  # forward and ops stand on these alone
 

@@ -131,7 +131,6 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture) -> None:
     ("arguments", "words"),
     [
         (["--gpus", "7", "data=synthetic", "data.count=1"], "cannot share train.batch=256"),
-        (["--gpus", "256", "data=synthetic", "data.count=1"], "times.share=0.25"),
         (["--gpus", "8"], "data=synthetic"),
         (["--gpus", "0"], "--gpus"),
         (["--gpus", "8", "--device", "abacus", "data=synthetic", "data.count=1"], "abacus"),

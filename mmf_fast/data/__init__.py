@@ -5,7 +5,7 @@
     x, y = dataset.split("validation")              the whole split
 
     dataset = load("images", path="data/cifar10")   a folder that mmf prepare SRC OUT wrote
-    x, y = dataset.batch(17, 1024, rank=3, world_size=8)    rows 3, 11, 19, ... of the same global batch
+    x, y = dataset.batch(17, 1024, rank=3, world_size=8)    rows 384 .. 511 of the same global batch
 
 To add a dataset: a function whose typed keyword arguments are its options and that returns a `Dataset`, or what
 `as_dataset` takes; its name in a configuration is "package.module:function", or what `register_dataset` was given.

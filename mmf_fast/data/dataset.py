@@ -51,10 +51,11 @@ class Dataset(Protocol):
     identity: Identity
 
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """x (size / world_size, *shape) float32 and y int64 or None: a pure function of (seed, step, size) and rank.
+        """x (size / world_size, *shape) and y int64 or None: a pure function of (seed, step, size) and rank.
 
-        size: of the global batch, of which a rank gets rows rank, rank + world_size, ... Whoever resumes at a step, on
-        whatever number of ranks, sees the samples that an uninterrupted run would have seen.
+        x is float32, or uint8 for images as they are stored: the loss takes both, and makes numbers of bytes on the
+        device. size: of the global batch, of which rank 0 gets the first rows, rank 1 the next. Whoever resumes at a
+        step, on whatever number of ranks, sees the samples that an uninterrupted run would have seen.
         Raises ValueError for a negative step, or a size that does not fit the data or the ranks.
         """
         ...
@@ -132,7 +133,8 @@ def rank_part(step: int, size: int, rank: int, world_size: int) -> slice:
     if size % world_size:
         fitting = max(world_size, size - size % world_size)
         raise ValueError(f"batch size {size} does not divide among {world_size} ranks; use {fitting}")
-    return slice(rank, size, world_size)
+    own = size // world_size
+    return slice(rank * own, (rank + 1) * own)
 
 
 def coins(seed: int, step: int, size: int) -> Tensor:

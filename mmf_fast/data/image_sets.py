@@ -14,7 +14,8 @@ __all__ = ["ImageDataset", "images", "synthetic"]
 
 
 class ImageDataset:
-    """Images kept as uint8 (N, C, H, W); a batch is x = image / 127.5 - 1, float32 in [-1, 1].
+    """Images kept as uint8 (N, C, H, W), of which a batch is made as they are: they stand for image / 127.5 - 1, which
+    a split, and a batch that is augmented, is made of (float32 in [-1, 1]).
 
     train, validation: images and labels (N,) int64 or None.
     flip: every time a sample is drawn, it is mirrored left to right with probability 1/2; a split never is.
@@ -50,9 +51,9 @@ class ImageDataset:
         if self.flip:
             mirrored = np.flatnonzero(coins(self.seed, step, size)[part])
             images[mirrored] = images[mirrored][..., ::-1]
-        x = _centred(images)
+        x = torch.from_numpy(images)
         if self.augment:
-            x = warp(x, transforms(self.seed, step, size, self.augment, self.shape)[part])
+            x = warp(_centred(images), transforms(self.seed, step, size, self.augment, self.shape)[part])
         return x, None if labels is None else labels[rows]
 
     def split(self, name: SplitName) -> Batch:

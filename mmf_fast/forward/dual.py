@@ -58,7 +58,12 @@ _NO_TANGENT: set[Any] = set()
 
 
 class MissingRuleError(NotImplementedError, AttributeError):
-    """An operation met a Dual and no rule says what its tangent is."""
+    """An operation met a Dual and no rule says what its tangent is.
+
+    function: the operation, where a rule is all that it lacks.
+    """
+
+    function: Any = None
 
 
 class Dual(NamedTuple):
@@ -272,9 +277,12 @@ def missing_rule_error(func: Any, fix: str | None = None) -> MissingRuleError:
     in_place = name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
     if fix is None and in_place:
         fix = "it cannot write into a Dual, use the out-of-place form"
-    elif fix is None:
-        fix = 'teach it with mmf_fast.register_rule, or differentiate the whole network with jvp="func"'
-    return MissingRuleError(f"no forward-mode rule for {name}{_module_path()}: {fix}")
+    error = MissingRuleError(
+        f"no forward-mode rule for {name}{_module_path()}: "
+        + (fix or 'teach it with mmf_fast.register_rule, or differentiate the whole network with jvp="func"')
+    )
+    error.function = None if fix else func
+    return error
 
 
 def _module_path() -> str:

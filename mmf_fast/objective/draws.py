@@ -1,68 +1,148 @@
-"""The points (z, r, t) of the path that one step trains on."""
+"""The points (z, r, t) of the path that one step trains on: which rows have r < t, their times, noise and order.
+
+A row is an *instant* where r = t, which is flow matching, and an *interval* where r < t. The network sees the instants
+first, then the intervals whose tangent back-propagates, then the others.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmf_fast.objective.times import TimeSampler
+from mmf_fast.conditions import Paths, take
+from mmf_fast.objective.streams import GlobalStream, NumberedStream, hashed
 from mmf_fast.ops.dispatch import fused
 from mmf_fast.ops.interpolate import interpolate
 
-__all__ = ["Draw", "BatchShare", "Points", "check", "draw"]
+__all__ = ["BatchShare", "Draw", "Kinds", "Points", "arrange", "check", "column", "draw_kinds", "given_kinds"]
 
 
 @dataclass(frozen=True)
 class BatchShare:
-    """Rows index, index + count, index + 2 count, ... of a global batch: what one of `count` calls sees of it.
+    """Rows [index B, (index + 1) B) of a global batch of count B rows: what one of `count` calls sees of it.
 
-    Noise, times and dropped labels are drawn for the global batch from (seed, step) alone and this part is kept, so a
-    step is the same however many processes and accumulation steps share it. By default a call sees the whole batch and
-    draws from the global generator.
+    Kinds of rows, times, noise and dropped labels are functions of (seed, step, row of the global batch) alone, so a
+    step is the same however many processes and accumulation steps share it, and each draws its own rows only. By
+    default a call sees the whole batch and draws from torch's global generators.
     """
 
     index: int = 0
     count: int = 1
     seed: int | None = None
 
-    def generator(self, step: int, device: torch.device) -> torch.Generator | None:
-        """At the start of what this step draws. The hash makes seeds that differ in one bit unrelated."""
-        if self.seed is None:
-            return None
-        digest = hashlib.blake2b(f"{self.seed} {step}".encode(), digest_size=8).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+    def of(self, whole: Tensor) -> Tensor:
+        """Its rows of a tensor of the global batch."""
+        size = len(whole) // self.count
+        return whole[self.index * size : (self.index + 1) * size]
 
-    def of(self, drawn: Tensor) -> Tensor:
-        return drawn if self.count == 1 else drawn[self.index :: self.count].clone()
+    def stream(self, step: int, rows: int, device: torch.device, dtype: torch.dtype) -> GlobalStream | NumberedStream:
+        if self.seed is None:
+            return GlobalStream(rows, device, dtype)
+        return NumberedStream(self.seed, step, self.index * rows, rows, device, dtype)
+
+    def phases(self, step: int) -> list[float]:
+        """Two numbers in [0, 1), the same for all parts of a batch."""
+        if self.seed is None:
+            return torch.rand(2, dtype=torch.float64).tolist()
+        bits = hashed(self.seed, step)
+        return [int.from_bytes(half, "little") / 2**32 for half in (bits[:4], bits[4:])]
 
 
 WHOLE_BATCH = BatchShare()
 
 
+# ---- which rows are intervals ----------------------------------------------------------------------------------------
+
+
+class Kinds(NamedTuple):
+    """The rows of a part by kind, on the CPU.
+
+    partners: for each interval, with a graph or without, the instant that shares its x, noise and t (None: not paired).
+    intervals, graphs: how many intervals the global batch has, and how many of them have a graph.
+    """
+
+    instants: Tensor
+    with_graph: Tensor
+    without_graph: Tensor
+    partners: Tensor | None
+    intervals: int
+    graphs: int
+
+
+def draw_kinds(rows: int, part: BatchShare, step: int, intervals: int, graphs: int, paired: bool) -> Kinds:
+    """Spreads the intervals of the global batch evenly over its rows, and the graphs evenly over the intervals, so that
+    any part of consecutive rows has its share, rounded up or down, whatever the number of parts.
+
+    Random phases make every row equally often an interval, and every interval equally often one with a graph. paired:
+    of two consecutive rows of a part at most the second is an interval, and the first its partner. A part of one row
+    has no partner to give: its interval stands alone.
+    """
+    unit = 2 if paired and rows > 1 else 1
+    own = rows // unit
+    whole = own * part.count
+    intervals = min(intervals, whole)
+    graphs = min(graphs, intervals)
+    phases = part.phases(step)
+    unit_number = torch.arange(part.index * own, (part.index + 1) * own)
+    number, chosen = _spread(unit_number, intervals, whole, phases[0])
+    _, keeps = _spread(number[chosen], graphs, intervals, phases[1])
+    later = chosen.nonzero()[:, 0] * unit + unit - 1
+    instant = torch.ones(rows, dtype=torch.bool)
+    instant[later] = False
+    later = torch.cat([later[keeps], later[~keeps]])
+    kept = int(keeps.sum())
+    partners = later - 1 if unit == 2 else None
+    return Kinds(instant.nonzero()[:, 0], later[:kept], later[kept:], partners, intervals, graphs)
+
+
+def _spread(places: Tensor, count: int, whole: int, phase: float) -> tuple[Tensor, Tensor]:
+    """`count` of `whole` places, evenly spread: how many are chosen before each of `places`, and whether it is."""
+    shift = math.floor(phase * whole)
+    before, after = ((n * count + shift) // max(whole, 1) for n in (places, places + 1))
+    return before, after > before
+
+
+def given_kinds(r: Tensor, t: Tensor, graphs: int, paired: bool) -> Kinds:
+    """The kinds of rows whose times are given; a random choice of the intervals has a graph, and the partner of
+    interval number i is instant number i. Raises ValueError where there is none."""
+    interval = (r < t).cpu()
+    instants, later = (~interval).nonzero()[:, 0], interval.nonzero()[:, 0]
+    if paired and len(later) > len(instants):
+        raise ValueError(f"paired: {len(later)} samples with r < t need as many with r = t, there are {len(instants)}")
+    order = torch.randperm(len(later)) if 0 < graphs < len(later) else torch.arange(len(later))
+    later = later[order]
+    partners = instants[order] if paired else None
+    return Kinds(instants, later[:graphs], later[graphs:], partners, len(later), graphs)
+
+
+# ---- times and order -------------------------------------------------------------------------------------------------
+
+
 class Points(NamedTuple):
-    """Where the network is evaluated. z: (B, ...). r, t: (B,). cond: keyword arguments of the network."""
+    """Where the network is evaluated. z: (B, ...). r, t: (B,). cond: keyword arguments of the network; paths: where in
+    them leaves have one row per point."""
 
     z: Tensor
     r: Tensor
     t: Tensor
     cond: dict[str, Any]
+    paths: Paths
 
     def rows(self, start: int, stop: int) -> Points:
-        batch = len(self.t)
-        return Points(
-            self.z[start:stop], self.r[start:stop], self.t[start:stop], _rows(self.cond, slice(start, stop), batch)
-        )
+        cut = slice(start, stop)
+        return Points(self.z[cut], self.r[cut], self.t[cut], take(self.cond, cut, self.paths), self.paths)
 
 
 class Draw(NamedTuple):
-    """What is random in a step. The first `instants` rows have r = t, the others r < t.
+    """What is random in a step, in the order in which the network sees it.
 
-    pair: for each row with r < t, the row with r = t that shares its x, noise and t (None: not paired).
-    order: for each row, the row of the given data whose loss it is (None: the same).
+    sizes: how many instants, intervals with and without a graph there are. weights: the share of the loss that each of
+    them has, 0 for a row that is there only because other ranks have such rows and all must call the network alike.
+    pair: for each interval, the place of the instant that shares its x, noise and t (None: not paired).
     """
 
     x: Tensor
@@ -70,91 +150,58 @@ class Draw(NamedTuple):
     r: Tensor
     t: Tensor
     cond: dict[str, Any]
-    instants: int
-    pair: Tensor | None = None
-    order: Tensor | None = None
+    paths: Paths
+    sizes: tuple[int, int, int]
+    weights: tuple[float, float, float]
+    pair: Tensor | None
 
     def on_path(self) -> tuple[Points, Tensor]:
-        """z_t = (1 - t) x + t eps = x + t v and its conditional velocity v = eps - x."""
+        """z_t = (1 - t) x + t eps = x + t v and its conditional velocity v = eps - x; stored images (uint8) stand for
+        [-1, 1], and this is where they become numbers."""
         if fused("interpolate", self.noise):
             z, v = interpolate(self.x, self.noise, self.t)
         else:
             x = self.x / 127.5 - 1 if self.x.dtype == torch.uint8 else self.x
             v = self.noise - x
             z = x + column(self.t, v) * v
-        return Points(z, self.r, self.t, self.cond), v
+        return Points(z, self.r, self.t, self.cond, self.paths), v
 
 
-def draw(
-    x: Tensor,
-    noise: Tensor | None,
-    times: tuple[Tensor, Tensor] | None,
-    cond: dict[str, Any],
-    sampler: TimeSampler,
-    paired: bool = False,
-    shuffled: bool = False,
-    part: BatchShare = WHOLE_BATCH,
-    generator: torch.Generator | None = None,
-) -> Draw:
-    """Draw what is not given and sort the rows, of arguments that pass `check`. shuffled: the rows with r < t begin at
-    a random one of them. generator: None is the global one.
+def arrange(
+    x: Tensor, noise: Tensor, r: Tensor, t: Tensor, cond: dict[str, Any], paths: Paths, kinds: Kinds,
+    padded: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[Draw, Tensor]:  # fmt: skip
+    """The draw in the order of its kinds, and for each row that counts the row of the given data whose loss it is.
 
-    Raises ValueError where parts cannot share the rows with r < t equally, or a row has no partner.
+    An interval takes x, noise and condition of its partner, whose time becomes that of the interval. padded: kinds of
+    which one row is evaluated even where there is none.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    order = None
-    whole = len(x) * part.count
-    if times is None:
-        intervals = sampler.intervals(whole)
-        if intervals % part.count:
-            raise ValueError(
-                f"times.share {sampler.share} of a batch of {whole} is {intervals} rows with r < t, which "
-                f"{part.count} parts cannot share equally: choose another batch or share"
-            )
-        instants = len(x) - intervals * len(x) // whole
-        r, t = map(part.of, sampler.draw(whole, x.device, dtype, generator))
-    else:
-        r, t = (time.to(x.device, dtype) for time in times)
-        instants = int((r == t).sum())
-        order = torch.argsort((r < t).int(), stable=True)
-    if noise is None:
-        noise = part.of(torch.randn(whole, *x.shape[1:], dtype=dtype, device=x.device, generator=generator))
-    noise = noise.to(dtype)
-    x = x if x.dtype == torch.uint8 else x.to(dtype)
-    intervals = len(x) - instants
-    pair = torch.arange(intervals, device=x.device)
-    if shuffled:
-        # A random rotation of the global batch's rows: its first rows are a fair sample of all, whose places differ by
-        # one, so that every part holds its share of them.
-        total = intervals * part.count
-        shift = torch.randint(max(1, total), (), device=x.device, generator=generator)
-        pair = part.of((torch.arange(total, device=x.device) - shift) % max(1, total)).argsort()
-        order = torch.arange(len(x), device=x.device) if order is None else order
-        order = torch.cat([order[:instants], order[instants:][pair]])
-    if order is not None:
-        r, t = r[order], t[order]
-    source = order
-    if paired:
-        if intervals > instants:
-            raise ValueError(f"paired: {intervals} samples with r < t need as many with r = t, there are {instants}")
-        source = torch.arange(len(x), device=x.device) if order is None else order
-        source = torch.cat([source[:instants], source[pair]])
-        t = t.index_copy(0, pair, t[instants:])
-    if source is not None:
-        x, noise, cond = x[source], noise[source], _rows(cond, source, len(x))
-    return Draw(x, noise, r, t, cond, instants, pair if paired else None, order)
+    groups = [_at_least(pad, rows) for rows, pad in zip(kinds[:3], padded, strict=True)]
+    now = len(groups[0])
+    data = torch.cat(groups)
+    times, pair = data.clone(), None
+    if kinds.partners is not None:
+        partners = kinds.partners.split([len(kinds.with_graph), len(kinds.without_graph)])
+        data[now:] = torch.cat([_at_least(pad, rows) for rows, pad in zip(partners, padded[1:], strict=True)])
+        times[torch.searchsorted(kinds.instants, kinds.partners)] = torch.cat(kinds[1:3])
+        pair = torch.searchsorted(kinds.instants, data[now:]).to(x.device)
+    data, times = data.to(x.device), times.to(x.device)
+    r, t = r[times], t[times]
+    r = torch.cat([t[:now], r[now:]])
+    drawn = Draw(
+        x[data], noise[data], r, t, take(cond, data, paths), paths, tuple(map(len, groups)),  # type: ignore[arg-type]
+        tuple(len(rows) / len(x) for rows in kinds[:3]), pair,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return drawn, torch.cat(kinds[:3]).to(x.device)
+
+
+def _at_least(one: bool, rows: Tensor) -> Tensor:
+    return rows.new_zeros(1) if one and not len(rows) else rows
 
 
 def column(time: Tensor, like: Tensor) -> Tensor:
     """(B,) times as (B, 1, ..., 1), to multiply `like`."""
     return time.view(-1, *[1] * (like.ndim - 1))
-
-
-def _rows(cond: dict[str, Any], rows: Any, batch: int) -> dict[str, Any]:
-    def has_rows(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-
-    return {name: value[rows] if has_rows(value) else value for name, value in cond.items()}
 
 
 def check(x: Tensor, noise: Tensor | None, times: tuple[Tensor, Tensor] | None, cond: dict[str, Any]) -> None:

@@ -16,15 +16,28 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.contract import check_cond, check_network, check_output
+from mmf_fast.conditions import per_sample
+from mmf_fast.contract import check_cond, check_network, check_output, names_taken
 from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
-from mmf_fast.objective.draws import WHOLE_BATCH, BatchShare, Draw, Points, check, column, draw
+from mmf_fast.objective.compiled import Compiled
+from mmf_fast.objective.draws import (
+    WHOLE_BATCH,
+    BatchShare,
+    Draw,
+    Points,
+    arrange,
+    check,
+    column,
+    draw_kinds,
+    given_kinds,
+)
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
@@ -34,7 +47,8 @@ from mmf_fast.ops.sg_loss import LossTerms, sg_loss
 __all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
 
 TANGENTS = ("predicted", "conditional")
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+# Multiples of these modulo 1 fill the unit square evenly (the plastic number rho: rho^3 = rho + 1; 1 / rho, 1 / rho^2).
+EVEN = (0.7548776662466927, 0.5698402909980532)
 
 
 class LossOutput(NamedTuple):
@@ -73,18 +87,20 @@ class MeanFlowLoss(nn.Module):
 
     net: any callable u(z, r, t, **cond) -> (B, ...) like z, with r, t of shape (B,); usually an nn.Module. Another
         call is adapted by mmf_fast.Adapter.
-    times: the law of (r, t) and the share of samples with r < t. Only these run as Duals.
+    times: the law of (r, t) and the share of samples with r < t ("intervals"; those with r = t are "instants"). Only
+        the intervals run as Duals. Their number follows the share over the steps, also in a batch of one.
     lam: the curriculum of SG_lambda, or a constant in [0, 1].
     tangent: direction w of du/dt. "predicted": w = stopgrad(u(z, t, t)), the network's own marginal velocity.
         "conditional": w = v. With lam > 0 the conditional tangent biases the minimiser (the double-sampling bias of
         residual-gradient methods), so it warns.
-    paired: each sample with r < t shares (x, eps, t) with one of r = t, whose prediction is then its tangent: no extra
-        forward. Data rows that lose their place to a partner are not used.
+    paired: each interval shares (x, eps, t) with an instant, whose prediction is then its tangent: no extra forward.
+        Data rows that lose their place to a partner are not used; a batch has at most half as many intervals as rows.
     stochastic: back-propagate through the tangents of a random lam-share of the samples, not through a lam-share of
         every tangent: the same expected gradient, paid only for that share.
     p, c: exponent and offset of the adaptive weight; p = 0 is the plain squared error, p = 1 MeanFlow's.
     guidance: guidance inside the target; needs labels `y` and a null label.
     null_label: defaults to `net.num_classes`.
+    shared: names of conditions that belong to all samples even where they have as many rows as there are samples.
     jvp: "dual", "func", "finite_difference" or FiniteDifference(step, order) (see mmf_fast.jvp).
     Raises ValueError for settings that do not fit together.
     """
@@ -102,6 +118,7 @@ class MeanFlowLoss(nn.Module):
         c: float = 1e-3,
         guidance: Guidance | None = None,
         null_label: int | None = None,
+        shared: Collection[str] = (),
         jvp: str | FiniteDifference = "dual",
     ) -> None:
         super().__init__()
@@ -111,8 +128,10 @@ class MeanFlowLoss(nn.Module):
         self.lam = lam if isinstance(lam, LambdaSchedule) else LambdaSchedule(value=lam)
         self.tangent, self.paired, self.stochastic = tangent, paired, stochastic
         self.p, self.c, self.guidance, self.jvp = p, c, guidance, jvp
-        self._computation = MeanFlowLoss._compute
-        self.null_label: int = getattr(net, "num_classes", 0) if null_label is None else null_label
+        self.shared = tuple(shared)
+        self.compiled: Compiled | None = None
+        self.ambiguous = names_taken(net, ("step", "noise", "times", "part"))
+        self.null_label: int | None = getattr(net, "num_classes", 0) or None if null_label is None else null_label
         self._check()
 
     def _check(self) -> None:
@@ -127,7 +146,7 @@ class MeanFlowLoss(nn.Module):
             raise ValueError(
                 f"paired: each r < t needs a partner with r = t, so times.share may be 0.5, not {self.times.share}"
             )
-        if self.guidance is not None and not self.null_label:
+        if self.guidance is not None and self.null_label is None:
             raise ValueError("guidance needs a class-conditional network: pass null_label (the label of no class)")
         if self.tangent == "conditional" and self.lam.maximum > 0 and self.times.share > 0:
             warnings.warn(
@@ -138,7 +157,7 @@ class MeanFlowLoss(nn.Module):
         self,
         x: Tensor,
         *,
-        step: int = 0,
+        step: int | None = None,
         noise: Tensor | None = None,
         times: tuple[Tensor, Tensor] | None = None,
         part: BatchShare = WHOLE_BATCH,
@@ -147,32 +166,53 @@ class MeanFlowLoss(nn.Module):
         """The loss of data x (B, ...) at training step `step`: floating-point, or stored images (uint8, 0 to 255, which
         stand for [-1, 1]).
 
-        noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. part: which rows of a
-        global batch x is, drawn for from (seed, step) alone; by default all, from the global generator. cond: passed to
-        the network; tensors with B rows follow their samples. Raises ValueError for shapes or times that do not fit.
+        step: decides lambda and, where the share of the rows is a fraction, how many are intervals at this step
+        (without it lambda is that of step 0, and chance decides). noise: like x; times: (r, t), each (B,),
+        0 <= r <= t <= 1. Both are drawn when absent. part: which rows of a global batch x is; by default all, drawn
+        from torch's generators.
+        cond: passed to the network; leaves with B rows follow their samples, through dicts, lists and tuples.
+        Raises ValueError for shapes or times that do not fit.
         """
-        given = {"step": step or None, "noise": noise, "times": times, "part": None if part is WHOLE_BATCH else part}
-        check_cond(self.net, {name: value for name, value in given.items() if value is not None}, "loss_fn")
-        generator = part.generator(step, x.device)
+        if self.ambiguous:
+            given = {"step": step, "noise": noise, "times": times, "part": None if part is WHOLE_BATCH else part}
+            check_cond(self.net, given, "loss_fn")
         check(x, noise, times, cond)
+        rows, dtype = len(x), torch.float64 if x.dtype == torch.float64 else torch.float32
+        told, step = step, step or 0
+        stream = part.stream(step, rows, x.device, dtype)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
-            uniform = part.of(torch.rand(len(x) * part.count, device=x.device, generator=generator))
-            cond = self._drop_labels(cond, self.guidance, uniform)
-        d = draw(x, noise, times, cond, self.times, self.paired, self.stochastic, part, generator)
-        intervals = len(x) - d.instants
-        lam, exact = self._exact(intervals, step)
-        share = torch.full((), lam, dtype=d.t.dtype, device=d.t.device)  # a tensor: its value is not part of the graph
-        loss, per_sample, metrics = self._computation(self, d._replace(order=None), exact, share)
-        if d.order is not None:
-            per_sample = torch.empty_like(per_sample).index_copy_(0, d.order, per_sample)
-        metrics["lam"] = torch.tensor(lam * exact / max(intervals, 1))
-        return LossOutput(loss, per_sample, metrics)
+            cond = self._drop_labels(cond, self.guidance, stream.uniform())
+        if times is None:
+            chance = _chance(told, part)
+            intervals = self._intervals(rows, part.count, chance[0])
+            lam, graphs = self._graphs(intervals, step, chance[1])
+            kinds = draw_kinds(rows, part, step, intervals, graphs, self.paired)
+            r, t = self.times.draw(stream)
+        else:
+            r, t = (time.to(x.device, dtype) for time in times)
+            intervals = int((r < t).sum())
+            lam, graphs = self._graphs(intervals, step, _chance(told, part)[1] if self.stochastic else 0.0)
+            kinds = given_kinds(r, t, graphs, self.paired)
+        noise = stream.normal(x.shape[1:]) if noise is None else noise.to(dtype)
+        x = x if x.dtype == torch.uint8 else x.to(dtype)
+        padded = self._called_elsewhere(step) if times is None else (False, False, False)
+        d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
+        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a tensor: its value is not part of the graph
+        if self.compiled is None:
+            loss, found, square = self._compute(d, of_graph)
+        else:
+            loss, found, square = self.compiled(x, self, d, of_graph)
+        per_sample_loss = torch.empty_like(found).index_copy_(0, order, found)
+        share = intervals / (rows * part.count if times is None else rows)
+        metrics = _errors(square, rows, share)
+        metrics["lam"] = torch.tensor(lam * graphs / intervals if intervals else self.lam(step))
+        return LossOutput(loss, per_sample_loss, metrics)
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the loss computation in place (fullgraph). Noise and times are still drawn eagerly, so a seed gives
-        the same draws either way; a change of lambda, step or times does not recompile."""
-        # The function, not the bound method: a copy of this module computes with the copy.
-        self._computation = torch.compile(MeanFlowLoss._compute, fullgraph=True, dynamic=False, **kwargs)
+        the same draws either way; a change of lambda, step or times does not recompile, and batches of any size are
+        welcome (see Compiled)."""
+        self.compiled = Compiled(MeanFlowLoss._compute, kwargs)
 
     def forwards(self, batch: int, step: int = 0) -> int:
         """What a training step on `batch` samples costs, in forward passes of one sample: what the algorithm needs,
@@ -184,24 +224,41 @@ class MeanFlowLoss(nn.Module):
         stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
         differences evaluate each r < t once more, with a backward where lam > 0.
         """
-        intervals = self.times.intervals(batch)
-        _, exact = self._exact(intervals, step)
+        intervals = self._intervals(batch, 1, _even(step)[0])
+        _, graphs = self._graphs(intervals, step, _even(step)[1])
         needs_u = self.tangent == "predicted" or self._guided_by_class
-        cost = 3 * (batch - intervals) + 4 * intervals + 2 * exact
+        cost = 3 * (batch - intervals) + 4 * intervals + 2 * graphs
         cost += intervals if needs_u and not self.paired else 0
-        cost += intervals + 2 * exact if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
+        cost += intervals + 2 * graphs if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
         return cost + (batch if self.guidance is not None and self.guidance.active else 0)
 
-    def _exact(self, intervals: int, step: int) -> tuple[float, int]:
-        """lam of the rows that keep their tangent in the graph, and how many of the r < t do."""
-        lam = self.lam(step)
-        if self.stochastic:
-            return 1.0, self._stochastic_count(lam, intervals, step)
-        return lam, intervals if lam > 0 else 0
+    def _intervals(self, rows: int, parts: int, chance: float) -> int:
+        """How many rows of a global batch of `parts` parts are intervals."""
+        found = self.times.intervals(rows * parts, chance)
+        return min(found, max(1, rows // 2) * parts) if self.paired else found
 
-    def _compute(self, d: Draw, exact: int, lam: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _graphs(self, intervals: int, step: int, chance: float) -> tuple[float, int]:
+        """lam of the intervals that keep their tangent in the graph, and how many of them do: with `stochastic`,
+        lam * intervals on average over the steps, in at most five values, since each is a graph to the compiler."""
+        lam = self.lam(step)
+        if not self.stochastic:
+            return lam, intervals if lam > 0 else 0
+        levels = max((n for n in range(1, 5) if intervals % n == 0), default=1)
+        return 1.0, math.floor(lam * levels + chance) * (intervals // levels)
+
+    def _called_elsewhere(self, step: int) -> tuple[bool, bool, bool]:
+        """Which kinds of rows another rank may have at this step. All must call the network alike, for ZeRO-3 and FSDP
+        gather its weights at each call, so a rank without such a row evaluates one for nothing."""
+        share, lam = self.times.share, self.lam(step)
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return False, False, False
+        return share < 1, share > 0 and lam > 0, share > 0 and (lam == 0 or (self.stochastic and lam < 1))
+
+    def _compute(self, d: Draw, lam: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The loss, its terms in the order of the draw, and the mean squares per element summed over each kind."""
         points, v = d.on_path()
-        now, later = points.rows(0, d.instants), points.rows(d.instants, len(v))
+        instants, with_graph, _ = d.sizes
+        now, later = points.rows(0, instants), points.rows(instants, len(v))
 
         u_now = self._velocity(now)  # r = t: flow matching
         with torch.no_grad():
@@ -210,17 +267,20 @@ class MeanFlowLoss(nn.Module):
                 w = self._velocity(later) if d.pair is None else u_now[d.pair]
             target = self._target(points, v, u_now, w)
             if self.tangent == "conditional" or w is None:
-                w = target[d.instants :]
+                w = target[instants:]
 
-        terms = [self._error(u_now, target[: d.instants])] if d.instants else []
-        for start, stop, share in ((0, exact, lam), (exact, len(w), None)):  # None: SG_0, the tangent is detached
+        found = [(d.weights[0], self._error(u_now, target[:instants]))] if instants else []
+        groups = ((0, with_graph, lam), (with_graph, len(w), None))  # None: SG_0, the tangent is detached
+        for weight, (start, stop, share) in zip(d.weights[1:], groups, strict=True):
             if start < stop:
-                rows, at = later.rows(start, stop), slice(d.instants + start, d.instants + stop)
+                rows, at = later.rows(start, stop), slice(instants + start, instants + stop)
                 u, du = self._average(rows, w[start:stop], tangent_grad=share is not None)
-                terms.append(self._error(u, target[at], du, rows.t - rows.r, share))
-        loss = torch.stack([term.loss * (len(term.square) / len(v)) for term in terms]).sum()
+                found.append((weight, self._error(u, target[at], du, rows.t - rows.r, share)))
+        loss = torch.stack([term.loss * weight for weight, term in found]).sum()
+        terms = [term for weight, term in found if weight]
         square = torch.cat([term.square for term in terms]) / v[0].numel()
-        return loss, torch.cat([term.per_sample for term in terms]), _errors(square, d.instants)
+        counted = instants if d.weights[0] else 0
+        return loss, torch.cat([term.per_sample for term in terms]), (square[:counted].sum(), square[counted:].sum())
 
     def _velocity(self, points: Points) -> Tensor:
         """u(z, t, t), the marginal velocity; nothing is evaluated for no rows."""
@@ -257,7 +317,7 @@ class MeanFlowLoss(nn.Module):
         if self.guidance is None or not self.guidance.active:
             return v
         y = points.cond["y"]
-        null = points._replace(cond={**points.cond, "y": torch.full_like(y, self.null_label)})
+        null = points._replace(cond={**points.cond, "y": torch.full_like(y, cast(int, self.null_label))})
         u_class = torch.cat([u_now, u_later]) if self._guided_by_class and u_later is not None else None
         return self.guidance.target(v, u_class, self._velocity(null), points.t, is_null=y == self.null_label)
 
@@ -268,27 +328,31 @@ class MeanFlowLoss(nn.Module):
     def _drop_labels(self, cond: dict[str, Any], guidance: Guidance, uniform: Tensor) -> dict[str, Any]:
         if not isinstance(cond.get("y"), Tensor):
             raise ValueError("guidance needs labels: call loss_fn(x, y=labels)")
-        return {**cond, "y": guidance.drop(cond["y"], self.null_label, uniform)}
-
-    def _stochastic_count(self, lam: float, intervals: int, step: int) -> int:
-        """How many of the r < t rows carry gradient: lam * intervals on average over the steps.
-
-        It takes at most five distinct values, since each is a graph and Dynamo stops at eight, and it follows the
-        golden-ratio sequence of the step, so that all ranks agree, which ZeRO-3 needs. It is the same share of the
-        global batch on any number of ranks that leaves each a multiple of four such rows.
-        """
-        levels = max((n for n in range(1, 5) if intervals % n == 0), default=1)
-        uniform = (step + 0.5) * GOLDEN_RATIO % 1.0
-        return math.floor(lam * levels + uniform) * (intervals // levels)
+        return {**cond, "y": guidance.drop(cond["y"], cast(int, self.null_label), uniform)}
 
 
 def _with_r(net: Callable[..., Any], r: Tensor, cond: dict[str, Any], z: Tensor, t: Tensor) -> Any:
     return check_output(net(z, r, t, **cond), z)
 
 
-def _errors(square: Tensor, instants: int) -> dict[str, Tensor]:
-    """Raw mean-square error per element, of all rows and of each kind: the weighted loss sits near 1 when p = 1."""
-    errors = {"mse": square.mean()}
-    if 0 < instants < len(square):
-        errors |= {"mse_instant": square[:instants].mean(), "mse_interval": square[instants:].mean()}
+def _chance(step: int | None, part: BatchShare) -> list[float]:
+    """Two numbers in (0, 1) that round counts: of the step, or else from torch's global generator."""
+    return _even(step or 0) if step is not None or part.seed is not None else torch.rand(2).tolist()
+
+
+def _even(step: int) -> list[float]:
+    """Two numbers in (0, 1) that fill the unit square evenly as the steps go on, the same on every rank."""
+    return [(step + 0.5) * multiple % 1.0 for multiple in EVEN]
+
+
+def _errors(square: tuple[Tensor, Tensor], rows: int, share: float) -> dict[str, Tensor]:
+    """Raw mean-square error per element, of all rows and of each kind: the weighted loss sits near 1 when p = 1.
+
+    square: its sums over the instants and the intervals of these rows.  share: of the intervals in the global batch, so
+    that the mean over its parts is that of the batch, and all of them have the same metrics.
+    """
+    instant, interval = square
+    errors = {"mse": (instant + interval) / rows}
+    if 0 < share < 1:
+        errors |= {"mse_instant": instant / (rows * (1 - share)), "mse_interval": interval / (rows * share)}
     return errors

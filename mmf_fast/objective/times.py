@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmf_fast.objective.streams import GlobalStream, NumberedStream
 
 __all__ = ["TimeSampler"]
 
@@ -16,7 +18,7 @@ _R_LAWS = ("uniform", "sorted", "logit_normal", "zero")
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSampler:
-    """The law of (r, t). Rows with r = t come first; their number is a count, not a chance, so shapes are static.
+    """The law of (r, t). The number of rows with r < t is a count, not a chance, so that shapes are static.
 
     share: the share of rows with r < t, in [0, 1]. MeanFlow (arXiv 2505.13447) uses 0.25, py-meanflow on CIFAR-10 0.75.
     t: "uniform" on [0, 1], or "logit_normal": sigmoid(t_mean + t_std * normal).
@@ -45,33 +47,22 @@ class TimeSampler:
         if self.r not in _R_LAWS:
             raise ValueError(f"times.r is {self.r!r}: choose one of {', '.join(_R_LAWS)}")
 
-    def intervals(self, batch: int) -> int:
-        """How many of `batch` rows have r < t."""
-        return round(self.share * batch)
+    def intervals(self, batch: int, uniform: float = 0.5) -> int:
+        """How many of `batch` rows have r < t: share * batch, a fraction rounded up with that chance if `uniform` is a
+        draw in (0, 1), so that over the steps the share holds for any batch."""
+        return min(batch, math.floor(round(self.share * batch, 9) + uniform))
 
-    def draw(
-        self,
-        batch: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(r, t), each (batch,) of `dtype`: first the rows with r = t, then those with r < t."""
-        options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
-        t = self._law(self.t, self.t_mean, self.t_std, batch, options)
+    def draw(self, stream: GlobalStream | NumberedStream) -> tuple[Tensor, Tensor]:
+        """(r, t) with r < t, each (rows,), for every row of the stream; a row of r = t takes its t alone."""
+        t = self._law(self.t, self.t_mean, self.t_std, stream)
         if self.r == "uniform":
-            r = t * torch.rand(batch, **options)
-        elif self.r == "zero":
-            r = torch.zeros_like(t)
-        else:
-            law = (self.t, self.t_mean, self.t_std) if self.r == "sorted" else (self.r, self.r_mean, self.r_std)
-            other = self._law(*law, batch, options)
-            r, t = torch.minimum(other, t), torch.maximum(other, t)
-        instants = batch - self.intervals(batch)
-        return torch.cat([t[:instants], r[instants:]]), t
+            return t * stream.uniform(), t
+        if self.r == "zero":
+            return torch.zeros_like(t), t
+        law = (self.t, self.t_mean, self.t_std) if self.r == "sorted" else (self.r, self.r_mean, self.r_std)
+        other = self._law(*law, stream)
+        return torch.minimum(other, t), torch.maximum(other, t)
 
     @staticmethod
-    def _law(name: str, mean: float, std: float, batch: int, options: dict[str, Any]) -> Tensor:
-        if name == "uniform":
-            return torch.rand(batch, **options)
-        return torch.sigmoid(mean + std * torch.randn(batch, **options))
+    def _law(name: str, mean: float, std: float, stream: GlobalStream | NumberedStream) -> Tensor:
+        return stream.uniform() if name == "uniform" else torch.sigmoid(mean + std * stream.normal())

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mmf_fast import flash
 from mmf_fast.ops import attention_triton, reference
+from mmf_fast.ops.arguments import Arguments
 from mmf_fast.ops.dispatch import define, fused, kind_for
 
 __all__ = ["attention", "attention_tangent", "serves"]
@@ -137,12 +138,40 @@ def _empty(like: Tensor, width: int) -> Tensor:
     return like.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
+def _check(
+    q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any, *_: Any, name: str = "attention"
+) -> Arguments:
+    arguments = Arguments(name, q, dimensions=4)
+    arguments.holds(k.ndim == v.ndim == 4, f"k {tuple(k.shape)} and v {tuple(v.shape)} must have 4 dimensions")
+    batch, heads, queries, width = q.shape
+    arguments.tensors(q.shape, q=q, dq=dq)
+    arguments.tensors((batch, heads, k.shape[2], width), k=k, dk=dk)
+    arguments.tensors((batch, heads, k.shape[2], v.shape[3]), v=v, dv=dv)
+    kind = torch.bool if mask is not None and mask.dtype == torch.bool else q.dtype
+    arguments.tensors((batch, heads, queries, k.shape[2]), kind, mask=mask)
+    return arguments
+
+
+def _check_backward(
+    g: Any, h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any,
+    o: Tensor, d_o: Any, lse: Tensor, mu: Any, *_: Any,
+) -> None:  # fmt: skip
+    arguments = _check(q, dq, k, dk, v, dv, mask, name="attention_backward")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    arguments.tensors((*q.shape[:3], v.shape[3]), g=g, h=h, o=o, d_o=d_o if h is not None else None)
+    logits = h is not None and not (dq is None and dk is None)
+    arguments.tensors(q.shape[:3], wide, contiguous=True, lse=lse, mu=mu if logits else None)
+    arguments.holds(h is None or d_o is not None, "d_o must be given where it has a cotangent")
+    arguments.holds(not logits or mu is not None, "mu must be given where q or k has a tangent")
+
+
 _OPERANDS = "Tensor q, Tensor? dq, Tensor k, Tensor? dk, Tensor v, Tensor? dv, Tensor? mask"
 _operator = define(
     f"attention({_OPERANDS}, bool causal, float scale, bool tangent_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.attention,
     _fake,
     attention_triton.forward,
+    check=_check,
 )
 _backward_operator = define(
     f"attention_backward(Tensor? g, Tensor? h, {_OPERANDS}, Tensor o, Tensor? d_o, Tensor lse, Tensor? mu, bool causal,"
@@ -150,6 +179,7 @@ _backward_operator = define(
     reference.attention_backward,
     _fake_backward,
     attention_triton.backward,
+    check=_check_backward,
 )
 
 

@@ -55,15 +55,26 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
+    *,
+    check: Callable[..., Any],
 ) -> Any:
     """Define the operator mmf_fast::<schema> and return it (an OpOverload, to call and to give an autograd formula).
 
     schema: "name(Tensor x, ...) -> ...". reference: its specification. fake: shapes and dtypes of the result.
-    triton: the launcher. The C++ kernel is torch.ops.mmf_fast_native.<name>, if there is one. All take the arguments
+    triton: the launcher. check: raises ValueError for arguments that these do not take (the C++ kernel has its own, in
+    csrc). The C++ kernel is torch.ops.mmf_fast_native.<name>, if there is one. All take the arguments
     of the schema by position. Gradients: torch.library.register_autograd.
     """
     name = schema.partition("(")[0]
-    OPERATORS[name] = {"reference": reference} | ({} if triton is None else {"triton": triton})
+
+    def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+        def after_check(*args: Any) -> Any:
+            check(*args)
+            return run(*args)
+
+        return after_check
+
+    OPERATORS[name] = {"reference": checked(reference)} | ({} if triton is None else {"triton": checked(triton)})
     _library.define(schema)
 
     def run(*args: Any) -> Any:
@@ -93,7 +104,9 @@ def implementation(name: str, kind: str) -> Callable[..., Any]:
 
 def choose(name: str, args: Any) -> str:
     """The kind of implementation that serves these arguments."""
-    x = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    x = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+    if x is None:
+        raise ValueError(f"{name} takes floating-point tensors, none was given")
     return kind_for(name, x.device.type, x.dtype)
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import reference
+from mmf_fast.ops.arguments import Arguments
 from mmf_fast.ops.dispatch import define, empty_or, has_flags, is_channels_last, layout_of, register_affine_norm
 from mmf_fast.ops.gpu import jit, tl, triton
-from mmf_fast.ops.pointwise import value_and_slopes
+from mmf_fast.ops.pointwise import check_activation, value_and_slopes
 
 __all__ = ["group_norm_silu"]
 
@@ -295,6 +296,27 @@ def _fake_backward(
     return torch.empty_like(x), g_dx, empty_or(gain, x), g_dgain, empty_or(bias, x), g_dbias
 
 
+def _check(
+    x: Tensor, dx: Any, gain: Any, dgain: Any, bias: Any, dbias: Any, groups: int, eps: float, act: str, *_: Any,
+    name: str = "group_norm_silu",
+) -> Arguments:  # fmt: skip
+    arguments = Arguments(name, x)
+    arguments.holds(x.ndim > 1, f"x {tuple(x.shape)} must have the dimensions (B, C, ...)")
+    arguments.holds(x.is_contiguous() or is_channels_last(x), "x must be contiguous or channels-last")
+    arguments.like(dx=dx)
+    check_activation(arguments, act)
+    divides = groups > 0 and x.shape[1] % groups == 0
+    arguments.holds(divides, f"{x.shape[1]} channels do not divide into {groups} groups")
+    for key, p in {"gain": gain, "dgain": dgain, "bias": bias, "dbias": dbias}.items():
+        rows = len(x) if p is not None and p.ndim == 2 and len(p) == len(x) else 1
+        arguments.tensors((rows, x.shape[1]), None, True, **{key: p})
+    return arguments
+
+
+def _check_backward(g: Any, h: Any, x: Tensor, *rest: Any) -> None:
+    _check(x, *rest, name="group_norm_silu_backward").like(g=g, h=h)
+
+
 _PARAMETERS = (
     "Tensor x, Tensor? dx, Tensor? gain, Tensor? dgain, Tensor? bias, Tensor? dbias, int groups, float eps, str act"
 )
@@ -303,6 +325,7 @@ _operator = define(
     reference.group_norm_silu,
     _fake,
     _forward_triton,
+    check=_check,
 )
 _backward_operator = define(
     f"group_norm_silu_backward(Tensor? g, Tensor? h, {_PARAMETERS})"
@@ -310,6 +333,7 @@ _backward_operator = define(
     reference.group_norm_silu_backward,
     _fake_backward,
     _backward_triton,
+    check=_check_backward,
 )
 
 

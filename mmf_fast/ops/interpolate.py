@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import reference
+from mmf_fast.ops.arguments import Arguments
 from mmf_fast.ops.dispatch import define
 from mmf_fast.ops.gpu import jit, tl, triton
 
@@ -58,6 +59,19 @@ def _fake(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Any, Any]:
     return torch.empty_like(noise), torch.empty_like(noise)
 
 
+def _check(x: Tensor, noise: Tensor, t: Tensor) -> None:
+    arguments = Arguments("interpolate", noise, dimensions=2)
+    arguments.holds(x.is_floating_point() or x.dtype == torch.uint8, f"x is {x.dtype}, not floating-point nor uint8")
+    arguments.tensors(noise.shape, x.dtype, contiguous=True, x=x)
+    arguments.tensors(noise.shape, contiguous=True, noise=noise)
+    arguments.holds(t.is_floating_point(), f"t is {t.dtype}, it must be floating-point")
+    arguments.tensors(noise.shape[:1], t.dtype, contiguous=True, t=t)
+
+
 _operator = define(
-    "interpolate(Tensor x, Tensor noise, Tensor t) -> (Tensor, Tensor)", reference.interpolate, _fake, _triton
+    "interpolate(Tensor x, Tensor noise, Tensor t) -> (Tensor, Tensor)",
+    reference.interpolate,
+    _fake,
+    _triton,
+    check=_check,
 )

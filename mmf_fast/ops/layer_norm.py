@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import reference
+from mmf_fast.ops.arguments import Arguments
 from mmf_fast.ops.dispatch import define, empty_or, has_flags, register_affine_norm
 from mmf_fast.ops.gpu import jit, processors, tl, triton
 
@@ -229,7 +230,7 @@ def _backward_triton(
 
 
 def _groups(*parameters: Tensor | None) -> int:
-    return next((len(p) for p in parameters if p is not None), 1)
+    return next((len(p) for p in parameters if p is not None and p.ndim), 1)
 
 
 # -- registration ------------------------------------------------------------------------------------------------------
@@ -255,12 +256,31 @@ def _fake_backward(
     )
 
 
+def _check(
+    x: Tensor, dx: Any, gain: Any, dgain: Any, bias: Any, dbias: Any, *_: Any, name: str = "modulated_layer_norm"
+) -> Arguments:
+    arguments = Arguments(name, x, dimensions=2)
+    arguments.tensors(x.shape, contiguous=True, x=x, dx=dx)
+    groups = _groups(gain, dgain, bias, dbias)
+    shape = (groups, x.shape[1])
+    arguments.tensors(shape, contiguous=True, gain=gain, dgain=dgain, bias=bias, dbias=dbias)
+    divides = len(x) % groups == 0 if groups else len(x) == 0
+    arguments.holds(divides, f"{groups} rows of gain and bias do not divide {len(x)} rows of x")
+    return arguments
+
+
+def _check_backward(g: Any, h: Any, x: Tensor, *rest: Any) -> None:
+    arguments = _check(x, *rest, name="modulated_layer_norm_backward")
+    arguments.tensors(x.shape, contiguous=True, g=g, h=h)
+
+
 _PARAMETERS = "Tensor x, Tensor? dx, Tensor? gain, Tensor? dgain, Tensor? bias, Tensor? dbias, bool rms, float eps"
 _operator = define(
     f"modulated_layer_norm({_PARAMETERS}, bool tangent_grad) -> (Tensor, Tensor)",
     reference.modulated_layer_norm,
     _fake,
     _forward_triton,
+    check=_check,
 )
 _backward_operator = define(
     f"modulated_layer_norm_backward(Tensor? g, Tensor? h, {_PARAMETERS})"
@@ -268,6 +288,7 @@ _backward_operator = define(
     reference.modulated_layer_norm_backward,
     _fake_backward,
     _backward_triton,
+    check=_check_backward,
 )
 
 

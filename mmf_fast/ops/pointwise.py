@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import reference
+from mmf_fast.ops.arguments import Arguments
 from mmf_fast.ops.dispatch import define, layout_of
 from mmf_fast.ops.gpu import jit, tl, triton
 
@@ -111,17 +112,36 @@ def _backward_triton(g: Tensor | None, h: Tensor, x: Tensor, dx: Tensor, act: st
 
 # -- registration ------------------------------------------------------------------------------------------------------
 
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")
+
+
+def check_activation(arguments: Arguments, act: str) -> None:
+    arguments.holds(act in ACTIVATIONS, f"unknown activation {act!r}: choose one of {', '.join(ACTIVATIONS)}")
+
+
+def _check(x: Tensor, dx: Tensor, act: str, *_: Any) -> None:
+    _check_backward(None, x, x, dx, act)
+
+
+def _check_backward(g: Any, h: Tensor, x: Tensor, dx: Tensor, act: str) -> None:
+    arguments = Arguments("activation", x)
+    check_activation(arguments, act)
+    arguments.like(dx=dx, g=g, h=h)
+
+
 _operator = define(
     "activation(Tensor x, Tensor dx, str act, bool tangent_grad) -> (Tensor, Tensor)",
     reference.activation,
     lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
     _forward_triton,
+    check=_check,
 )
 _backward_operator = define(
     "activation_backward(Tensor? g, Tensor h, Tensor x, Tensor dx, str act) -> (Tensor, Tensor)",
     reference.activation_backward,
     lambda g, h, x, *_: (torch.empty_like(x), torch.empty_like(x)),
     _backward_triton,
+    check=_check_backward,
 )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import native, reference
+from mmf_fast.ops.arguments import Arguments
 from mmf_fast.ops.dispatch import choose, define
 from mmf_fast.ops.gpu import jit, tl, triton
 
@@ -163,12 +164,28 @@ def _fake_backward(
     return g_u, torch.empty_like(g_u) if tangent_grad else g_u.new_empty(0)
 
 
+def _check(u: Tensor, du: Any, x: Any, noise: Tensor, interval: Tensor, lam: Tensor, *_: Any) -> None:
+    arguments, wide = Arguments("sg_loss", u, dimensions=2), torch.promote_types(u.dtype, torch.float32)
+    arguments.tensors(u.shape, contiguous=True, u=u, du=du)
+    arguments.tensors(u.shape, wide, contiguous=True, x=x, target=noise)
+    arguments.tensors(u.shape[:1], wide, contiguous=True, interval=interval)
+    arguments.tensors((), wide, lam=lam)
+
+
+def _check_backward(g: Tensor, error: Tensor, square: Tensor, interval: Tensor, lam: Tensor, *rest: Any) -> None:
+    arguments = Arguments("sg_loss_backward", error, dimensions=2)
+    arguments.tensors(error.shape, torch.promote_types(rest[-1], torch.float32), contiguous=True, error=error)
+    arguments.tensors(error.shape[:1], contiguous=True, square=square, interval=interval)
+    arguments.tensors((), lam=lam, g=g)
+
+
 _operator = define(
     "sg_loss(Tensor u, Tensor? du, Tensor? x, Tensor noise, Tensor interval, Tensor lam, float p, float c,"
     " bool tangent_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.sg_loss,
     _fake,
     _forward_triton,
+    check=_check,
 )
 _backward_operator = define(
     "sg_loss_backward(Tensor g, Tensor error, Tensor square, Tensor interval, Tensor lam, float p, float c,"
@@ -176,6 +193,7 @@ _backward_operator = define(
     reference.sg_loss_backward,
     _fake_backward,
     _backward_triton,
+    check=_check_backward,
 )
 
 

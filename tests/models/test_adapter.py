@@ -73,7 +73,8 @@ def unet(**options: Any) -> Any:
     torch.manual_seed(0)
     return diffusers.UNet2DModel(
         sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
         **options,
     )  # fmt: skip
 
@@ -108,9 +109,10 @@ def test_a_network_of_diffusers_begins_as_it_is_and_learns_the_interval(name: st
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_the_loss_of_a_network_of_diffusers_trains_all_of_it(name: str, lam: float) -> None:
+@pytest.mark.parametrize("jvp", ["dual", "func"])
+def test_the_loss_of_a_network_of_diffusers_trains_all_of_it(name: str, lam: float, jvp: str) -> None:
     net = DiffusersAdapter(NETWORKS[name]())
-    loss_fn = MeanFlowLoss(net, lam=lam, null_label=4, jvp="func", times=TimeSampler(share=0.5))
+    loss_fn = MeanFlowLoss(net, lam=lam, null_label=4, jvp=jvp, times=TimeSampler(share=0.5))
     loss_fn(torch.randn(4, 3, 8, 8), y=torch.arange(4)).loss.backward()
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
     assert sample(net, (2, 3, 8, 8), steps=2, y=torch.tensor([0, 1])).isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +99,46 @@ def nearby(net: nn.Module, seed: int) -> nn.Module:
         for p in net.parameters():
             p.mul_(1 + 0.01 * (2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1))
     return net
+
+
+def test_batches_of_many_sizes_are_normal() -> None:
+    """The ninth size ended a run once. What a size gives does not depend on how it is compiled."""
+    net = network("dit").float()
+    plain, compiled = (MeanFlowLoss(net, lam=0.5, times=TimeSampler(share=0.25)) for _ in range(2))
+    counter = CompileCounter()
+    compiled.compile(backend=counter)
+    sizes = [16, 12, *range(20, 44, 2), 16, 7, 3, 1, 2]
+    for step, size in enumerate(sizes):
+        x = torch.randn(size, 2, 4, 4)
+        found = []
+        for loss_fn in (plain, compiled):
+            torch.manual_seed(step)
+            output = loss_fn(x, step=step)
+            found.append([output.loss, *torch.autograd.grad(output.loss, list(net.parameters()), allow_unused=True)])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count < len(set(sizes))
+
+
+def test_what_cannot_be_compiled_for_more_sizes_runs_eagerly_after_one_warning() -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        if any(isinstance(x, torch.SymInt) for x in inputs):
+            raise NotImplementedError("numbers for sizes only")
+        return graph.forward
+
+    loss_fn = MeanFlowLoss(network("mlp").float(), times=TimeSampler(share=0.0))
+    loss_fn.compile(backend=backend)
+    with pytest.warns(UserWarning, match="run without torch.compile: .*numbers for sizes only") as found:
+        for size in (4, 5, 6, 7, 8, 4):
+            assert loss_fn(torch.randn(size, 3)).loss.isfinite()
+    assert len([each for each in found if "run without" in str(each.message)]) == 1
+
+
+def test_a_copy_of_a_compiled_loss_trains_its_own_network() -> None:
+    loss_fn = MeanFlowLoss(network("mlp").float())
+    loss_fn.compile(backend="eager")
+    loss_fn(torch.randn(4, 3))
+    twin = copy.deepcopy(loss_fn)
+    twin(torch.randn(4, 3)).loss.backward()
+    assert any(p.grad is not None for p in twin.net.parameters())
+    assert all(p.grad is None for p in loss_fn.net.parameters())

@@ -11,11 +11,12 @@ from scipy import stats
 from scipy.special import logit
 
 from mmf_fast import LambdaSchedule, TimeSampler
+from mmf_fast.objective.streams import GlobalStream
 
 
 def draw(n: int = 20_000, **options: object) -> tuple[np.ndarray, np.ndarray]:
     torch.manual_seed(0)
-    r, t = TimeSampler(**options).draw(n, dtype=torch.float64)  # type: ignore[arg-type]
+    r, t = TimeSampler(**options).draw(GlobalStream(n, dtype=torch.float64))  # type: ignore[arg-type]
     return r.numpy(), t.numpy()
 
 
@@ -24,13 +25,12 @@ def draw(n: int = 20_000, **options: object) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("batch", "share"), [(8, 0.25), (7, 0.25), (1, 0.25), (5, 0.0), (5, 1.0), (100, 0.33)])
 def test_counts_and_ranges(t: str, r: str, batch: int, share: float) -> None:
     sampler = TimeSampler(share=share, t=t, r=r)
-    r_, t_ = sampler.draw(batch)
+    r_, t_ = sampler.draw(GlobalStream(batch))
     assert r_.shape == t_.shape == (batch,) and r_.dtype == torch.float32
-    assert bool(((r_ >= 0) & (r_ <= t_) & (t_ <= 1)).all())
-    instants = batch - sampler.intervals(batch)
-    assert sampler.intervals(batch) == round(share * batch)
-    assert torch.equal(r_[:instants], t_[:instants])
-    assert bool((r_[instants:] < t_[instants:]).all())
+    assert bool(((r_ >= 0) & (r_ < t_) & (t_ <= 1)).all())
+    found = [sampler.intervals(batch, (k + 0.5) / 100) for k in range(100)]
+    assert {math.floor(share * batch), math.ceil(share * batch)} >= set(found)
+    assert sum(found) == pytest.approx(100 * share * batch, abs=1)
 
 
 def test_uniform_law() -> None:

@@ -47,6 +47,8 @@ def faults(r):
     """What is wrong with one compiled kernel."""
     if r["shared"] > r["shared_limit"]:
         yield f"{r['shared']} bytes of shared memory, of {r['shared_limit']}"
+    if r["tensor_memory"] > TENSOR_MEMORY and not r["default"]:
+        return  # Triton refuses to launch it, and tuning passes over it
     if r["tensor_memory"] > TENSOR_MEMORY:
         yield f"{r['tensor_memory']} columns of tensor memory, of {TENSOR_MEMORY}"
     if r["matmul"] and not r["tensor_cores"]:

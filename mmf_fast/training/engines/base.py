@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmf_fast.conditions import per_sample, take, to_device
 from mmf_fast.objective import BatchShare
 from mmf_fast.training.ema import move_average
 from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
@@ -50,6 +51,7 @@ class Engine:
         if train.precision != "fp32" and device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.model: Any = loss_fn.to(device).train()
+        self.shared: tuple[str, ...] = getattr(loss_fn, "shared", ())
         self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
         if self.world_size > 1:  # all begin as the first does
             for tensor in [*loss_fn.parameters(), *loss_fn.buffers()]:
@@ -89,18 +91,19 @@ class Engine:
     param_groups: list[dict[str, Any]]
 
     def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
-        """One update on this rank's samples x (B, *shape), rows rank, rank + world_size, ... of the global batch, with
-        their rows of cond; `step` counts from 0 and sets learning rate, lambda, noise and times."""
+        """One update on this rank's samples x (B, *shape), which follow those of the rank before it in the global
+        batch, with their rows of cond; `step` counts from 0 and sets learning rate, lambda, noise and times."""
         with self.phases("data"):
             x = x.to(self.device, non_blocking=True)
-            cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
+            cond = to_device(cond, self.device)
+        paths = per_sample(cond, len(x), self.shared)
         lr = learning_rate(step, self.config, self.steps)
         for group in self.param_groups:
             group["lr"] = lr
         found: list[dict[str, Tensor]] = []
-        for part, rows in parts(self.accumulate, self.rank, self.world_size, self.seed):
+        for part, rows in parts(len(x), self.accumulate, self.rank, self.world_size, self.seed):
             with self.phases("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                output = self.model(x[rows], step=step, part=part, **{key: y[rows] for key, y in cond.items()})
+                output = self.model(x[rows], step=step, part=part, **take(cond, rows, paths))
             found.append({**output.metrics, "loss": output.loss.detach()})
             with self.phases("backward"):
                 self.backward(output.loss, last=len(found) == self.accumulate)
@@ -208,10 +211,11 @@ class Engine:
             self.good[name].copy_(buffer)
 
 
-def parts(accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:
-    """The parts of a global batch that rank `rank` takes in turn, and where they lie in its rows rank::world_size."""
+def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:
+    """The parts of a global batch that rank `rank` takes in turn, and where they lie in its own `rows` of it."""
+    own = rows // accumulate
     for i in range(accumulate):
-        yield BatchShare(rank + world_size * i, world_size * accumulate, seed), slice(i, None, accumulate)
+        yield BatchShare(rank * accumulate + i, world_size * accumulate, seed), slice(i * own, (i + 1) * own)
 
 
 def blocks_of(net: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:

@@ -209,3 +209,20 @@ def test_an_optimizer_that_is_not_here_is_a_one_line_error(monkeypatch: pytest.M
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="train.zero=zero1.json"):
         LocalEngine(loss_function(FEW["zero0"]), optimizer("deepspeed_fused"), train(FEW["zero0"]))
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage is 'auto'"),
+        ({"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}, "train_batch_size is 'auto'"),
+        ({"fp16": {"enabled": True}}, "fp16 is not trained in here"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+    ],
+)
+def test_a_file_of_another_trainer_is_refused_by_the_name_of_its_key(zero: dict, words: str) -> None:
+    from mmf_fast.training.engines.deepspeed import _stage
+
+    with pytest.raises(ConfigError, match=words) as caught:
+        _stage(zero)
+    assert "\n" not in str(caught.value)

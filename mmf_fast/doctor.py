@@ -1,0 +1,158 @@
+"""mmf doctor module:function: what of a network runs as a Dual, what does not and why, and how exact it is.
+
+The function builds the network u(z, r, t), an nn.Module; --shape is that of one sample. Or name a class and give the
+call: --call "lambda net, z, r, t: net(z, t)".
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import resolve_name
+
+from mmf_fast.forward import jvp
+
+__all__ = ["examine", "main"]
+
+RULE = """@mmf_fast.register_rule({name})
+def rule(x, *args, **kwargs):
+    return torch.func.jvp(lambda x: {name}(x, *args, **kwargs), (x.primal,), (x.tangent,))"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0 where the network runs as a Dual and is exact, else 1. Raises ValueError for what cannot be built."""
+    parser = argparse.ArgumentParser(prog="mmf doctor", description=__doc__)
+    parser.add_argument("network", metavar="MODULE:FUNCTION", help="builds the network, without arguments")
+    parser.add_argument("--shape", required=True, help="of one sample: 3,32,32")
+    parser.add_argument("--call", help="a function of (net, z, r, t), where the network is called otherwise")
+    parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile, which takes a while")
+    options = parser.parse_args(arguments)
+    net = _built(options.network)
+    try:
+        shape = tuple(int(size) for size in options.shape.split(","))
+        call = eval(options.call) if options.call else None  # the user's own command line
+    except (ValueError, SyntaxError, NameError) as error:
+        raise ValueError(f"--shape is like 3,32,32 and --call like lambda net, z, r, t: net(z, t): {error}") from None
+    findings = examine(net, shape, call, compiling=not options.no_compile)
+    for name, verdict in findings.items():
+        print(f"{name:36} {verdict}")
+    return 0 if all(verdict.startswith(("yes", "exact")) for verdict in findings.values()) else 1
+
+
+def _built(name: str) -> nn.Module:
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        build: Any = functools.reduce(getattr, function.split("."), importlib.import_module(module))
+        net = build()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"{name} builds no network: {error}; name it module:function, without arguments") from error
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"{name} returned a {type(net).__name__}, not an nn.Module")
+    return net
+
+
+def examine(
+    net: nn.Module, shape: tuple[int, ...], call: Callable[..., Any] | None = None, compiling: bool = True
+) -> dict[str, str]:
+    """What a network u(z, r, t), or call(net, z, r, t), answers to each question; "yes" and "exact" are good answers.
+
+    The network is moved to float64 and to evaluation mode where it stands, and its parameters stay what they are.
+    """
+    net = net.double().eval()
+    call = call or (lambda net, z, r, t: net(z, r, t))
+    generator = torch.Generator().manual_seed(0)
+    z, w = (torch.randn(2, *shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    t = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    r = 0.3 * t
+
+    def u_of(z: Any, t: Any) -> Any:
+        return call(net, z, r, t)
+
+    def differentiated(mode: str = "dual", tangent_grad: bool = True) -> tuple[Tensor, Tensor]:
+        return jvp(u_of, (z, t), (w, torch.ones_like(t)), tangent_grad, mode)
+
+    findings = {}
+    try:
+        with torch.no_grad():
+            plain = u_of(z, t)
+            plain_shape = tuple(plain.shape)
+    except Exception as error:
+        return {"runs on tensors, in float64": f"no: {_line(error)}"}
+    findings["runs on tensors, in float64"] = (
+        "yes" if plain_shape == tuple(z.shape) else f"no: it returns {plain_shape} for {tuple(z.shape)}"
+    )
+    try:
+        u, du = differentiated()
+    except Exception as error:
+        findings["runs as a Dual"] = f"no: {_line(error)}"
+        function = getattr(error, "function", None)
+        name = resolve_name(function) if function is not None else None
+        if name:
+            findings["a rule, if PyTorch's is right"] = "\n" + RULE.format(name=name)
+        findings['jvp="func" instead'] = _answer(lambda: differentiated("func"))
+        findings['jvp="finite_difference" instead'] = _answer(lambda: differentiated("finite_difference"))
+        return findings
+    findings["runs as a Dual"] = "yes"
+    findings["primal"] = _exact(u, plain, 1e-6)
+    gradient = _gradient(net, du)
+    try:
+        right = differentiated("func")[1]
+        findings["tangent"] = _exact(du, right, 1e-6)
+        findings["gradient through the tangent"] = _exact(gradient, _gradient(net, right), 1e-6)
+    except (NotImplementedError, RuntimeError):  # torch.func does not serve every network
+        h = 1e-5
+        above, below = (u_of(z + k * w, t + k) for k in (h, -h))
+        slope = (_gradient(net, above) - _gradient(net, below)) / (2 * h)
+        findings["tangent"] = _exact(du, (above - below) / (2 * h), 1e-2)
+        findings["gradient through the tangent"] = _exact(gradient, slope, 1e-2)
+    findings["also without a graph (lambda = 0)"] = _answer(lambda: differentiated(tangent_grad=False))
+    if compiling:
+        findings["compiles whole"] = _answer(lambda: _compiled(differentiated, u, du))
+    return findings
+
+
+def _gradient(net: nn.Module, y: Tensor) -> Tensor:
+    """d sum(y) / d theta."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    if not parameters:
+        return y.new_zeros(1)
+    grads = torch.autograd.grad(y.sum(), parameters, allow_unused=True, retain_graph=True)
+    pairs = zip(parameters, grads, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
+
+
+def _compiled(differentiated: Callable[[], tuple[Tensor, Tensor]], u: Tensor, du: Tensor) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(differentiated, fullgraph=True, dynamic=False, backend="aot_eager")()
+    for found, eager in zip(compiled, (u, du), strict=True):
+        if not torch.allclose(found, eager, rtol=1e-6, atol=1e-9):
+            raise ArithmeticError("the compiled values differ from the eager ones")
+
+
+def _exact(found: Tensor, right: Tensor, bound: float) -> str:
+    """bound: 1e-6, or 1e-2 against differences, which see the rounding of an embedding of time in float32."""
+    scale = right.norm().clamp_min(torch.finfo(right.dtype).tiny)
+    error = float(((found - right).norm() / scale).detach())
+    return f"exact: off by {error:.1e}, relative" if error < bound else f"NO: off by {error:.1e}, relative"
+
+
+def _answer(attempt: Callable[[], Any]) -> str:
+    try:
+        attempt()
+    except Exception as error:
+        return f"no: {_line(error)}"
+    return "yes"
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}{' ...' if len(text) > 400 else ''}"

@@ -1,0 +1,51 @@
+"""What an operator asks of its arguments, whoever calls it; csrc/arguments.h is the same for the C++ kernels.
+
+A kernel finds elements by arithmetic of its own, so a tensor of another shape, dtype, device or layout would be read
+and written outside. What is asked here is what the launchers and kernels take for granted, no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Arguments"]
+
+
+class Arguments:
+    """The arguments of one call, beside x, whose dtype and device the others share. Every method raises ValueError."""
+
+    def __init__(self, operator: str, x: Tensor, dimensions: int | None = None) -> None:
+        self.operator, self.x = operator, x
+        self.holds(x.is_floating_point(), f"its first tensor is {x.dtype}, it must be floating-point")
+        if dimensions is not None:
+            self.holds(x.ndim == dimensions, f"its first tensor {tuple(x.shape)} must have {dimensions} dimensions")
+
+    def tensors(
+        self, shape: Sequence[int], dtype: torch.dtype | None = None, contiguous: bool = False, **named: Tensor | None
+    ) -> None:
+        """Of this shape and of x's dtype, or another. An absent one passes."""
+        dtype = dtype or self.x.dtype
+        for name, t in named.items():
+            if t is None:
+                continue
+            expected = f"{name} must be {dtype} {tuple(shape)} on {self.x.device}"
+            found = f"is {t.dtype} {tuple(t.shape)} on {t.device}"
+            same = t.dtype == dtype and t.shape == tuple(shape) and t.device == self.x.device
+            self.holds(same and t.layout == torch.strided, f"{expected}, {found}")
+            self.holds(not contiguous or t.is_contiguous(), f"{name} must be contiguous, its strides are {t.stride()}")
+
+    def like(self, **named: Tensor | None) -> None:
+        """Of the dtype, shape and place in memory of x, which has no gaps there."""
+        x = self.x
+        self.holds(torch.empty_like(x, device="meta").stride() == x.stride(), "x must have no gaps in memory")
+        for name, t in named.items():
+            self.tensors(x.shape, None, False, **{name: t})
+            alike = t is None or all(a == b for a, b, n in zip(t.stride(), x.stride(), x.shape, strict=True) if n > 1)
+            self.holds(alike, f"{name} must have the strides of its primal")
+
+    def holds(self, condition: bool, rule: str) -> None:
+        if not condition:
+            raise ValueError(f"{self.operator}: {rule}")

@@ -1,0 +1,153 @@
+"""Conditions that are not one tensor: leaves of B rows follow their samples, through the loss and the sampler."""
+
+from __future__ import annotations
+
+from collections import UserDict, namedtuple
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mmf_fast import Guidance, MeanFlowLoss, TimeSampler, sample
+from mmf_fast.conditions import per_sample, take, to_device
+from mmf_fast.sampling import sample_in_chunks
+
+B = 6
+Text = namedtuple("Text", ["ids", "length"])
+
+
+class Encoding(UserDict):
+    """As tokenizers give."""
+
+
+CONDITIONS: dict[str, Any] = {
+    "tensor": torch.arange(B),
+    "array": np.arange(B),
+    "prompts": [f"prompt {i}" for i in range(B)],
+    "tuple of prompts": tuple(f"prompt {i}" for i in range(B)),
+    "dict": {"ids": torch.arange(B), "scale": 7.5},
+    "nested": {"text": [{"ids": torch.arange(B)}, (np.arange(B), "shared")], "prompts": [str(i) for i in range(B)]},
+    "encoding": Encoding(ids=torch.arange(B), mask=torch.ones(B, 4)),
+    "named tuple": Text(torch.arange(B), 9),
+    "images, one by one": [torch.full((1, 3), i) for i in range(B)],
+    "pair of tensors": (torch.arange(B), torch.arange(B) * 10),
+}
+
+
+def rows_of(value: Any) -> int:
+    """How many rows the leaves have that a network would look at."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return len(value)
+    if isinstance(value, (dict, UserDict)):
+        return rows_of(next(iter(value.values())))
+    one_by_one = isinstance(value[0], str) or getattr(value[0], "ndim", 0) == 2
+    return len(value) if one_by_one else rows_of(value[0])
+
+
+class Reading(nn.Module):
+    """z and its condition: the rows of the two have to agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, Any]] = []
+
+    def forward(self, z: Any, r: Any, t: Any, c: Any = None) -> Any:
+        self.calls.append((z.shape[0], c))
+        assert rows_of(c) == z.shape[0]
+        return z * 1.0
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_they_follow_their_samples_in_the_loss(name: str, paired: bool) -> None:
+    net = Reading()
+    MeanFlowLoss(net, times=TimeSampler(share=0.5), lam=0.5, paired=paired, stochastic=True)(
+        torch.randn(B, 2), step=1, c=CONDITIONS[name]
+    )
+    assert len(net.calls) >= 2
+    assert all(type(c) is type(CONDITIONS[name]) for _, c in net.calls)
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_they_follow_their_samples_in_chunks(name: str) -> None:
+    net = Reading()
+    assert sample_in_chunks(net, torch.randn(B, 2), chunk=4, c=CONDITIONS[name]).shape == (B, 2)
+    assert [rows for rows, _ in net.calls] == [4, 2]
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_cut_takes_the_rows_it_names(name: str) -> None:
+    """By an index, then by a slice of what that left; row i is told by the number in it."""
+    paths = per_sample(CONDITIONS[name], B)
+    order = torch.tensor([5, 0, 3])
+    found = take(take(CONDITIONS[name], order, paths), slice(1, 3), paths)
+
+    def numbers(value: Any) -> list[int]:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            return [int(v) for v in value.reshape(len(value), -1)[:, 0]]
+        if isinstance(value, (dict, UserDict)):
+            return numbers(next(iter(value.values())))
+        if isinstance(value[0], str):
+            return [int(text.split()[-1]) for text in value]
+        if name == "images, one by one":
+            return [int(v[0, 0]) for v in value]
+        return numbers(value[0])
+
+    assert numbers(found) == [0, 3]
+    assert rows_of(CONDITIONS[name]) == B  # what was given is as it was
+
+
+def test_what_is_shared_stays_whole() -> None:
+    table, text = torch.randn(B, 5), {"table": torch.randn(B, 5), "ids": torch.arange(B)}
+
+    class Net(nn.Module):
+        def forward(self, z: Any, r: Any, t: Any, table: Any, text: Any, scale: Any) -> Any:
+            assert table.shape == (B, 5) and text["table"].shape == (B, 5)
+            assert len(text["ids"]) == z.shape[0] and scale == 2.0
+            return z * 1.0
+
+    loss_fn = MeanFlowLoss(Net(), times=TimeSampler(share=0.5), shared=("table",))
+    loss_fn(torch.randn(B, 2), table=table, text=text, scale=2.0)
+
+
+def test_a_named_share_is_not_cut_by_coincidence_of_a_group() -> None:
+    """Which leaves follow is decided once, for the batch: a table of as many rows as there are intervals stays."""
+
+    class Net(nn.Module):
+        def forward(self, z: Any, r: Any, t: Any, table: Any) -> Any:
+            assert table.shape == (3, 2)
+            return z * 1.0
+
+    MeanFlowLoss(Net(), times=TimeSampler(share=0.5))(torch.randn(B, 2), table=torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("null", [0, 3])
+def test_zero_is_a_null_label(null: int) -> None:
+    seen = []
+
+    class Net(nn.Module):
+        def forward(self, z: Any, r: Any, t: Any, y: Any) -> Any:
+            seen.append(y)
+            return z * 1.0
+
+    loss_fn = MeanFlowLoss(Net(), guidance=Guidance(omega=2.0, dropout=1.0), null_label=null)
+    loss_fn(torch.randn(B, 2), y=torch.arange(B))
+    assert all((y == null).all() for y in seen)
+
+
+def test_tensors_move_through_any_nesting() -> None:
+    moved = to_device({"a": [torch.zeros(2), "text", (torch.ones(1), 3)], "b": None}, "meta")
+    assert moved["a"][0].is_meta and moved["a"][2][0].is_meta
+    assert moved["a"][1] == "text" and moved["a"][2][1] == 3 and moved["b"] is None
+
+
+def test_the_sampler_passes_them_on() -> None:
+    class Net(nn.Module):
+        def forward(self, z: Any, r: Any, t: Any, text: Any) -> Any:
+            assert text["prompts"] == ["a", "b"]
+            return z + text["ids"][:, None]
+
+    x = sample(Net(), (2, 3), noise=torch.zeros(2, 3), text={"ids": torch.arange(2.0), "prompts": ["a", "b"]})
+    assert x[:, 0].tolist() == [0.0, -1.0]

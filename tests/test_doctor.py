@@ -1,0 +1,73 @@
+"""mmf doctor: what it says of a network that runs, of one that does not, and of one that cannot be built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmf_fast import cli
+from mmf_fast.doctor import examine
+
+
+class Velocity(nn.Module):
+    """A network that runs as it is, but for what `spoil` does to it."""
+
+    def __init__(self, spoil: Any = None) -> None:
+        super().__init__()
+        self.linear, self.norm, self.spoil = nn.Linear(3, 3), nn.LayerNorm(3), spoil
+
+    def forward(self, z: Any, r: Any, t: Any) -> Any:
+        u = self.norm(self.linear(z)) * torch.cos(t - r)[:, None]
+        return self.spoil(u) if self.spoil else u
+
+
+def good() -> nn.Module:
+    return Velocity()
+
+
+def test_a_network_that_runs_is_exact_and_compiles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", f"{__name__}:good", "--shape", "3"]) == 0
+    said = capsys.readouterr().out
+    for question in ("runs as a Dual", "tangent", "gradient through the tangent", "compiles whole"):
+        assert question in said
+    assert "no" not in said.split()
+
+
+@torch.library.custom_op("mmf_fast_doctor::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [(double, "double"), (lambda u: u + torch.histc(u)[0], "histc"), (lambda u: u.tolist() and u, "tolist")],
+)
+def test_what_is_in_the_way_is_named_with_the_ways_out(spoil: Any, names: str) -> None:
+    said = examine(Velocity(spoil), (3,))
+    assert said["runs as a Dual"].startswith("no: ") and names in said["runs as a Dual"]
+    assert 'jvp="finite_difference" instead' in said and "tangent" not in said
+
+
+def test_a_network_that_does_something_else_with_a_dual_is_noticed() -> None:
+    class Rows(Velocity):
+        def forward(self, z: Any, r: Any, t: Any) -> Any:
+            return super().forward(z, r, t) + (1 if isinstance(z, tuple) else 0)
+
+    assert examine(Rows(), (3,), compiling=False)["primal"].startswith("NO: ")
+
+
+def test_a_call_of_another_form(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["doctor", "torch.nn:Identity", "--shape", "4", "--no-compile"]
+    assert cli.main(arguments) == 1 and "runs on tensors, in float64" in capsys.readouterr().out
+    assert cli.main([*arguments, "--call", "lambda net, z, r, t: net(z) * t[:, None]"]) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module:f", "torch:no_such_function", "torch.nn:Linear", "torch:tensor", "os:getcwd"]
+)
+def test_what_builds_no_network_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", name, "--shape", "3"]) == 2
+    assert name in capsys.readouterr().err
