@@ -1,5 +1,5 @@
-# make train | test | test-networks | test-all | operators | lint | bench | bench-full | bench-compare | wheels | gpu | clean: each but gpu does its own set-up in
-# .venv; a second run is quick.
+# make train | test | test-networks | test-all | operators | lint | bench | bench-full | bench-compare | wheels | gpu | clean
+# Each but gpu does its own set-up in .venv; a second run is quick.
 # Another torch:  make train TORCH="torch==2.12.0 --index-url https://download.pytorch.org/whl/cpu" TRITON=triton==3.6.0
 
 TORCH  ?= torch==2.13.0

@@ -45,7 +45,7 @@ def test_a_block_runs_outside_of_the_checkout(block: str, tmp_path: Path, monkey
 
 def test_the_commands_of_the_readme_exist() -> None:
     named = set(re.findall(r"\bmmf ([a-z]+)", README))
-    assert {"train", "sample", "evaluate"} <= named <= set(COMMANDS)
+    assert {"train", "sample", "evaluate", "doctor"} <= named <= set(COMMANDS)
 
 
 def test_the_readme_stays_short() -> None:

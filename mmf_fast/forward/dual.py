@@ -18,13 +18,14 @@ import operator
 import sys
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
 
 __all__ = [
+    "Value",
     "DetachedDual",
     "Dual",
     "MissingRuleError",
@@ -38,6 +39,7 @@ __all__ = [
     "tangent_scope",
 ]
 
+Value: TypeAlias = Any  # a Tensor or a Dual: which of the two is known when a rule is called, not before
 Rule = Callable[..., tuple[Any, Any]]
 
 # How eager mode and Dynamo spell operators between a Tensor and a Dual, and whether they swap the operands.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import tangent_scope
+from mmf_fast.forward.dual import Value, tangent_scope
 from mmf_fast.forward.rules.families import forward_derivative, fusable, keeps_tangent, pointwise, rule
 from mmf_fast.ops.pointwise import activation, gelu_tangent, silu_tangent
 
@@ -35,7 +35,7 @@ def relu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 @rule("gelu")
-def gelu(input: Any, *, approximate: str = "none") -> tuple[Any, Any]:
+def gelu(input: Value, *, approximate: str = "none") -> tuple[Any, Any]:
     x, dx = input
     act = "gelu" if approximate == "none" else "gelu_tanh"
     if fusable("activation", input):
@@ -46,7 +46,7 @@ def gelu(input: Any, *, approximate: str = "none") -> tuple[Any, Any]:
 
 
 @rule("silu")
-def silu(input: Any) -> tuple[Any, Any]:
+def silu(input: Value) -> tuple[Any, Any]:
     if input.dtype.is_complex:
         return forward_derivative(F.silu, (input,), {})
     x, dx = input
@@ -78,7 +78,7 @@ def hardsigmoid(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 @rule("glu")
-def glu(input: Any, dim: int = -1) -> Any:
+def glu(input: Value, dim: int = -1) -> Any:
     a, b = input.chunk(2, dim)
     return a * torch.sigmoid(b)
 
@@ -87,7 +87,7 @@ def glu(input: Any, dim: int = -1) -> Any:
 
 
 @rule("softmax")
-def softmax(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> tuple[Any, Any]:
+def softmax(input: Value, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> tuple[Any, Any]:
     x = input.primal
     y = torch.softmax(x, dim, dtype=dtype)
     with tangent_scope(input):
@@ -95,7 +95,7 @@ def softmax(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stacklev
 
 
 @rule("log_softmax")
-def log_softmax(input: Any, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> tuple[Any, Any]:
+def log_softmax(input: Value, dim: int, *, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> tuple[Any, Any]:
     y = torch.log_softmax(input.primal, dim, dtype=dtype)
     with tangent_scope(input):
         dx = input.tangent.to(y.dtype)

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import no_tangent, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Value, no_tangent, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import add_tangents, forward_derivative, linear_in_first, rule, spellings
 
 linear_in_first("neg", "negative", "positive")
 
 
-def _fresh(input: Any, other: Any, dy: Tensor | None) -> Tensor | None:
+def _fresh(input: Value, other: Value, dy: Tensor | None) -> Tensor | None:
     """dy, which is the tangent of one of the two where the other has none, as memory of its own: so is their sum."""
     return dy.clone() if dy is tangent(input) or dy is tangent(other) else dy  # type: ignore[union-attr]
 
 
 @rule("add")
 @register_rule(operator.add)
-def add(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
+def add(input: Value, other: Value, *, alpha: Any = 1) -> tuple[Any, Any]:
     a, b = primal(input), primal(other)
     with tangent_scope(input, other):
         db = tangent(other)
@@ -32,7 +32,7 @@ def add(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
 
 @rule("sub", "subtract")
 @register_rule(operator.sub)
-def sub(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
+def sub(input: Value, other: Value, *, alpha: Any = 1) -> tuple[Any, Any]:
     a, b = primal(input), primal(other)
     with tangent_scope(input, other):
         da, db = tangent(input), tangent(other)
@@ -45,13 +45,13 @@ def sub(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
 
 
 @rule("rsub")
-def rsub(input: Any, other: Any, *, alpha: Any = 1) -> tuple[Any, Any]:
+def rsub(input: Value, other: Value, *, alpha: Any = 1) -> tuple[Any, Any]:
     return sub(other, input, alpha=alpha)
 
 
 @rule("mul", "multiply")
 @register_rule(operator.mul)
-def mul(input: Any, other: Any) -> tuple[Any, Any]:
+def mul(input: Value, other: Value) -> tuple[Any, Any]:
     a, b = primal(input), primal(other)
     with tangent_scope(input, other):
         da, db = tangent(input), tangent(other)
@@ -61,7 +61,7 @@ def mul(input: Any, other: Any) -> tuple[Any, Any]:
 
 @rule("div", "divide", "true_divide")
 @register_rule(operator.truediv)
-def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> tuple[Any, Any]:
+def div(input: Value, other: Value, *, rounding_mode: str | None = None) -> tuple[Any, Any]:
     """d(a/b) = (da - (a/b) db) / b."""
     a, b = primal(input), primal(other)
     if rounding_mode is not None:
@@ -74,7 +74,7 @@ def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> tuple[An
 
 
 @rule("pow")
-def power(input: Any, exponent: Any) -> tuple[Any, Any]:
+def power(input: Value, exponent: Value) -> tuple[Any, Any]:
     """d x^n = n x^(n-1) dx for a number n."""
     if not isinstance(exponent, (int, float)) or exponent == 0 or input.dtype.is_complex:
         return forward_derivative(torch.pow, (input, exponent), {})
@@ -86,16 +86,16 @@ def power(input: Any, exponent: Any) -> tuple[Any, Any]:
 
 @rule("remainder")
 @register_rule(operator.mod)
-def remainder(input: Any, other: Any) -> tuple[Any, Any]:
+def remainder(input: Value, other: Value) -> tuple[Any, Any]:
     return _modulo(torch.remainder, input, other)
 
 
 @rule("fmod")
-def fmod(input: Any, other: Any) -> tuple[Any, Any]:
+def fmod(input: Value, other: Value) -> tuple[Any, Any]:
     return _modulo(torch.fmod, input, other)
 
 
-def _modulo(function: Callable[..., Tensor], input: Any, other: Any) -> tuple[Any, Any]:
+def _modulo(function: Callable[..., Tensor], input: Value, other: Value) -> tuple[Any, Any]:
     if not isinstance(primal(input), Tensor):  # PyTorch has no derivative of number % tensor
         input = torch.full((), input, dtype=other.dtype, device=other.device)
     y, dy = forward_derivative(function, (input, other), {})

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmf_fast.forward.dual import missing_rule_error
+from mmf_fast.forward.dual import Value, missing_rule_error
 from mmf_fast.forward.rules.families import by_pytorch, constant_arguments, forward_derivative, rule, spellings
 
 # -- right in the graph ------------------------------------------------------------------------------------------------
@@ -86,13 +86,13 @@ by_pytorch(*spellings("logcumsumexp"), complex_too=False)
 
 
 @rule("cov")
-def cov(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def cov(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     constant_arguments(torch.cov, (*args, *kwargs.values()))  # aweights count as constants in their own normalisation
     return forward_derivative(torch.cov, (input, *args), kwargs)
 
 
 @rule("scatter_reduce")
-def scatter_reduce(input: Any, dim: int, index: Any, src: Any, reduce: str, **kwargs: Any) -> tuple[Any, Any]:
+def scatter_reduce(input: Value, dim: int, index: Any, src: Value, reduce: str, **kwargs: Any) -> tuple[Any, Any]:
     if reduce == "prod":
         raise missing_rule_error(torch.scatter_reduce, "PyTorch gives a zero tangent to reduce='prod'")
     return forward_derivative(torch.scatter_reduce, (input, dim, index, src, reduce), kwargs)

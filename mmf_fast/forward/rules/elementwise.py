@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import no_tangent
+from mmf_fast.forward.dual import Value, no_tangent
 from mmf_fast.forward.rules.families import pointwise, spellings
 
 # f'(x), given x and y = f(x), of what networks call in every block; the others are in by_pytorch.py.
@@ -31,7 +30,7 @@ for _name, _derivative in _DERIVATIVES.items():
 
 
 @pointwise("clamp", "clip")
-def clamp(dx: Tensor, x: Tensor, y: Tensor, min: Any = None, max: Any = None) -> Tensor:
+def clamp(dx: Tensor, x: Tensor, y: Tensor, min: Value = None, max: Value = None) -> Tensor:
     inside = torch.ones_like(x, dtype=torch.bool)
     if min is not None:
         inside = inside & (x >= min)
@@ -41,12 +40,12 @@ def clamp(dx: Tensor, x: Tensor, y: Tensor, min: Any = None, max: Any = None) ->
 
 
 @pointwise("clamp_min")
-def clamp_min(dx: Tensor, x: Tensor, y: Tensor, min: Any) -> Tensor:
+def clamp_min(dx: Tensor, x: Tensor, y: Tensor, min: Value) -> Tensor:
     return torch.where(x >= min, dx, 0.0)
 
 
 @pointwise("clamp_max")
-def clamp_max(dx: Tensor, x: Tensor, y: Tensor, max: Any) -> Tensor:
+def clamp_max(dx: Tensor, x: Tensor, y: Tensor, max: Value) -> Tensor:
     return torch.where(x <= max, dx, 0.0)
 
 

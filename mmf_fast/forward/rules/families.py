@@ -13,6 +13,7 @@ from mmf_fast.forward.dual import (
     DetachedDual,
     Dual,
     Rule,
+    Value,
     missing_rule_error,
     primal,
     register_rule,
@@ -58,7 +59,7 @@ def linear_in_first(*names: str) -> None:
 
 def _linear_in_first(function: Any) -> None:
     @register_rule(function)
-    def linear_rule(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def linear_rule(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         constant_arguments(function, (*args, *kwargs.values()))
         y = function(input.primal, *args, **kwargs)
         with tangent_scope(input):
@@ -73,7 +74,7 @@ def linear_by_example(*names: str) -> None:
 
 def _linear_by_example(function: Any) -> None:
     @register_rule(function)
-    def example_rule(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def example_rule(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         args, kwargs = tuple(map(primal, args)), {name: primal(value) for name, value in kwargs.items()}
         y, dx = function(primal(input), *args, **kwargs), tangent(input)
         if dx is None or not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
@@ -99,7 +100,7 @@ def pointwise(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Te
 
 def _pointwise(function: Any, derivative: Callable[..., Tensor]) -> None:
     @register_rule(function)
-    def pointwise_rule(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def pointwise_rule(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if input.dtype.is_complex or any(isinstance(x, Dual) for x in (input, *args, *kwargs.values())[1:]):
             return forward_derivative(function, (input, *args), kwargs)
         y = function(input.primal, *args, **kwargs)
@@ -165,7 +166,7 @@ def forward_derivative(function: Callable[..., Any], args: tuple, kwargs: dict) 
     return y, _detached(dy) if detached else dy
 
 
-def _duals(x: Any) -> Iterator[Dual]:
+def _duals(x: Value) -> Iterator[Dual]:
     if isinstance(x, Dual):
         yield x
     elif isinstance(x, (list, tuple)):
@@ -173,7 +174,7 @@ def _duals(x: Any) -> Iterator[Dual]:
             yield from _duals(item)
 
 
-def _replaced(x: Any, values: Iterator[Tensor]) -> Any:
+def _replaced(x: Value, values: Iterator[Tensor]) -> Any:
     """x with the next value in place of each Dual that has a tangent, in the order of `_duals`."""
     if isinstance(x, Dual):
         return x.primal if x.tangent is None else next(values)
@@ -209,6 +210,6 @@ def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def as_autocast(x: Any) -> Any:
+def as_autocast(x: Value) -> Any:
     """x, a Dual, a tensor or None, in float32 where autocast is on, as for PyTorch's own norms."""
     return x.float() if x is not None and autocasts(primal(x).device.type) else x

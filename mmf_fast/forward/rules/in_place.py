@@ -19,6 +19,7 @@ from mmf_fast.forward.dual import (
     DetachedDual,
     Dual,
     Rule,
+    Value,
     known_functions,
     missing_rule_error,
     primal,
@@ -34,7 +35,7 @@ _NOT_A_WRITE = {
 }
 
 
-def written(function: Any, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:
+def written(function: Any, x: Value, y: Any) -> tuple[Tensor, Tensor | None]:
     """Writes y into x, both Duals or tensors of one shape; returns the parts of x."""
     _refuse_what_cannot_be_written(function, x, y)
     if primal(y).shape != x.shape or (primal(y).is_complex() and not x.dtype.is_complex):
@@ -51,7 +52,7 @@ def _write_tangent(dx: Tensor | None, dy: Tensor | None) -> None:
         dx.zero_() if dy is None else dx.copy_(dy)
 
 
-def _refuse_what_cannot_be_written(function: Any, x: Any, y: Any) -> None:
+def _refuse_what_cannot_be_written(function: Any, x: Value, y: Any) -> None:
     if not isinstance(x, Dual) or (x.tangent is None and tangent(y) is not None):
         raise missing_rule_error(function, "a tensor without a tangent cannot take a Dual, use the out-of-place form")
     if isinstance(y, DetachedDual) and not isinstance(x, DetachedDual):
@@ -67,21 +68,21 @@ def _refuse_what_cannot_be_written(function: Any, x: Any, y: Any) -> None:
             raise missing_rule_error(function, "expanded memory cannot be written to, clone it first")
 
 
-def _copy(x: Any) -> Any:
+def _copy(x: Value) -> Any:
     # Where there is a graph: it may keep what it was computed from, which must not change.
     return type(x)(x.primal.clone(), None if x.tangent is None else x.tangent.clone()) if isinstance(x, Dual) else x
 
 
 def _writes(in_place: Any, function: Any) -> None:
     @register_rule(in_place)
-    def write(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def write(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not isinstance(input, Dual):
             _refuse_what_cannot_be_written(in_place, input, None)
         return written(in_place, input, function(_copy(input), *args, **kwargs))
 
 
 @register_rule(Tensor.copy_)
-def copy_(input: Any, src: Any, non_blocking: bool = False) -> tuple[Any, Any]:
+def copy_(input: Value, src: Value, non_blocking: bool = False) -> tuple[Any, Any]:
     if not isinstance(input, Dual):
         _refuse_what_cannot_be_written(Tensor.copy_, input, src)
     src = src.to(input.dtype) if isinstance(src, (Tensor, Dual)) else src
@@ -89,12 +90,12 @@ def copy_(input: Any, src: Any, non_blocking: bool = False) -> tuple[Any, Any]:
 
 
 @register_rule(Tensor.zero_, torch.zero_)
-def zero_(input: Any) -> tuple[Any, Any]:
+def zero_(input: Value) -> tuple[Any, Any]:
     return written(Tensor.zero_, input, torch.zeros_like(input.primal))
 
 
 @register_rule(Tensor.__setitem__)
-def setitem(input: Any, index: Any, value: Any) -> tuple[Any, Any]:
+def setitem(input: Value, index: Any, value: Value) -> tuple[Any, Any]:
     _refuse_what_cannot_be_written(Tensor.__setitem__, input, value)
     input.primal[index] = primal(value)
     with tangent_scope(input):

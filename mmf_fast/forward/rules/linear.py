@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import missing_rule_error, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Value, missing_rule_error, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import add_tangents
 
 
@@ -17,7 +17,7 @@ def _affine(function: Callable[..., Tensor], spatial_dims: int) -> None:
     """y = f(x, W) + b with f bilinear: dy = f(dx, W) + f(x, dW) + db."""
 
     @register_rule(function)
-    def affine(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def affine(input: Value, weight: Value, bias: Value = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         x, w = primal(input), primal(weight)
         y = function(x, w, primal(bias), *args, **kwargs)
         with tangent_scope(input, weight, bias):
@@ -40,7 +40,12 @@ _affine(F.conv_transpose3d, 3)
 
 @register_rule(F.embedding)
 def embedding(
-    input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *args: Any, **kwargs: Any
+    input: Tensor,
+    weight: Value,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Any, Any]:
     if max_norm is not None:
         raise missing_rule_error(F.embedding, "max_norm rewrites the table in place, normalise it outside the network")
@@ -52,7 +57,7 @@ def embedding(
 def _dropout(function: Any) -> None:
     # One mask for primal and tangent: the function applied to ones.
     @register_rule(function)
-    def dropout(input: Any, p: float = 0.5, training: bool = True, train: bool = True) -> tuple[Any, Any]:
+    def dropout(input: Value, p: float = 0.5, training: bool = True, train: bool = True) -> tuple[Any, Any]:
         if not (training and train) or p == 0:
             return input
         mask = function(torch.ones_like(input.primal), p, True)

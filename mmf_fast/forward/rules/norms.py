@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmf_fast.forward.dual import DetachedDual, Dual, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import DetachedDual, Dual, Value, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import (
     add_tangents,
     as_autocast,
@@ -46,7 +46,7 @@ def _standardised(x: Tensor, dx: Tensor, dims: tuple[int, ...], eps: float) -> t
     return x_hat, r_std * (dx - x_hat * (x_hat * dx).mean(dims, keepdim=True))
 
 
-def _affine_tangent(x_hat: Any, d_hat: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Any:
+def _affine_tangent(x_hat: Value, d_hat: Value, weight: Value, bias: Value, shape: Sequence[int]) -> Any:
     """d(weight x^ + bias) = weight dx^ + dweight x^ + dbias, with weight and bias viewed as `shape`."""
 
     def view(p: Any) -> Any:
@@ -58,13 +58,13 @@ def _affine_tangent(x_hat: Any, d_hat: Any, weight: Any, bias: Any, shape: Seque
     return add_tangents(d_hat, None if dw is None else dw * x_hat, db)
 
 
-def _has_parameter_tangent(weight: Any, bias: Any) -> bool:
+def _has_parameter_tangent(weight: Value, bias: Value) -> bool:
     return tangent(weight) is not None or tangent(bias) is not None
 
 
 @register_rule(F.layer_norm, torch.layer_norm)
 def layer_norm(
-    input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    input: Value, normalized_shape: Sequence[int], weight: Value = None, bias: Value = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Any, Any]:
     shape = tuple(normalized_shape)
     if len(shape) == 1 and (pair := _fused_layer_norm(input, weight, bias, eps)) is not None:
@@ -81,7 +81,9 @@ def layer_norm(
         return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
 
 
-def _fused_layer_norm(input: Any, weight: Any, bias: Any, eps: float, rms: bool = False) -> tuple[Any, Any] | None:
+def _fused_layer_norm(
+    input: Value, weight: Value, bias: Value, eps: float, rms: bool = False
+) -> tuple[Any, Any] | None:
     """y and its tangent from one operator, where there is one for these arguments."""
     args = [as_autocast(a) for a in (input, weight, bias)]
     if not fusable("modulated_layer_norm", *args):
@@ -92,7 +94,7 @@ def _fused_layer_norm(input: Any, weight: Any, bias: Any, eps: float, rms: bool 
     return modulated_layer_norm(x, dx, gain, dgain, shift, dshift, rms=rms, eps=eps, tangent_grad=keeps_tangent(*args))
 
 
-def fused_modulated_norm(norm: Any, x: Any, shift: Any, scale: Any) -> Any:
+def fused_modulated_norm(norm: Any, x: Value, shift: Value, scale: Value) -> Any:
     """norm(x) (1 + scale) + shift in one operator, for a layer norm without parameters over the last dimension.
 
     None where it does not apply: another norm, no Dual, torch.compile (which fuses by itself).
@@ -107,7 +109,7 @@ def fused_modulated_norm(norm: Any, x: Any, shift: Any, scale: Any) -> Any:
 
 @register_rule(F.rms_norm, torch.rms_norm)
 def rms_norm(
-    input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+    input: Value, normalized_shape: Sequence[int], weight: Value = None, eps: float | None = None
 ) -> tuple[Any, Any]:
     """x^ = x / sqrt(mean(x^2) + eps), d x^ = (dx - x^ mean(x^ dx)) / sqrt(mean(x^2) + eps)."""
     if input.dtype.is_complex:
@@ -131,7 +133,7 @@ def rms_norm(
 
 @register_rule(F.group_norm, torch.group_norm)
 def group_norm(
-    input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    input: Value, num_groups: int, weight: Value = None, bias: Value = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Any, Any]:
     if (pair := _fused_group_norm(input, num_groups, weight, bias, eps)) is not None:
         return pair
@@ -156,7 +158,7 @@ def group_norm(
         return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
 
 
-def _fused_group_norm(input: Any, groups: int, weight: Any, bias: Any, eps: float) -> tuple[Any, Any] | None:
+def _fused_group_norm(input: Value, groups: int, weight: Value, bias: Value, eps: float) -> tuple[Any, Any] | None:
     args = [as_autocast(a) for a in (input, weight, bias)]
     if not fusable("group_norm_silu", *args):
         return None
@@ -168,11 +170,11 @@ def _fused_group_norm(input: Any, groups: int, weight: Any, bias: Any, eps: floa
 
 @register_rule(F.batch_norm)
 def batch_norm(
-    input: Any,
+    input: Value,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Any = None,
-    bias: Any = None,
+    weight: Value = None,
+    bias: Value = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -189,11 +191,11 @@ def batch_norm(
 
 @register_rule(F.instance_norm)
 def instance_norm(
-    input: Any,
+    input: Value,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
-    weight: Any = None,
-    bias: Any = None,
+    weight: Value = None,
+    bias: Value = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -210,12 +212,12 @@ def instance_norm(
 
 
 def _with_statistics(
-    input: Any,
+    input: Value,
     dims: tuple[int, ...],
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Any,
-    bias: Any,
+    weight: Value,
+    bias: Value,
     use_input_stats: bool,
     eps: float,
 ) -> Tensor:
@@ -231,10 +233,14 @@ def _with_statistics(
 
 
 @register_rule(torch.batch_norm)
-def torch_batch_norm(input: Any, weight: Any, bias: Any, mean: Any, var: Any, *options: Any) -> tuple[Any, Any]:
+def torch_batch_norm(
+    input: Value, weight: Value, bias: Value, mean: Value, var: Value, *options: Any
+) -> tuple[Any, Any]:
     return batch_norm(input, mean, var, weight, bias, *options)
 
 
 @register_rule(torch.instance_norm)
-def torch_instance_norm(input: Any, weight: Any, bias: Any, mean: Any, var: Any, *options: Any) -> tuple[Any, Any]:
+def torch_instance_norm(
+    input: Value, weight: Value, bias: Value, mean: Value, var: Value, *options: Any
+) -> tuple[Any, Any]:
     return instance_norm(input, mean, var, weight, bias, *options)

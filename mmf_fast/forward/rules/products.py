@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import Dual, missing_rule_error, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Dual, Value, missing_rule_error, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.interception import operands_keep_their_order
 from mmf_fast.forward.rules.families import add_tangents, rule, spellings
 
 
-def multilinear(function: Callable[..., Tensor], *factors: Any) -> tuple[Any, Any]:
+def multilinear(function: Callable[..., Tensor], *factors: Value) -> tuple[Any, Any]:
     """d f(a, b, ...) = f(da, b, ...) + f(a, db, ...) + ..."""
     primals = [primal(x) for x in factors]
     y = function(*primals)
@@ -30,7 +30,7 @@ def multilinear(function: Callable[..., Tensor], *factors: Any) -> tuple[Any, An
 def _product(function: Any, other: str) -> None:
     # `other`: what PyTorch calls the second factor.
     @register_rule(function)
-    def product(input: Any, *factors: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def product(input: Value, *factors: Value, **kwargs: Any) -> tuple[Any, Any]:
         if other in kwargs:
             factors = (kwargs.pop(other),)
         return multilinear(lambda a, b: function(a, b, **kwargs), input, *factors)
@@ -43,7 +43,7 @@ register_rule(operator.matmul)(lambda a, b: multilinear(torch.matmul, a, b))
 
 
 @register_rule(Tensor.matmul)
-def matmul_method(input: Any, other: Any) -> tuple[Any, Any]:
+def matmul_method(input: Value, other: Value) -> tuple[Any, Any]:
     if torch.compiler.is_dynamo_compiling() and not isinstance(input, Dual) and not operands_keep_their_order():
         raise missing_rule_error(
             Tensor.matmul, "torch.compile may swap the operands of @, call the network by mmf_fast.jvp"
@@ -52,7 +52,7 @@ def matmul_method(input: Any, other: Any) -> tuple[Any, Any]:
 
 
 @rule("einsum")
-def einsum(equation: str, *operands: Any) -> tuple[Any, Any]:
+def einsum(equation: str, *operands: Value) -> tuple[Any, Any]:
     if not isinstance(equation, str):
         raise missing_rule_error(torch.einsum, "write the equation as a string")
     if len(operands) == 1 and type(operands[0]) in (list, tuple):

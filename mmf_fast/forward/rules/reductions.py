@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import register_rule, tangent_scope
+from mmf_fast.forward.dual import Value, register_rule, tangent_scope
 from mmf_fast.forward.rules.families import forward_derivative, rule
 
 
@@ -20,7 +20,7 @@ def _quotient(dy: Tensor, y: Tensor) -> Tensor:
 
 
 @rule("std")
-def std(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def std(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """d std = d var / (2 std)."""
     y, (_, d_var) = torch.std(input.primal, *args, **kwargs), forward_derivative(torch.var, (input, *args), kwargs)
     with tangent_scope(input):
@@ -28,13 +28,13 @@ def std(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
 
 
 @rule("std_mean")
-def std_mean(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def std_mean(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     (y, mean), (_, d_mean) = forward_derivative(torch.std_mean, (input, *args), kwargs)
     return (y, mean), (std(input, *args, **kwargs)[1], d_mean)
 
 
 @register_rule(torch.linalg.vector_norm)
-def vector_norm(x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def vector_norm(x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """d ||x||_2 = Re sum(conj(x) dx) / ||x||_2."""
     if ord not in (2, "fro"):
         return forward_derivative(torch.linalg.vector_norm, (x, ord, dim, keepdim), {"dtype": dtype})
@@ -48,14 +48,14 @@ def vector_norm(x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *,
 
 
 @register_rule(torch.norm, Tensor.norm)
-def norm(input: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+def norm(input: Value, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     if p in (None, 2, "fro"):
         return vector_norm(input, 2, dim, keepdim, dtype=dtype)
     return forward_derivative(torch.norm, (input, p, dim, keepdim), {"dtype": dtype})
 
 
 @register_rule(torch.linalg.norm)
-def linalg_norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def linalg_norm(A: Value, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     over_matrices = (dim is None and A.ndim == 2) if dim is None or isinstance(dim, int) else len(dim) == 2
     if ord is None or ord == ("fro" if over_matrices else 2):
         return vector_norm(A, 2, dim, keepdim, dtype=dtype)
@@ -63,21 +63,21 @@ def linalg_norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False,
 
 
 @rule("normalize")
-def normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
+def normalize(input: Value, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
     return input / torch.linalg.vector_norm(input, p, dim, keepdim=True).clamp_min(eps)
 
 
 @rule("cosine_similarity")
-def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+def cosine_similarity(x1: Value, x2: Value, dim: int = 1, eps: float = 1e-8) -> Any:
     """sum(x1 x2) / (max(||x1||, eps) max(||x2||, eps))."""
     x1, x2 = torch.broadcast_tensors(x1, x2)
 
-    def size(x: Any) -> Any:
+    def size(x: Value) -> Any:
         return torch.linalg.vector_norm(x, 2, dim).clamp_min(eps)
 
     return (x1 * x2).sum(dim) / (size(x1) * size(x2))
 
 
 @rule("pairwise_distance")
-def pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+def pairwise_distance(x1: Value, x2: Value, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
     return torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import missing_rule_error, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Value, missing_rule_error, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import autocasts, keeps_tangent
 from mmf_fast.ops.attention import attention as dual_attention
 from mmf_fast.ops.attention import attention_tangent, serves
@@ -18,7 +18,7 @@ __all__ = ["attention", "attention_weights"]
 
 
 def attention(
-    q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, scale: float | None = None
+    q: Value, k: Value, v: Value, attn_mask: Value = None, is_causal: bool = False, scale: float | None = None
 ) -> Any:
     """softmax(scale q k^T + attn_mask) v, of tensors or Duals: the drop-in for the attention of any network.
 
@@ -34,10 +34,10 @@ def attention(
 
 @register_rule(F.scaled_dot_product_attention)
 def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: Value,
+    key: Value,
+    value: Value,
+    attn_mask: Value = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -62,14 +62,14 @@ def scaled_dot_product_attention(
         return y, attention_tangent(q, k, v, dq, dk, dv, mask=mask, is_causal=is_causal, scale=scale)
 
 
-def _as_autocast(x: Any) -> Any:
+def _as_autocast(x: Value) -> Any:
     """x as PyTorch's attention takes it where autocast is on: in the dtype of autocast, unless it is float64."""
     if x is None or x.dtype in (torch.bool, torch.float64) or not autocasts(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def attention_weights(query: Any, key: Any, mask: Any, scale: float | None = None) -> Any:
+def attention_weights(query: Value, key: Value, mask: Value, scale: float | None = None) -> Any:
     """softmax(s q k^T + mask), where the weights themselves are needed."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     logits = scale * query @ key.transpose(-2, -1)
@@ -80,19 +80,19 @@ def attention_weights(query: Any, key: Any, mask: Any, scale: float | None = Non
 
 @register_rule(F.multi_head_attention_forward)
 def multi_head_attention_forward(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: Value,
+    key: Value,
+    value: Value,
     embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight: Any,
-    in_proj_bias: Any,
+    in_proj_weight: Value,
+    in_proj_bias: Value,
     bias_k: Any,
     bias_v: Any,
     add_zero_attn: bool,
     dropout_p: float,
-    out_proj_weight: Any,
-    out_proj_bias: Any,
+    out_proj_weight: Value,
+    out_proj_bias: Value,
     training: bool = True,
     key_padding_mask: Tensor | None = None,
     need_weights: bool = True,
@@ -143,7 +143,7 @@ def multi_head_attention_forward(
     return (primal(out), primal(weights)), (tangent(out), tangent(weights))
 
 
-def _additive_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Any) -> Tensor | None:
+def _additive_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Value) -> Tensor | None:
     # (N, M) or (B H, N, M), and (B, M). A boolean mask of nn.MultiheadAttention says where NOT to attend.
     def additive(mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import no_tangent, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Value, no_tangent, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import linear_by_example, linear_in_first, rule, spellings
 
 linear_in_first("sum", "mean", "cumsum", "trace")
@@ -46,7 +46,7 @@ no_tangent(
 
 
 @rule("unflatten")
-def unflatten(input: Any, dim: int, sizes: Sequence[int]) -> tuple[Any, Any]:
+def unflatten(input: Value, dim: int, sizes: Sequence[int]) -> tuple[Any, Any]:
     # Dynamo traces the method on a tensor, but not the function Tensor.unflatten.
     y = torch.unflatten(input.primal, dim, sizes)
     with tangent_scope(input):
@@ -54,7 +54,7 @@ def unflatten(input: Any, dim: int, sizes: Sequence[int]) -> tuple[Any, Any]:
 
 
 @rule("pad")
-def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> tuple[Any, Any]:
+def pad(input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> tuple[Any, Any]:
     y = F.pad(input.primal, pad, mode, value)
     with tangent_scope(input):
         return y, F.pad(input.tangent, pad, mode)
@@ -75,7 +75,7 @@ def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, Any]:
         return ys, tuple(None if tangent(x) is None else dy for x, dy in zip(tensors, dys, strict=True))
 
 
-def tangent_or_zeros(x: Any) -> Tensor:
+def tangent_or_zeros(x: Value) -> Tensor:
     """The tangent of x, where an operation cannot do without."""
     dx = tangent(x)
     return torch.zeros_like(primal(x)) if dx is None else dx
