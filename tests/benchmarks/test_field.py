@@ -27,13 +27,14 @@ def value_and_gradient(net, loss_fn):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("exact", [False, True])
-def test_equal_seeds_give_our_loss_and_gradient(net, way, exact):
+def test_equal_seeds_give_our_loss_and_gradient(net, way, exact, monkeypatch):
     if exact and way in ("second forward", "finite differences"):
         pytest.skip("has no gradient through du/dt")
+    monkeypatch.setattr("benchmarks.field.STEP", 1e-5)  # in float64: a bias of 1e-10 third derivatives, less rounding
     with pytest.warns(UserWarning) if exact else torch.enable_grad():
         ours = MeanFlowLoss(net, times=SHARE, tangent="conditional", lam=float(exact))
     expected, found = value_and_gradient(net, ours), value_and_gradient(net, FieldLoss(net, way, SHARE, exact))
-    tolerance = 1e-4 if way == "finite differences" else 1e-12
+    tolerance = 1e-6 if way == "finite differences" else 1e-12
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
