@@ -131,7 +131,8 @@ class Dual(NamedTuple):
             raise missing_rule_error(func, "a Dual cannot be written to out=; use the returned value")
         if "out" in kwargs:  # out=None, which functions written in Python pass on
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-        return _wrap(cls, func, *rule(*args, **kwargs))
+        result = rule(*args, **kwargs)
+        return result if isinstance(result, Dual) else _wrap(cls, func, *result)
 
     def __getattr__(self, name: str) -> Any:
         # Reached only by names without a rule: the methods that have one are attributes of the class.
