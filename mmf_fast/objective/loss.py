@@ -179,7 +179,7 @@ class MeanFlowLoss(nn.Module):
         check(x, noise, times, cond)
         rows, dtype = len(x), torch.float64 if x.dtype == torch.float64 else torch.float32
         told, step = step, step or 0
-        stream = part.stream(step, rows, x.device, dtype)
+        stream = part.stream(step, x, dtype)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
             cond = self._drop_labels(cond, self.guidance, stream.uniform())
         if times is None:
@@ -193,7 +193,7 @@ class MeanFlowLoss(nn.Module):
             intervals = int((r < t).sum())
             lam, graphs = self._graphs(intervals, step, _chance(told, part)[1] if self.stochastic else 0.0)
             kinds = given_kinds(r, t, graphs, self.paired)
-        noise = stream.normal(x.shape[1:]) if noise is None else noise.to(dtype)
+        noise = stream.noise() if noise is None else noise.to(dtype)
         x = x if x.dtype == torch.uint8 else x.to(dtype)
         padded = self._called_elsewhere(step) if times is None else (False, False, False)
         d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
