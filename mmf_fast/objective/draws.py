@@ -163,6 +163,11 @@ class Draw(NamedTuple):
     weights: tuple[float, float, float]
     pair: Tensor | None
 
+    def counted(self, rows: Tensor) -> Tensor:
+        """Of a tensor with an element for each row of the draw, the elements of the rows that count."""
+        kinds = zip(rows.split(self.sizes), self.weights, strict=True)
+        return torch.cat([part for part, weight in kinds if weight])
+
     def on_path(self) -> tuple[Points, Tensor]:
         """z_t = (1 - t) x + t eps = x + t v and its conditional velocity v = eps - x; stored images (uint8) stand for
         [-1, 1], and this is where they become numbers."""
