@@ -22,7 +22,7 @@ from studies.training import SGDEngine, train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS, WIDTH, DEPTH = 1000, 128, 2
+STEPS, WIDTH, DEPTH = 1000, 64, 3
 LOOKS = (60, 125, 250, 500, 1000)  # steps after which the error is measured
 LAMBDAS = (0.0, 1.0, 0.1)
 BASE = {"dim": 2, "outside": 0.3, "count": None, "batch": 256, "rate": 1e-3, "frequency": 2.0, "optimizer": "adam"}
