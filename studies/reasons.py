@@ -54,6 +54,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
         for look in LOOKS:
             if step + 1 == max(1, look * steps // STEPS):
                 figures[f"error_{look}"] = one_step_error(average[0], data)
+                figures[f"plane_{look}"] = one_step_error(average[0], data, coordinates=slice(0, 2))
                 if look in (250, STEPS):
                     for lam in (0.0, 1.0):
                         other = MeanFlowLoss(loss_fn.net, times=loss_fn.times, lam=lam, paired=True, p=0.0)
@@ -78,9 +79,9 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
 # ---- what the rows say -----------------------------------------------------------------------------------------------
 
 
-def ratio(rows: Rows, case: Setting, lam: float, look: int = LOOKS[-1]) -> Spread:
-    """The error with this lambda over that with lambda 0, seed by seed."""
-    return rows.ratio(f"error_{look}", {**case, "lam": lam}, {**case, "lam": 0.0})
+def ratio(rows: Rows, case: Setting, look: int = LOOKS[-1], figure: str = "error") -> Spread:
+    """The error with lambda 1 over that with lambda 0, seed by seed."""
+    return rows.ratio(f"{figure}_{look}", {**case, "lam": 1.0}, {**case, "lam": 0.0})
 
 
 def named(case: Setting, base: Setting) -> str:
@@ -93,19 +94,20 @@ def answer(rows: Rows) -> str:
     for case in CASES:
         found = {lam: rows.spread(f"error_{LOOKS[-1]}", **case, lam=lam) for lam in LAMBDAS}
         signal = [rows.spread(f"signal_{lam:g}_250", **case, lam=0.0) for lam in (0.0, 1.0)]
-        lines[named(case, BASE)] = [*found.values(), ratio(rows, case, 1.0), *signal]
+        lines[named(case, BASE)] = [*found.values(), ratio(rows, case), ratio(rows, case, figure="plane"), *signal]
     columns = [
         *(f"error, lambda {lam:g}" for lam in LAMBDAS),
         "lambda 1 over 0",
+        "in the plane",
         "signal, lambda 0",
         "signal, lambda 1",
     ]
     curve = {
-        named(case, BASE): [ratio(rows, case, 1.0, look) for look in LOOKS]
+        named(case, BASE): [ratio(rows, case, look) for look in LOOKS]
         for case in (BASE, *({**BASE, "dim": dim} for dim in (8, 32, 64)))
     }
-    helps = [named(case, BASE) for case in CASES if ratio(rows, case, 1.0).below(Spread(1.0, 0.0, 9))]
-    hurts = [named(case, BASE) for case in CASES if Spread(1.0, 0.0, 9).below(ratio(rows, case, 1.0))]
+    helps = [named(case, BASE) for case in CASES if ratio(rows, case).below(Spread(1.0, 0.0, 9))]
+    hurts = [named(case, BASE) for case in CASES if Spread(1.0, 0.0, 9).below(ratio(rows, case))]
     return "\n\n".join(
         [
             f"Beyond the error bars lambda 1 is better than lambda 0 in: {'; '.join(helps) or 'no case'}. It is worse "
@@ -122,7 +124,7 @@ def draw(rows: Rows) -> Figure:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    found = [ratio(rows, case, 1.0) for case in CASES]
+    found = [ratio(rows, case) for case in CASES]
     places = range(len(CASES))
     bars = [each.deviation if each.seeds > 1 else 0.0 for each in found]
     axes.errorbar([each.mean for each in found], places, xerr=bars, fmt="o", capsize=3)
