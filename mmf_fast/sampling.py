@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.conditions import per_sample, take, to_device
-from mmf_fast.contract import check_cond, check_network, check_output
+from mmf_fast.contract import check_cond, check_network, check_output, per_sample, take, to_device
 from mmf_fast.devices import choose_device, device_of
 from mmf_fast.files import writing
 from mmf_fast.models import load_pretrained

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmf_fast import Guidance, MeanFlowLoss, TimeSampler, sample
-from mmf_fast.conditions import per_sample, take, to_device
+from mmf_fast.contract import per_sample, take, to_device
 from mmf_fast.sampling import sample_in_chunks
 
 B = 6

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mmf_fast.forward.dual import DetachedDual, Dual, known_functions, primal
-from mmf_fast.ops.tracing import constant_to_dynamo
+from mmf_fast.ops.dispatch import constant_to_dynamo
 
 __all__ = ["intercepted", "operands_keep_their_order"]
 

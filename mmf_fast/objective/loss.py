@@ -23,8 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.conditions import per_sample
-from mmf_fast.contract import check_cond, check_network, check_output, names_taken
+from mmf_fast.contract import check_cond, check_network, check_output, names_taken, per_sample
 from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.compiled import Compiled
 from mmf_fast.objective.draws import (
@@ -41,7 +40,7 @@ from mmf_fast.objective.draws import (
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
-from mmf_fast.ops.dispatch import fused
+from mmf_fast.ops.dispatch import serve
 from mmf_fast.ops.sg_loss import LossTerms, sg_loss
 
 __all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
@@ -301,7 +300,7 @@ class MeanFlowLoss(nn.Module):
 
         Written out for autograd and the compiler; a kernel, where there is one, does the same in one pass.
         """
-        if fused("sg_loss", u):
+        if serve("sg_loss", u):
             interval = target.new_zeros(len(u)) if interval is None else interval
             value, grad = (0.0, False) if lam is None else (lam, True)
             return sg_loss(u, du, interval, value, target=target, p=self.p, c=self.c, tangent_grad=grad)

@@ -42,7 +42,7 @@ def run():
             for lam in (0.0, 1.0)
         ),
         kernel("sg_loss", 2.5),
-        kernel("interpolate", 0.8),
+        kernel("activation", 0.8),
     ]  # fmt: skip
     machine = {"device": "a chip", "threads": 2, "triton": None, "torch": "2.13", "commit": "0" * 40}
     machine |= {"date": "2026-01-01T00:00", "copy GB/s": 10.0, "product GFLOP/s": {"fp32": 100.0}}
@@ -94,8 +94,8 @@ def test_the_report_says_what_fails_and_where_we_lose(run, tmp_path, monkeypatch
     assert "| lambda 0, 100 % | 1.33 | 1.30 | 1.40 |" in text
     assert "| torch.func.jvp, lambda 1, 100 % | 2.00 | fails |  |" in text and "ZeroTensors are immutable" in text
     assert "- torch.func.jvp, lambda 0, 100 % (DiT, eager, fp32): 1.20 against our 1.40" in text
-    assert "- interpolate (2, 3), dual: 0.80 times as fast as composed" in text
-    assert "| interpolate (2, 3) | dual | 1.00 ms | 0.80 |  | 50% |" in text
+    assert "- activation (2, 3), dual: 0.80 times as fast as composed" in text
+    assert "| activation (2, 3) | dual | 1.00 ms | 0.80 |  | 50% |" in text
     assert "| mmf_fast, lambda 1 | 2e-07 | 3e-07 |" in text
     assert "| DiT, 64 tokens | 1.01 |" in text
 

@@ -27,7 +27,7 @@ def cases(name):
 
 # Of every kernel, the launches of one eager step: outside of the blocks, and in each block.
 AROUND = {
-    "interpolate.kernel": 1, "sg_loss.forward_kernel": 2, "sg_loss.backward_kernel": 2,
+    "sg_loss.forward_kernel": 2, "sg_loss.backward_kernel": 2,
     "pointwise.activation_kernel": 2, "layer_norm.forward_kernel": 1, "layer_norm.backward_kernel": 1,
 }  # fmt: skip
 BLOCK = {

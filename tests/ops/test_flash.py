@@ -8,8 +8,8 @@ import torch
 import torch.distributed.tensor  # it registers rules for the operators that a test replaces, whenever it is imported
 from torch.nn import attention
 
-from mmf_fast import flash
 from mmf_fast.ops import attention as operator
+from mmf_fast.ops import flash
 
 CUDA = torch.device("cuda")
 FIRST = {"cudnn": int(attention.SDPBackend.CUDNN_ATTENTION)}
