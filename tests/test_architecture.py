@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sampling", "models", "objective", "data", "contract", "pictures", "files", "devices", "distributed",
     },
     "evaluation": {"sampling", "models", "data", "pictures", "files", "devices", "distributed"},
-    "sampling": {"models", "contract", "pictures", "files", "devices", "registry"},
+    "sampling": {"models", "data", "contract", "pictures", "files", "devices", "registry"},
     "models": {"forward", "contract", "files", "registry"},
     "objective": {"forward", "ops", "contract"},
     "data": {"files", "registry"},

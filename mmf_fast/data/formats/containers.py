@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 
 from mmf_fast.data.formats.sources import DataError, check_member
 
-__all__ = ["ARCHIVES", "BROKEN", "Archive", "Container", "Folder", "open_archive", "open_container", "stem"]
+__all__ = ["ARCHIVES", "BROKEN", "Archive", "Container", "Folder", "open_archive", "open_container", "seekable", "stem"]
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _NO_ARCHIVES = (".npz", ".pt", ".pth")  # which are zip files, but not of samples
@@ -123,7 +123,8 @@ def _pread(file: int, start: int, size: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _file(content: _Bytes) -> BinaryIO:
+def seekable(content: _Bytes) -> BinaryIO:
+    """A file object, in which seeking is cheap."""
     return io.BufferedReader(_Window(content))
 
 
@@ -137,7 +138,7 @@ class Container:
         raise NotImplementedError
 
     def open(self, member: str) -> BinaryIO:
-        return _file(self.bytes_of(member))
+        return seekable(self.bytes_of(member))
 
     def read(self, member: str) -> bytes:
         content = self.bytes_of(member)
@@ -209,7 +210,7 @@ class Archive(Container):
 class _Zip(Archive):
     def __init__(self, content: _Bytes, name: str, file: Path | None) -> None:
         super().__init__(name, file)
-        self.archive = zipfile.ZipFile(_file(content))
+        self.archive = zipfile.ZipFile(seekable(content))
         for member in self.archive.namelist():
             check_member(Path(name), member)
         foreign = [member for member in self.archive.namelist() if "\\" in member]  # written by some Windows programs
@@ -236,7 +237,7 @@ class _Tar(Archive):
         self.content, self.listed = content, list[str]()
         self.places: dict[str, tuple[int, int]] = {}
         links: dict[str, str] = {}
-        with tarfile.open(fileobj=_file(content), mode="r:") as archive:
+        with tarfile.open(fileobj=seekable(content), mode="r:") as archive:
             for member in archive:
                 check_member(Path(name), member.name)
                 entry = posixpath.normpath(member.name)
@@ -282,7 +283,7 @@ def open_archive(content: _Bytes, name: str, file: Path | None) -> Archive:
     try:
         packed = next((unpack for magic, unpack in _PACKED.items() if content.read_at(0, 2) == magic), None)
         if packed:
-            with packed(_file(content)) as stream:
+            with packed(seekable(content)) as stream:
                 return _Tar(_Unpacked(stream, name), name, file)
         if name.lower().endswith(".zip") or content.read_at(0, 2) == b"PK":
             return _Zip(content, name, file)
