@@ -1,4 +1,4 @@
-"""How all is timed: versions in turn in one process, medians and spreads; peak memory; FLOPs; the machine."""
+"""What the benchmarks measure with: timers, ratios, peak memory, FLOPs, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def ratio(times: list[float], baseline: list[float]) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """Kind and message in a line. Dynamo's own messages tell where; why is what they quote."""
+    """Type and message of an error in one line. Dynamo's messages say where, and quote why; the quote is kept."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())}"
     quoted = re.search(r": got (\w+)\(['\"](.*)", said)
     return (f"{quoted[1]}: {quoted[2]}" if quoted else said)[:200]
@@ -117,7 +117,7 @@ def peak_bytes(run: Run, device: str) -> int:
 
 
 def take_gradient(net: nn.Module) -> Tensor:
-    """The gradient in all weights as one vector, taken away from them."""
+    """The gradient of all weights as one vector; afterwards the weights have none."""
     gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     net.zero_grad(set_to_none=True)
     return gradient

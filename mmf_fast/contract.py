@@ -34,7 +34,7 @@ __all__ = [
     "to_device",
 ]
 
-Paths: TypeAlias = tuple[tuple[Any, ...], ...]  # where leaves lie: the keys and indices that lead there
+Paths: TypeAlias = tuple[tuple[Any, ...], ...]  # each path is the keys and indices that lead to one leaf
 
 ADAPT = "mmf_fast.Adapter(net, lambda net, z, r, t, **c: {call})"
 
@@ -231,7 +231,7 @@ def take(cond: Any, rows: slice | Tensor, paths: Paths) -> Any:
 
 
 def to_device(cond: Any, device: torch.device | str) -> Any:
-    """With every tensor on the device; a copy from pinned memory does not wait."""
+    """The conditions with every tensor moved to the device; copies from pinned memory do not block."""
     return _mapped(cond, lambda x: x.to(device, non_blocking=True))
 
 

@@ -185,7 +185,7 @@ def _undo_normalization(x: Tensor, extra: Mapping[str, Any], run: str | Path) ->
         return load(**stated).to_latents(x)
     except ValueError as error:
         raise ValueError(
-            f"{run}: its samples are latents, and the set it was trained on tells their mean and deviation, but {error}; "
+            f"{run}: its samples are latents, and only the training set knows their mean and deviation: {error}; "
             "or pass --normalized to have them as the network draws them"
         ) from error
 

@@ -196,7 +196,7 @@ class MeanFlowLoss(nn.Module):
         x = x if x.dtype == torch.uint8 else x.to(dtype)
         padded = self._called_elsewhere(step) if times is None else (False, False, False)
         d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
-        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a tensor: its value is not part of the graph
+        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a new value needs no new graph
         if self.compiled is None:
             loss, found, square = self._compute(d, of_graph)
         else:

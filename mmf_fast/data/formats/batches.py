@@ -143,7 +143,7 @@ def _pickled(file: BinaryIO, name: str, first_label: int, classes: int, side: in
 
 
 def _item(name: str, label: int, image: np.ndarray) -> Item:
-    copy = image.copy()  # a view would keep the whole table in memory while it waits
+    copy = image.copy()  # a view would keep the whole table in memory until the item is used
     return Item(name, label, lambda: copy)
 
 

@@ -1,4 +1,4 @@
-"""What holds files: a folder, a zip, a tar, and an archive within another. Any member can be read, from any thread."""
+"""Containers of files: a folder, a zip, a tar, an archive within another. Any thread can read any member."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip
 
 
 def stem(name: str) -> str:
-    """Of the name of an archive: what its folder would be called."""
+    """The name of an archive without .zip, .tar.gz, ...: the name of the folder that it would be unpacked to."""
     return name[: -max(len(kind) for kind in ARCHIVES if name.lower().endswith(kind))]
 
 
@@ -67,7 +67,7 @@ class _Span:
 
 
 class _Unpacked:
-    """A temporary file, which goes with the process."""
+    """A temporary copy, which is deleted when the process ends."""
 
     def __init__(self, source: BinaryIO, label: str) -> None:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the tree
@@ -100,7 +100,7 @@ class _Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = (0, self.position, self.content.size)[whence]
         if base + offset < 0:
-            raise ValueError("negative seek position")  # zipfile looks for this
+            raise ValueError("negative seek position")  # zipfile catches this error
         self.position = base + offset
         return self.position
 
@@ -255,7 +255,7 @@ class _Tar(Archive):
                     raise DataError(f"{name}:{entry}: is no plain file; pack the folder anew, without --sparse")
                 self.listed.append(entry)
             end = content.read_at(max(0, content.size - 1024), 1024)
-        if self.places and any(end):  # two empty blocks are the end; Python's tarfile takes the lack of them for it
+        if self.places and any(end):  # a whole tar ends with two empty blocks; Python's tarfile does not miss them
             raise DataError(f"{name}: damaged or truncated (it has no end); fetch it again")
         for entry, target in links.items():
             if target not in self.places:

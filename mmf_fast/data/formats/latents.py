@@ -147,7 +147,7 @@ def _keys_of(tensors: Mapping[str, np.ndarray], place: str) -> _Keys:
     else:
         known = [key for key in _ONE if key in floats] or [key for key in floats if "flip" not in key]
         if len(known) != 1:
-            if len(tensors) == 1:  # not a latent, as will be said of it
+            if len(tensors) == 1:  # it is no latent; the error comes when it is read
                 known = list(tensors)
             else:
                 raise DataError(f"{place}: which of {', '.join(tensors)} is the latent? save it alone, or as `latents`")

@@ -1,4 +1,4 @@
-"""Folders and archives, seen alike: one walk gives the sorted names of all files, each of which can be read.
+"""Folders and archives as one tree of files: it lists all of them in sorted order and can read each.
 
 An archive counts as a folder wherever it lies: it may be the source, lie in a folder, or in another archive (ImageNet
 is a tar of tars). Nothing is unpacked but a compressed tar, into a temporary file: it cannot be read out of order.
