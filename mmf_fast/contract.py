@@ -197,21 +197,22 @@ def _channels_way_out(u: Tensor, z: Tensor) -> str:
 
 def per_sample(cond: Any, batch: int, shared: Collection[str] = ()) -> Paths:
     """Where the leaves lie that have one row for each of `batch` samples: tensors and arrays of that length, and lists
-    or tuples of that length that hold no such leaf (of prompts, for instance).
+    of that length without tensors and arrays, of prompts or of labels; also tuples, unless their items are such leaves.
 
     shared: names of what belongs to all samples, whatever its length, at any depth.
     """
     if _is_array(cond):
         return ((),) if cond.ndim and len(cond) == batch else ()
+    whole = isinstance(cond, (list, tuple)) and len(cond) == batch
+    if whole and isinstance(cond, list) and not _holds_array(cond):
+        return ((),)  # whatever its items are, one of which may have B items of its own
     found = tuple(
         (key, *path)
         for key, value in _children(cond)
         if not (isinstance(key, str) and key in shared)
         for path in per_sample(value, batch, shared)
     )
-    if not found and isinstance(cond, (list, tuple)) and len(cond) == batch:
-        return ((),)
-    return found
+    return ((),) if whole and not found else found
 
 
 def take(cond: Any, rows: slice | Tensor, paths: Paths) -> Any:
@@ -244,6 +245,10 @@ def _mapped(cond: Any, move: Callable[[Tensor], Tensor]) -> Any:
 def _is_array(cond: Any) -> bool:
     """A tensor, or an array of numpy, which need not be here."""
     return isinstance(cond, Tensor) or (hasattr(cond, "ndim") and type(cond).__module__.startswith("numpy"))
+
+
+def _holds_array(cond: Any) -> bool:
+    return _is_array(cond) or any(_holds_array(value) for _, value in _children(cond))
 
 
 def _children(cond: Any) -> list[tuple[Any, Any]]:
