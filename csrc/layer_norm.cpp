@@ -64,7 +64,7 @@ void forward_rows(const T* x, const T* dx, const T* gain, const T* dgain, const 
   }
 }
 
-// Checks the arguments; returns the number of groups of rows.
+// The number of groups of rows, of arguments that fit.
 int64_t check(const char* op, const at::Tensor& x, const MaybeTensor& dx, const MaybeTensor& gain,
               const MaybeTensor& dgain, const MaybeTensor& bias, const MaybeTensor& dbias) {
   const Arguments arguments{op};
@@ -102,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const MaybeTenso
   return {y, dy};
 }
 
-// Pointers to the sums over rows that gain, dgain, bias and dbias receive; null for an absent parameter.
+// Sums over rows of what gain, dgain, bias and dbias receive: null where there is none.
 template <class A>
 struct Columns {
   A *gain, *dgain, *bias, *dbias;
