@@ -141,7 +141,7 @@ def test_no_module_of_the_package_hides_another_library() -> None:
 
 # What a wheel in an empty environment lacks, when torch and numpy are all there is besides.
 ABSENT = ["matplotlib", "omegaconf", "PIL", "pyarrow", "safetensors", "scipy", "sklearn", "tensorboard", "tqdm", "yaml"]
-ABSENT += ["deepspeed", "einops", "nvtx", "triton"]
+ABSENT += ["deepspeed", "nvtx", "triton"]
 
 
 def without_extras(code: str, folder: Path) -> str:
