@@ -74,7 +74,7 @@ def test_the_compiler_is_told_of_no_alignment_that_is_not_there():
 
 def test_every_kernel_compiles_at_sizes_of_one():
     kernels = cases("ones")["launches"]
-    assert len(kernels) == 13 and set(kernels.values()) == {1}
+    assert len(kernels) == 12 and set(kernels.values()) == {1}
 
 
 def test_a_launch_costs_the_package_little_beyond_what_it_costs_triton():
