@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import mmf_fast
+
 PACKAGE = Path(__file__).parent.parent / "mmf_fast"
 
 # room -> what it imports, from the top floor down; no more than the code does.
@@ -37,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "contract": set(),
 }  # fmt: skip
 BELOW_FORWARD = {"torch", "triton", "mmf_fast"}  # forward and ops stand on these alone
+ABOVE = {"studies", "benchmarks", "tests"}
 
 
 def layer(name: str) -> str:
@@ -67,6 +70,8 @@ def violations(source: str, own: str) -> list[str]:
                 wrong.append(f"{own} imports {name}")
         elif layer(own) in ("forward", "ops") and top not in BELOW_FORWARD | sys.stdlib_module_names:
             wrong.append(f"{own} imports {name}: only torch and triton are below it")
+        elif top in ABOVE:
+            wrong.append(f"{own} imports {name}: it stands on the package, not the other way round")
         elif top == "deepspeed" and own != "mmf_fast.training.engines.deepspeed":
             wrong.append(f"{own} imports deepspeed: only its engine may")
     return wrong
@@ -96,6 +101,20 @@ def test_every_arrow_of_the_map_is_in_the_code_and_points_down() -> None:
         assert {name for name in names if floors.index(name) < floors.index(room)} == set(), room
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "studies").glob("*.py")), ids=lambda path: path.stem)
+def test_a_study_stands_on_the_package_like_a_script(path: Path) -> None:
+    """On its rooms and no private name of them, not on the commands; on no test and no benchmark."""
+    source = path.read_text()
+    names = imports(source, f"studies.{path.stem}")
+    found = {layer(name) for name in names if name.split(".")[0] == "mmf_fast"}
+    rooms = set(MAY_IMPORT) - {"__main__", "cli", "planning", "doctor"}
+    assert found <= rooms | set(mmf_fast.__all__)
+    assert not {name.split(".")[0] for name in names} & {"tests", "support", "benchmarks"}
+    private = [alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)
+               for alias in node.names if alias.name.startswith("_") and node.module != "__future__"]  # fmt: skip
+    assert private == []
+
+
 def test_contributing_quotes_the_map() -> None:
     page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
     lines = page.split("```text\n")[1].split("```")[0].splitlines()
@@ -120,6 +139,7 @@ def test_no_two_modules_have_one_name() -> None:
         ("mmf_fast.training.trainer", "import deepspeed"),
         ("mmf_fast.training.trainer", "from mmf_fast import Dual"),
         ("mmf_fast.training.engines.local", "from mmf_fast.config import ConfigError"),
+        ("mmf_fast.pictures", "from studies.rows import Rows"),
     ],
 )
 def test_an_import_that_goes_up_is_noticed(own: str, source: str) -> None:

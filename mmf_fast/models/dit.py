@@ -1,7 +1,7 @@
-"""DiT: a transformer on image patches, conditioned through adaLN-zero (Peebles and Xie, arXiv 2212.09748).
+"""DiT: a transformer on patches, conditioned through adaLN-zero (Peebles and Xie, arXiv 2212.09748).
 
-Shape legend:  B batch   C channels   Y, X image rows and columns   N tokens   P = C * patch_size^2 patch elements
-               D width
+Shape legend:  B batch   C channels   Y, X image rows and columns   T steps of a sequence   N tokens   D width
+               P = C * patch_size^dims patch elements
 """
 
 from __future__ import annotations
@@ -35,11 +35,16 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
+def positions_1d(grid: int, width: int) -> Tensor:
+    """Fixed sin-cos positions (grid, width)."""
+    frequencies = 10000.0 ** -torch.linspace(0, 1, width // 2 + 1)[:-1]
+    angles = torch.arange(grid)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 def positions_2d(grid: int, width: int) -> Tensor:
     """Fixed sin-cos positions (grid^2, width): half of the width for rows, half for columns (MAE, arXiv 2111.06377)."""
-    frequencies = 10000.0 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]
-    angles = torch.arange(grid)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    axis = positions_1d(grid, width // 2)
     rows, columns = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
@@ -80,11 +85,13 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer u(z, r, t, y) on square images or latents.
+    """Diffusion transformer u(z, r, t, y) on square images or latents (B, C, Y, X), or on sequences (B, T, C).
 
-    input_size: rows and columns of an image, divisible by patch_size.  channels: of an image.
-    width, depth, heads, mlp_ratio: of the transformer; width is divisible by heads and by 4.
+    dims: 2 for images, 1 for sequences, such as trajectories and plans, of T states or actions with C numbers each.
+    input_size: rows and columns of an image or steps of a sequence, divisible by patch_size.  channels: C.
+    width, depth, heads, mlp_ratio: of the transformer; width is divisible by heads and by 2 dims.
     num_classes: 0 for an unconditional network; otherwise labels 0 .. num_classes - 1, num_classes is the null label.
+    context_dim: length of a vector that a sample is given, such as a start and a goal; 0 for none.
     qk_norm: RMS norm of queries and keys.  dropout: on both branches of a block.
     recompute: keep only the input of each block for backward and compute the rest again (activation checkpointing).
     Raises ValueError when a size does not fit.
@@ -103,24 +110,30 @@ class DiT(nn.Module):
         qk_norm: bool = False,
         dropout: float = 0.0,
         recompute: Annotated[bool, "free"] = False,  # see mmf_fast/config.py
+        context_dim: int = 0,
+        dims: int = 2,
     ):
         super().__init__()
         check_positive(input_size=input_size, channels=channels, patch_size=patch_size)
         check_positive(width=width, depth=depth, heads=heads, mlp_width=int(width * mlp_ratio))
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
-        if width % 4:
-            raise ValueError(f"width {width} is not divisible by 4, which the 2D sin-cos positions need")
+        if dims not in (1, 2):
+            raise ValueError(f"dims is {dims}: 2 for square images, 1 for sequences")
+        if width % (2 * dims):
+            raise ValueError(f"width {width} is not divisible by {2 * dims}, which the sin-cos positions need")
         self.config = dict(
             name="dit", input_size=input_size, channels=channels, patch_size=patch_size, width=width, depth=depth,
-            heads=heads, mlp_ratio=mlp_ratio, num_classes=num_classes, qk_norm=qk_norm, dropout=dropout,
-            recompute=recompute,
+            heads=heads, mlp_ratio=mlp_ratio, num_classes=num_classes, context_dim=context_dim, dims=dims,
+            qk_norm=qk_norm, dropout=dropout, recompute=recompute,
         )  # fmt: skip
-        self.num_classes, self.shape = num_classes, (channels, input_size, input_size)
+        self.num_classes, self.dims = num_classes, dims
+        self.shape = (input_size, channels) if dims == 1 else (channels, input_size, input_size)
         self.patch_size, self.grid = patch_size, input_size // patch_size
-        patch = channels * patch_size**2
-        self.register_buffer("positions_ND", positions_2d(self.grid, width), persistent=False)
-        self.conditioning = Conditioning(width, num_classes)
+        patch = channels * patch_size**dims
+        positions = positions_1d if dims == 1 else positions_2d
+        self.register_buffer("positions_ND", positions(self.grid, width), persistent=False)
+        self.conditioning = Conditioning(width, num_classes, context_dim)
         self.input = nn.Linear(patch, width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, dropout, recompute) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -149,22 +162,36 @@ class DiT(nn.Module):
         zero_init(self.modulation)
         zero_init(self.output)
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """u(z, r, t, y): z (B, C, Y, X), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or None -> u like z."""
+    def forward(
+        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """u(z, r, t, y, context): z (B, C, Y, X) or (B, T, C), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or
+        None, context (B, context_dim) or None -> u like z."""
         check_sample(z, self.shape)
-        c_BD = self.conditioning(r, t, y)
+        c_BD = self.conditioning(r, t, y, context)
         dtype = self.input.weight.dtype
-        patches_BNP = F.pixel_unshuffle(z.to(dtype), self.patch_size).flatten(2).transpose(1, 2)
-        x_BND = self.input(patches_BNP) + self.positions_ND.to(dtype)  # ZeRO casts parameters, not buffers
+        x_BND = self.input(self.to_patches(z.to(dtype))) + self.positions_ND.to(dtype)  # ZeRO casts parameters alone
         for block in self.blocks:
             x_BND = block(x_BND, c_BD)
         shift, scale = self.modulation(c_BD).unsqueeze(1).chunk(2, dim=-1)
-        patches_BNP = self.output(modulated_norm(self.norm, x_BND, shift, scale))
-        patches_BPYX = patches_BNP.transpose(1, 2).reshape(z.shape[0], -1, self.grid, self.grid)
-        return F.pixel_shuffle(patches_BPYX, self.patch_size).to(z.dtype)
+        return self.from_patches(self.output(modulated_norm(self.norm, x_BND, shift, scale))).to(z.dtype)
+
+    def to_patches(self, z: Tensor) -> Tensor:
+        """(B, C, Y, X) or (B, T, C) -> (B, N, P)"""
+        if self.dims == 1:
+            return z.reshape(z.shape[0], self.grid, -1)
+        return F.pixel_unshuffle(z, self.patch_size).flatten(2).transpose(1, 2)
+
+    def from_patches(self, patches_BNP: Tensor) -> Tensor:
+        """The inverse of `to_patches`."""
+        batch = patches_BNP.shape[0]
+        if self.dims == 1:
+            return patches_BNP.reshape(batch, *self.shape)
+        patches_BPYX = patches_BNP.transpose(1, 2).reshape(batch, -1, self.grid, self.grid)
+        return F.pixel_shuffle(patches_BPYX, self.patch_size)
 
     def flops(self, batch: int = 1) -> int:
         """FLOPs of one forward pass: matrix products, 2 per multiply-add."""
-        tokens = self.grid**2
+        tokens = self.grid**self.dims
         ends = linear_flops(self.input, tokens) + linear_flops(self.modulation) + linear_flops(self.output, tokens)
         return batch * (self.conditioning.flops() + ends + total_flops(self.blocks, tokens))

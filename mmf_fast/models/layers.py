@@ -1,4 +1,4 @@
-"""What the networks share: modulation, time and class conditioning, attention, initialisation and FLOP counts.
+"""What the networks share: modulation, conditioning, attention, initialisation and FLOP counts.
 
 Shape legend:  B batch   N tokens   D width   H heads   K width of a head   F frequencies
 
@@ -65,27 +65,33 @@ def sinusoids(t: Tensor, count: int) -> Tensor:
 
 
 class Conditioning(nn.Module):
-    """c = silu(MLP([sinusoids(t), sinusoids(t - r)]) + E[y]), what every block of a network is modulated by.
+    """c = silu(MLP([sinusoids(t), sinusoids(t - r)]) + E[y] + MLP(context)), by which every block is modulated.
 
-    r, t (B,) float32, y (B,) int64 -> c (B, width) in the dtype of the weights. The interval t - r is embedded itself,
-    because the network must tell r = t (velocity) from r < t (average velocity) sharply. The sinusoids and their
-    tangents are float32 also in a bfloat16 network: the cast comes after them.
+    r, t (B,) float32, y (B,) int64, context (B, context_dim) -> c (B, width) in the dtype of the weights. The interval
+    t - r is embedded itself, because the network must tell r = t (velocity) from r < t (average velocity) sharply. The
+    sinusoids and their tangents are float32 also in a bfloat16 network: the cast comes after them.
 
-    Class labels are 0 .. num_classes - 1; num_classes is the null label, and y = None means all null.
+    Class labels are 0 .. num_classes - 1; num_classes is the null label, and y = None means all null. The context is a
+    vector of numbers that a sample is given (a start, a goal, an observation); without it there is nothing to predict.
     """
 
-    def __init__(self, width: int, num_classes: int = 0, frequencies: int = 128):
+    def __init__(self, width: int, num_classes: int = 0, context_dim: int = 0, frequencies: int = 128):
         super().__init__()
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {num_classes}")
+        if context_dim < 0:
+            raise ValueError(f"context_dim must be 0 (no context) or more, got {context_dim}")
         self.frequencies, self.num_classes = frequencies, num_classes
         self.fc_in = nn.Linear(4 * frequencies, width)
         self.fc_out = nn.Linear(width, width)
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
+        self.context_dim = context_dim
+        given = (nn.Linear(context_dim, width), nn.SiLU(), nn.Linear(width, width)) if context_dim else ()
+        self.context = nn.Sequential(*given)
 
-    def forward(self, r: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, r: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None = None) -> Tensor:
         times_B4F = torch.cat([sinusoids(t, self.frequencies), sinusoids(t - r, self.frequencies)], dim=-1)
         c_BD = self.fc_out(F.silu(self.fc_in(times_B4F.to(self.fc_in.weight.dtype))))
         if self.label is not None:
@@ -94,10 +100,18 @@ class Conditioning(nn.Module):
             c_BD = c_BD + self.label(y)
         elif y is not None:
             raise ValueError("an unconditional network was given labels; pass y=None or build it with num_classes > 0")
+        if self.context_dim:
+            if context is None or context.shape[1:] != (self.context_dim,):
+                given = "none" if context is None else f"{tuple(context.shape)}"
+                raise ValueError(f"the network takes context=, of shape (B, {self.context_dim}); it was given {given}")
+            c_BD = c_BD + self.context(context.to(self.fc_in.weight.dtype))
+        elif context is not None:
+            raise ValueError("a network without context was given one; build it with context_dim > 0")
         return F.silu(c_BD)
 
     def flops(self) -> int:
-        return linear_flops(self.fc_in) + linear_flops(self.fc_out)
+        layers = [self.fc_in, self.fc_out, *self.context]
+        return sum(linear_flops(layer) for layer in layers if isinstance(layer, nn.Linear))
 
 
 class HeadNorm(nn.RMSNorm):

@@ -55,7 +55,7 @@ def _checkpoint(compute: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         out = compute(*(next(left) if kind is None else kind(next(left), next(left)) for kind in kinds))
         return (out.primal, out.tangent) if isinstance(out, Dual) else out
 
-    tensors = [t for x in inputs for t in (x if isinstance(x, Dual) else (x,))]
+    tensors = [t for x in inputs for t in ((x.primal, x.tangent) if isinstance(x, Dual) else (x,))]
     if DetachedDual in kinds:
         out = checkpoint(run, *tensors, use_reentrant=False, context_fn=_keep_attention)
     else:

@@ -126,6 +126,7 @@ class UNet(nn.Module):
     attention_resolutions: sizes in pixels at which blocks attend, with `heads` heads; unless it is empty, the middle
     of the network attends too.  dropout: within residual blocks.
     num_classes: 0 for an unconditional network; otherwise labels 0 .. num_classes - 1, num_classes is the null label.
+    context_dim: length of a vector that a sample is given, such as a start and a goal; 0 for none.
     recompute: keep only the inputs of residual blocks for backward and compute the rest again (activation
     checkpointing).
     Raises ValueError when a size does not fit, or a resolution never occurs.
@@ -143,6 +144,7 @@ class UNet(nn.Module):
         num_classes: int = 0,
         dropout: float = 0.0,
         recompute: Annotated[bool, "free"] = False,  # see mmf_fast/config.py
+        context_dim: int = 0,
     ):
         super().__init__()
         check_positive(input_size=input_size, channels=channels, blocks=blocks, heads=heads)
@@ -165,11 +167,11 @@ class UNet(nn.Module):
         self.config = dict(
             name="unet", input_size=input_size, channels=channels, base_channels=base_channels,
             channel_mults=list(channel_mults), blocks=blocks, attention_resolutions=list(attention_resolutions),
-            heads=heads, num_classes=num_classes, dropout=dropout, recompute=recompute,
+            heads=heads, num_classes=num_classes, context_dim=context_dim, dropout=dropout, recompute=recompute,
         )  # fmt: skip
         self.num_classes, self.shape = num_classes, (channels, input_size, input_size)
         width = 4 * base_channels
-        self.conditioning = Conditioning(width, num_classes)
+        self.conditioning = Conditioning(width, num_classes, context_dim)
         self.input = nn.Conv2d(channels, base_channels, 3, padding=1)
 
         def block(channels_in: int, channels_out: int, size: int, attend: bool) -> ResBlock:
@@ -197,10 +199,18 @@ class UNet(nn.Module):
         self.norm = group_norm(current)
         self.output = zero_init(nn.Conv2d(current, channels, 3, padding=1))
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """u(z, r, t, y): z (B, C, Y, X), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or None -> u like z."""
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """In the order of their calls: what is compiled and sharded one by one, as the list of this name in DiT."""
+        return (*self.down, *self.middle, *self.up)
+
+    def forward(
+        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """u(z, r, t, y, context): z (B, C, Y, X), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or None, context
+        (B, context_dim) or None -> u like z."""
         check_sample(z, self.shape)
-        c_BD = self.conditioning(r, t, y)
+        c_BD = self.conditioning(r, t, y, context)
         x_BCYX = self.input(z.to(self.input.weight.dtype))
         skips = [x_BCYX]
         for layer in self.down:
@@ -217,5 +227,5 @@ class UNet(nn.Module):
         """FLOPs of one forward pass: matrix products and convolutions, 2 per multiply-add."""
         size = self.shape[-1]
         ends = conv_flops(self.input, size) + conv_flops(self.output, size)
-        trunk = total_flops((*self.down, *self.middle, *self.up))
+        trunk = total_flops(self.blocks)
         return batch * (self.conditioning.flops() + ends + trunk)

@@ -78,7 +78,7 @@ def serve(name: str, *args: Any) -> str | None:
     (an operator there would lose its tangent), and while torch.compile traces, unless the kernel is faster than what
     inductor makes of the composition.
     """
-    flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+    flat = [x for arg in args for x in ((arg.primal, arg.tangent) if isinstance(arg, tuple) else (arg,))]
     tensors = [x for x in flat if isinstance(x, Tensor)]
     first = next((x for x in tensors if x.is_floating_point()), None)
     if first is None:

@@ -63,6 +63,31 @@ def test_the_output_puts_patch_elements_back_where_they_came_from():
             torch.testing.assert_close(result, (square - mean) / (variance + 1e-6).sqrt())
 
 
+def test_a_patch_of_a_sequence_is_a_run_of_its_steps():
+    torch.manual_seed(0)
+    net = DiT(input_size=6, channels=3, patch_size=2, width=16, depth=1, heads=2, dims=1)
+    torch.nn.init.normal_(net.output.weight)
+    z, t = torch.randn(1, 6, 3), torch.ones(1)
+    other = z.clone()
+    other[0, 3, 1] += 1
+    changed = (net(other, t, t) - net(z, t, t)).abs().amax(dim=(0, 2)) > 0
+    assert changed.tolist() == [False, False, True, True, False, False]
+    assert net.from_patches(net.to_patches(z)).equal(z)
+
+
+def test_a_sequence_knows_the_places_of_its_steps():
+    """Without positions a transformer of a reversed sequence is the reversed result; with them it is not."""
+    torch.manual_seed(0)
+    net = DiT(input_size=4, channels=2, patch_size=1, width=8, depth=1, heads=2, dims=1).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    z, t = torch.randn(1, 4, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    assert (net(z.flip(1), t, t).flip(1) - net(z, t, t)).abs().max() > 1e-3
+    net.positions_ND = torch.zeros_like(net.positions_ND)
+    torch.testing.assert_close(net(z.flip(1), t, t).flip(1), net(z, t, t), rtol=1e-10, atol=1e-10)
+
+
 def test_positions_are_the_sin_cos_of_row_and_column():
     grid, width = 3, 8
     positions = positions_2d(grid, width)

@@ -15,6 +15,9 @@ from mmf_fast.models.layers import sinusoids
 SMALL = {
     "mlp": dict(name="mlp", dim=3, width=17, depth=2, num_classes=4),
     "dit": dict(name="dit", input_size=6, channels=2, patch_size=3, width=24, depth=2, heads=3, num_classes=4),
+    "sequence": dict(
+        name="dit", dims=1, input_size=6, channels=2, patch_size=3, width=18, depth=2, heads=3, num_classes=4
+    ),
     "unet": dict(
         name="unet", input_size=6, channels=2, base_channels=8, channel_mults=(1, 3), blocks=1,
         attention_resolutions=(3,), heads=2, num_classes=4,
@@ -35,12 +38,14 @@ def network(name, awake=True, **changes):
 
 
 def inputs(net, batch=3, dtype=torch.float32):
-    """z, r, t, y with 0 <= r <= t <= 1."""
+    """z, r, t, y with 0 <= r <= t <= 1, and the context of a network that takes one."""
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(batch, *net.shape, generator=generator, dtype=torch.float64).to(dtype)
     t = torch.linspace(0.3, 1, batch, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
     y = torch.randint(0, net.num_classes, (batch,), generator=generator) if net.num_classes else None
-    return z, t * torch.linspace(0, 1, batch, dtype=t.dtype), t, y
+    length = net.conditioning.context_dim
+    context = (torch.randn(batch, length, generator=generator, dtype=torch.float64).to(dtype),) if length else ()
+    return z, t * torch.linspace(0, 1, batch, dtype=t.dtype), t, y, *context
 
 
 @every_network
@@ -65,7 +70,7 @@ def test_a_bfloat16_network_takes_and_returns_float32_samples(name):
 @every_network
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_autocast_keeps_the_dtype_of_the_sample(name, qk_norm):
-    net = network(name, **({"qk_norm": True} if qk_norm and name == "dit" else {}))
+    net = network(name, **({"qk_norm": True} if qk_norm and SMALL[name]["name"] == "dit" else {}))
     z, r, t, y = inputs(net)
     with torch.autocast("cpu", torch.bfloat16):
         u = net(z, r, t, y)
@@ -137,6 +142,34 @@ def test_a_sample_of_another_shape_is_refused(name):
 
 
 @every_network
+def test_a_context_matters_and_is_differentiated_with_the_rest(name):
+    net = network(name, context_dim=5).double()
+    z, r, t, y, context = inputs(net, dtype=torch.float64)
+    w = torch.randn_like(z)
+    u, du = net(Dual(z, w), r, Dual(t, torch.ones_like(t)), y, context=context)
+    torch.testing.assert_close(u, net(z, r, t, y, context), rtol=1e-12, atol=1e-12)
+    h = 1e-5
+    difference = (net(z + h * w, r, t + h, y, context) - net(z - h * w, r, t - h, y, context)) / (2 * h)
+    assert (du - difference).norm() < 1e-7 * difference.norm()
+    changed = net(z, r, t, y, context=context + 0.1) - u
+    assert (changed.flatten(1).norm(dim=1) > 1e-4 * u.norm()).all()
+    u.sum().backward()
+    assert all(p.grad.count_nonzero() for p in net.conditioning.context.parameters())
+
+
+@every_network
+def test_a_context_is_needed_where_the_network_has_one_and_nowhere_else(name):
+    net = network(name, context_dim=5)
+    z, r, t, y, context = inputs(net)
+    with pytest.raises(ValueError, match=r"takes context=, of shape \(B, 5\); it was given none"):
+        net(z, r, t, y)
+    with pytest.raises(ValueError, match=r"takes context=, of shape \(B, 5\); it was given \(3, 4\)"):
+        net(z, r, t, y, context[:, :4])
+    with pytest.raises(ValueError, match="without context was given one; build it with context_dim"):
+        network(name)(z, r, t, y, context)
+
+
+@every_network
 def test_the_time_derivative_is_finite_and_modest(name):
     """Central differences of two step sizes agree (u is smooth at that scale) and |d_t u| stays within 16 |u|."""
     net = network(name).double()
@@ -158,6 +191,8 @@ def test_the_time_derivative_is_finite_and_modest(name):
         dict(name="mlp", dim=1, width=5, depth=1),
         dict(name="dit", input_size=9, channels=1, patch_size=1, width=20, depth=1, heads=5, mlp_ratio=2.7),
         dict(name="dit", input_size=7, channels=3, patch_size=7, width=16, depth=3, heads=1, qk_norm=True, dropout=0.2),
+        dict(name="dit", dims=1, input_size=8, channels=5, patch_size=2, width=6, depth=1, heads=1, context_dim=3),
+        dict(name="mlp", context_dim=2),
         dict(name="unet", input_size=5, base_channels=12, channel_mults=(2,), attention_resolutions=(), dropout=0.2),
         dict(name="unet", input_size=12, base_channels=4, channel_mults=(1, 2, 3), blocks=2,
              attention_resolutions=(12, 3), heads=1, num_classes=2),
@@ -187,7 +222,7 @@ def test_the_network_compiles_in_one_graph(name):
 @every_network
 def test_the_config_rebuilds_the_network(name):
     net = network(name)
-    assert set(net.config) == {"name", *inspect.signature(NETWORKS[name]).parameters}
+    assert set(net.config) == {"name", *inspect.signature(NETWORKS[net.config["name"]]).parameters}
     again = build(**copy.deepcopy(net.config))
     assert again.config == net.config
     again.load_state_dict(net.state_dict())
@@ -206,6 +241,9 @@ def test_the_config_rebuilds_the_network(name):
         (dict(name="dit", input_size=9, patch_size=2), "input_size 9 is not divisible by patch_size 2"),
         (dict(name="dit", input_size=8, width=20, heads=3), "width 20 is not divisible by heads 3"),
         (dict(name="dit", input_size=8, width=18, heads=3), "width 18 is not divisible by 4"),
+        (dict(name="dit", input_size=8, dims=1, width=9, heads=3), "width 9 is not divisible by 2"),
+        (dict(name="dit", input_size=8, dims=3), "dims is 3: 2 for square images, 1 for sequences"),
+        (dict(name="dit", input_size=8, context_dim=-1), "context_dim must be 0"),
         (dict(name="dit", input_size=8, mlp_ratio=0.0), "mlp_width must be at least 1"),
         (dict(name="unet", input_size=12), "input_size 12 is not divisible by 8, which 4 levels need"),
         (dict(name="unet", input_size=8), r"attention resolution 16 never occurs; this network has \[8, 4, 2, 1\]"),

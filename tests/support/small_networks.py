@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmf_fast.models import MLP, DiT, UNet
 
-KINDS = ("mlp", "dit", "unet")
+KINDS = ("mlp", "dit", "sequence", "unet")
 
 
 def network(kind: str, num_classes: int = 0) -> nn.Module:
@@ -20,6 +20,8 @@ def network(kind: str, num_classes: int = 0) -> nn.Module:
         net = MLP(dim=3, width=8, depth=2, num_classes=num_classes)
     elif kind == "dit":
         net = DiT(4, channels=2, patch_size=2, width=8, depth=2, heads=2, num_classes=num_classes, qk_norm=True)
+    elif kind == "sequence":
+        net = DiT(6, channels=2, patch_size=3, width=8, depth=2, heads=2, num_classes=num_classes, dims=1)
     else:
         net = UNet(
             4, channels=2, base_channels=8, channel_mults=(1, 2), blocks=1, attention_resolutions=(2,),
@@ -51,7 +53,7 @@ def saved_bytes(function: Callable[..., Any], *args: Any, net: nn.Module, **kwar
 
 
 def sample_shape(kind: str) -> tuple[int, ...]:
-    return (3,) if kind == "mlp" else (2, 4, 4)
+    return {"mlp": (3,), "sequence": (6, 2)}.get(kind, (2, 4, 4))
 
 
 def batch(kind: str, size: int = 6, instants: int = 2) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -37,7 +37,7 @@ def relu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 @rule("gelu")
 def gelu(input: Value, *, approximate: str = "none") -> tuple[Any, Any]:
-    x, dx = input
+    x, dx = input.primal, input.tangent
     act = "gelu" if approximate == "none" else "gelu_tanh"
     if serve("activation", input):
         return activation(x, dx, act, tangent_grad=keeps_tangent(input))
@@ -50,7 +50,7 @@ def gelu(input: Value, *, approximate: str = "none") -> tuple[Any, Any]:
 def silu(input: Value) -> tuple[Any, Any]:
     if input.dtype.is_complex:
         return forward_derivative(F.silu, (input,), {})
-    x, dx = input
+    x, dx = input.primal, input.tangent
     if serve("activation", input):
         return activation(x, dx, "silu", tangent_grad=keeps_tangent(input))
     y = F.silu(x)

@@ -219,10 +219,11 @@ def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> 
 
 
 def blocks_of(net: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    """The modules of a network that follow each other, those of its lists (or modules) of these names."""
+    """The modules of a network that follow each other: those which it, or a module in it, has as attributes of these
+    names, alone or in a list."""
     found: list[nn.Module] = []
-    for name, module in net.named_modules():
-        if name.rpartition(".")[2] in names:
-            found += list(module) if isinstance(module, nn.ModuleList) else [module]
+    for module in net.modules():
+        for value in (getattr(module, name, None) for name in names):
+            found += [value] if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList) else value or []
     inner = {id(each) for block in found for each in block.modules() if each is not block}
     return [block for block in found if id(block) not in inner]
