@@ -182,7 +182,8 @@ def _undo_normalization(x: Tensor, extra: Mapping[str, Any], run: str | Path) ->
     from mmf_fast.data import load  # sampling alone needs no dataset
 
     try:
-        return load(**stated).to_latents(x)
+        latents: Any = load(**stated)
+        return latents.to_latents(x)
     except ValueError as error:
         raise ValueError(
             f"{run}: its samples are latents, and only the training set knows their mean and deviation: {error}; "

@@ -78,7 +78,7 @@ def serve(name: str, *args: Any) -> str | None:
     (an operator there would lose its tangent), and while torch.compile traces, unless the kernel is faster than what
     inductor makes of the composition.
     """
-    flat = [x for arg in args for x in ((arg.primal, arg.tangent) if isinstance(arg, tuple) else (arg,))]
+    flat = [x for arg in args for x in _parts(arg)]
     tensors = [x for x in flat if isinstance(x, Tensor)]
     first = next((x for x in tensors if x.is_floating_point()), None)
     if first is None:
@@ -92,6 +92,11 @@ def serve(name: str, *args: Any) -> str | None:
         inside_functorch = torch._C._functorch.peek_interpreter_stack() is not None
         allowed = not inside_functorch and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
     return kind if allowed and OPERATORS[name].takes(kind, *flat) else None
+
+
+def _parts(arg: Any) -> tuple[Any, ...]:
+    is_dual = isinstance(arg, tuple)
+    return (arg.primal, arg.tangent) if is_dual else (arg,)
 
 
 @constant_to_dynamo
