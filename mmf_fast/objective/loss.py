@@ -23,8 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.conditions import per_sample
-from mmf_fast.contract import check_cond, check_network, check_output, names_taken
+from mmf_fast.contract import check_cond, check_network, check_output, names_taken, per_sample
 from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.compiled import Compiled
 from mmf_fast.objective.draws import (
@@ -42,7 +41,7 @@ from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 from mmf_fast.objective.weights import TimesWeight
-from mmf_fast.ops.dispatch import fused
+from mmf_fast.ops.dispatch import serve
 from mmf_fast.ops.sg_loss import LossTerms, sg_loss
 
 __all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
@@ -188,7 +187,7 @@ class MeanFlowLoss(nn.Module):
         check(x, noise, times, cond)
         rows, dtype = len(x), torch.float64 if x.dtype == torch.float64 else torch.float32
         told, step = step, step or 0
-        stream = part.stream(step, rows, x.device, dtype)
+        stream = part.stream(step, x, dtype)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
             cond = self._drop_labels(cond, self.guidance, stream.uniform())
         if times is None:
@@ -202,11 +201,11 @@ class MeanFlowLoss(nn.Module):
             intervals = int((r < t).sum())
             lam, graphs = self._graphs(intervals, step, _chance(told, part)[1] if self.stochastic else 0.0)
             kinds = given_kinds(r, t, graphs, self.paired)
-        noise = stream.normal(x.shape[1:]) if noise is None else noise.to(dtype)
+        noise = stream.noise() if noise is None else noise.to(dtype)
         x = x if x.dtype == torch.uint8 else x.to(dtype)
         padded = self._called_elsewhere(step) if times is None else (False, False, False)
         d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
-        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a tensor: its value is not part of the graph
+        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a new value needs no new graph
         weight = None if self.by_times is None else self.by_times(d)
         if self.compiled is None:
             loss, found, square = self._compute(d, of_graph, weight)
@@ -328,7 +327,7 @@ class MeanFlowLoss(nn.Module):
 
         Written out for autograd and the compiler; a kernel, where there is one, does the same in one pass.
         """
-        if weight is None and fused("sg_loss", u):
+        if weight is None and serve("sg_loss", u):
             interval = target.new_zeros(len(u)) if interval is None else interval
             value, grad = (0.0, False) if lam is None else (lam, True)
             return sg_loss(u, du, interval, value, target=target, p=self.p, c=self.c, tangent_grad=grad)
