@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.conditions import per_sample, take, to_device
+from mmf_fast.contract import per_sample, take, to_device
 from mmf_fast.objective import BatchShare
 from mmf_fast.training.ema import move_average
 from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
