@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def dataset() -> data.Dataset:
 
 
 @functools.cache
-def judge(images: data.Dataset) -> tuple[Classifier, Tensor, Tensor]:
+def judge(images: Any) -> tuple[Classifier, Tensor, Tensor]:
     """A classifier of the training images, the features of all of them, and those of as many as there are samples."""
     classifier = train_classifier(images)
     features = classifier.judge(images.split("train")[0])[0]
@@ -106,8 +106,8 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     net, _ = steps(fresh(), count)
     y = torch.arange(20 if quick else COUNT) % 10
     noise = torch.randn(len(y), *images.shape, generator=torch.Generator().manual_seed(seed))
-    test, labels = (part[: len(y)] for part in images.split("validation"))
-    train_images = images.split("train")[0]
+    test, labels = images.split("validation")
+    test, labels, train_images = test[: len(y)], cast(Tensor, labels)[: len(y)], images.split("train")[0]
     result = {"steps": float(count), "nearest_test": float(nearest(test, train_images)[0].median())}
     result |= figures(images, test, labels, "_test")
     for k in EVALUATIONS:
