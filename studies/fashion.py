@@ -64,7 +64,7 @@ def judge(images: Any) -> tuple[Classifier, Tensor, Tensor]:
     return classifier, features, features[some]
 
 
-def figures(images: data.Dataset, x: Tensor, y: Tensor, name: str) -> dict[str, float]:
+def figures(images: Any, x: Tensor, y: Tensor, name: str) -> dict[str, float]:
     """Of samples x of the labels y, at most COUNT."""
     classifier, train_features, some = judge(images)
     features, found = classifier.judge(x)
