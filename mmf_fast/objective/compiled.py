@@ -56,10 +56,10 @@ def blocks_of(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """The modules of a network that follow each other: those which it, or a module in it, has as attributes of these
     names, alone or in a list."""
     found: dict[nn.Module, None] = {}
-    for module in net.modules():
-        for value in (getattr(module, name, None) for name in names):
-            alone = isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList)
-            found |= dict.fromkeys([value] if alone else value or [])
+    for value in (getattr(module, name, None) for module in net.modules() for name in names):
+        if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
+            value = [value]
+        found |= dict.fromkeys(value or [])
     inner = {each for block in found for each in block.modules() if each is not block}
     return [block for block in found if block not in inner]
 
@@ -70,7 +70,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     limit = GRAPHS + 8 * len(blocks)  # the graphs of all blocks of a class count together
     torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
 def better_by_block(blocks: Sequence[nn.Module]) -> bool:
