@@ -77,14 +77,14 @@ class FieldLoss(nn.Module):
 
     def forward(self, x: Tensor, *, step: int = 0, **given: Any) -> LossOutput:
         """given: noise and times, drawn when absent."""
-        stream = GlobalStream(len(x), x.device, x.dtype)
+        stream = GlobalStream(len(x), x.device, x.dtype, x.shape[1:])
         if given.get("times") is None:
             kinds = draw_kinds(len(x), BatchShare(), step, self.times.intervals(len(x)), 0, paired=False)
             r, t = self.times.draw(stream)
         else:
             r, t = given["times"]
             kinds = given_kinds(r, t, 0, paired=False)
-        noise = stream.normal(x.shape[1:]) if given.get("noise") is None else given["noise"]
+        noise = stream.noise() if given.get("noise") is None else given["noise"]
         d, _ = arrange(x, noise, r, t, {}, (), kinds)
         per_sample = self._compute(*d.on_path())
         return LossOutput(per_sample.mean(), per_sample.detach(), {})

@@ -155,13 +155,13 @@ def errors(case: Case, loss_fn: nn.Module, workload: Workload) -> dict[str, floa
 
 
 def flops(net: nn.Module, case: Case, x: Tensor, precision: str) -> float:
-    """Of a step on x, by those of its first samples."""
+    """FLOPs of a step on x, counted on its first samples and scaled up."""
     few = x[:COUNTED]
     return count_flops(training_step(net, case.build(net), few, precision)) * len(x) / len(few)
 
 
 def _value_and_gradient(net: nn.Module, loss_fn: nn.Module, x: Tensor, precision: str) -> tuple[float, Tensor]:
-    """Of what the first seed draws."""
+    """Loss and gradient for the noise and times that seed 0 draws."""
     torch.manual_seed(0)
     value = loss_of(loss_fn, x, precision)
     value.backward()

@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet, what they tell each other, and that what fails on one fails on all.
+"""The processes of a run: joins them, gathers values from all of them, and raises an error of one on all.
 
 A process without a group is rank 0 of 1.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +18,7 @@ import torch.distributed as dist
 
 from mmf_fast.devices import choose_device
 
-__all__ = ["agree", "gather", "join", "rank_and_count"]
+__all__ = ["RankError", "agree", "ending_together", "gather", "join", "rank_and_count"]
 
 _Result = TypeVar("_Result")
 
@@ -62,7 +65,7 @@ def agree(work: Callable[[], _Result]) -> _Result:
     for rank, sent in enumerate(gather(problem and _sendable(problem))):
         if sent is not None:
             error = problem if problem is not None else _received(rank, *sent)
-            error.agreed = True  # type: ignore[attr-defined]  # all ranks raise it, so that one of them may tell
+            error.told = rank_and_count()[0] > 0  # type: ignore[attr-defined]  # all ranks raise it, and one tells it
             raise error
     return result
 
@@ -80,3 +83,77 @@ def _sendable(error: Exception) -> tuple[bytes | None, str]:
 
 def _received(rank: int, sent: bytes | None, text: str) -> Exception:
     return RuntimeError(f"rank {rank}: {text}") if sent is None else pickle.loads(sent)
+
+
+# ---- what fails on one rank while the others wait for it in a collective ---------------------------------------------
+
+_FAILED, _SEEN = "mmf_fast/failed", "mmf_fast/seen"  # keys of the store by which the ranks met
+_LOOK_EVERY, _WAIT = 0.5, 5.0  # seconds
+
+
+class RankError(RuntimeError):
+    """What ended one of several ranks, and so all of them; the message is one line: the rank and the cause."""
+
+
+@contextmanager
+def ending_together(log: Callable[[str], Any] = lambda message: None) -> Iterator[None]:
+    """Within the block, what one of several ranks raises ends all of them, within seconds and wherever they are. That
+    rank raises RankError; the others hand its message to `log` and end with status 1.
+
+    They may wait for the rank in a collective, which no exception can leave, and no further collective can reach them.
+    So the message is left in the store by which the ranks met, where a thread of each looks for it.
+    """
+    if rank_and_count()[1] == 1:
+        yield
+        return
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(over, log), name="watch", daemon=True)
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        over.set()  # this rank ends by itself
+        if hasattr(error, "told"):  # all ranks raise it
+            raise
+        raise _left_for_others(error) from error
+    finally:
+        over.set()
+        watch.join()
+
+
+def _left_for_others(error: Exception) -> RankError:
+    """What to raise for it: of several errors the first counts, as others may follow from it."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    own = message = f"rank {rank_and_count()[0]}: {type(error).__name__}: {' '.join(str(error).split())}"
+    with suppress(Exception):  # the store is gone with the rank that kept it
+        message = store.compare_set(_FAILED, "", own).decode()
+    _wait_until_seen(store)
+    result = RankError(message)
+    result.told = message != own  # type: ignore[attr-defined]
+    return result
+
+
+def _watch(over: threading.Event, log: Callable[[str], Any]) -> None:
+    # A connection of its own: on the common one it would wait where the main thread does.
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone()
+    while not over.wait(_LOOK_EVERY):
+        try:
+            message = store.get(_FAILED).decode() if store.check([_FAILED]) else ""
+        except Exception:  # it is gone with the rank that kept it
+            return
+        if message and not over.is_set():
+            log(message)
+            _wait_until_seen(store)
+            os._exit(1)
+
+
+def _wait_until_seen(store: Any) -> None:
+    """By all ranks that live: the store goes with the first of them."""
+    end = time.monotonic() + _WAIT
+    with suppress(Exception):
+        store.add(_SEEN, 1)
+        while store.add(_SEEN, 0) < rank_and_count()[1] and time.monotonic() < end:
+            time.sleep(_LOOK_EVERY / 5)
+    if rank_and_count()[0] == 0:
+        time.sleep(_LOOK_EVERY)

@@ -16,15 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import resolve_name
 
 from mmf_fast.forward import jvp
 
 __all__ = ["examine", "main"]
-
-RULE = """@mmf_fast.register_rule({name})
-def rule(x, *args, **kwargs):
-    return torch.func.jvp(lambda x: {name}(x, *args, **kwargs), (x.primal,), (x.tangent,))"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,10 +89,8 @@ def examine(
         u, du = differentiated()
     except Exception as error:
         findings["runs as a Dual"] = f"no: {_line(error)}"
-        function = getattr(error, "function", None)
-        name = resolve_name(function) if function is not None else None
-        if name:
-            findings["a rule, if PyTorch's is right"] = "\n" + RULE.format(name=name)
+        if getattr(error, "rule", ""):
+            findings["a rule for it"] = "\n" + error.rule  # type: ignore[attr-defined]
         findings['jvp="func" instead'] = _answer(lambda: differentiated("func"))
         findings['jvp="finite_difference" instead'] = _answer(lambda: differentiated("finite_difference"))
         return findings
@@ -154,5 +147,5 @@ def _answer(attempt: Callable[[], Any]) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).partition("\n@mmf_fast")[0].split())  # the rule has a line of its own
     return f"{type(error).__name__}: {text[:400]}{' ...' if len(text) > 400 else ''}"

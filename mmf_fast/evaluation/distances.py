@@ -81,8 +81,8 @@ def gaussian_frechet(mean_a: ArrayLike, mean_b: ArrayLike, cov_a: ArrayLike, cov
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of x the Euclidean distance (N,) float64 to the nearest row of y, and the index (N,) of that row.
 
-    Squares come from a product of matrices, |x|^2 - 2 x y + |y|^2, in float32, which is fast and cancels where two rows
-    are close; so the CANDIDATES of least square are compared again, exactly.
+    Squared distances come from one matrix product, |x|^2 - 2 x y + |y|^2, in float32. That is fast, but loses digits
+    where two rows are close; so the CANDIDATES nearest rows are then compared exactly, in float64.
     Raises ValueError for different dimensions, an empty set, values that are not finite.
     """
     a, b = (torch.from_numpy(_matrix(rows)) for rows in (x, y))

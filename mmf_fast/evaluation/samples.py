@@ -42,7 +42,7 @@ from mmf_fast.sampling import evaluating, import_made, network_option, sample_in
 __all__ = ["evaluate", "evaluate_run", "table"]
 
 MOST = 10_000  # images judged for each number of steps, by default at most
-IMAGE_DRAWS = 5  # figures are means over so many sets of the size and labels of the validation split, where MOST allows
+IMAGE_DRAWS = 5  # so many sets of samples are judged, each like the validation split in size and labels, and averaged
 
 _TITLES = {
     "sliced_wasserstein": "sliced Wasserstein distance to the training split",
@@ -165,7 +165,7 @@ def _evaluate_images(
 
         def figures(x: Tensor, y: Tensor, distance: Tensor) -> dict[str, float]:
             features, found = classifier.judge(x)
-            sets = features.split(size)  # equal sizes and labels, or Frechet distances could not be compared
+            sets = features.split(size)  # Frechet distances can only be compared between sets of equal size and labels
             bar.update()
             return {
                 "frechet_distance": sum(frechet_distance(part, train_features) for part in sets) / len(sets),

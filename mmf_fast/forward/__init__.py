@@ -2,9 +2,13 @@
 
 dual.py          the Dual, and how a function finds its rule
 rules/           the rules, one file per family of functions
-interception.py  what does not reach a Dual by itself: Dynamo's spellings, torch.is_tensor, einops
+interception.py  what does not reach a Dual by itself: Dynamo's spellings, isinstance, checkpoints, einops
+buffers.py       plain tensors that receive a Dual
+replay.py        the same random numbers again
 functional.py    `jvp`: Duals, torch.func.jvp made right, finite differences
 """
+
+import sys
 
 from mmf_fast.forward import rules as rules  # importing them registers them
 from mmf_fast.forward.dual import DetachedDual, Dual, MissingRuleError, primal, register_rule, tangent
@@ -12,3 +16,7 @@ from mmf_fast.forward.functional import jvp
 from mmf_fast.forward.rules.sdpa import attention
 
 __all__ = ["DetachedDual", "Dual", "MissingRuleError", "attention", "jvp", "primal", "register_rule", "tangent"]
+
+for _name, _module in sys.modules.copy().items():
+    if _name.startswith("mmf_fast."):
+        vars(_module).setdefault("isinstance", isinstance)  # which a pass replaces for networks: here it must be quick

@@ -16,16 +16,21 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
+from torch.overrides import resolve_name
+
+from mmf_fast.forward.buffers import CURRENT, set_aside
 
 __all__ = [
     "Value",
+    "DETACH",
+    "LOOK_INTO_TUPLES",
     "DetachedDual",
     "Dual",
     "MissingRuleError",
@@ -33,6 +38,7 @@ __all__ = [
     "laid_out_like",
     "missing_rule_error",
     "no_tangent",
+    "package_of_caller",
     "primal",
     "register_rule",
     "tangent",
@@ -55,6 +61,13 @@ _OPERATORS = {
     "__rfloordiv__": (operator.floordiv, True),
     "__rmod__": (operator.mod, True),
 }
+_RULE_OF_PYTORCH = """@mmf_fast.register_rule({name})  # right if PyTorch's derivative is: look at it with mmf doctor
+def rule(x, *args, **kwargs):
+    return torch.func.jvp(lambda x: {name}(x, *args, **kwargs), (x.primal,), (x.tangent,))"""
+_OWN_RULE = """@mmf_fast.register_rule({name})
+def rule(x, *args, **kwargs):
+    return {call}(x.primal, *args, **kwargs), ...  # and its derivative along x.tangent"""
+DETACH = (torch.detach, Tensor.detach)
 _RULES: dict[Any, Rule] = {}
 _NO_TANGENT: set[Any] = set()
 
@@ -62,10 +75,23 @@ _NO_TANGENT: set[Any] = set()
 class MissingRuleError(NotImplementedError, AttributeError):
     """An operation met a Dual and no rule says what its tangent is.
 
-    function: the operation, where a rule is all that it lacks.
+    function: the operation, where a rule is all that it lacks; `rule` is then what to write.
     """
 
     function: Any = None
+
+    @property
+    def rule(self) -> str:
+        """The lines that would serve the operation, if PyTorch's own derivative is right; '' if there are none."""
+        name = resolve_name(self.function) if self.function is not None else None
+        if isinstance(self.function, type):  # an autograd.Function
+            return _OWN_RULE.format(name=self.function.__name__, call=f"{self.function.__name__}.apply")
+        if name is None or isinstance(self.function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return _OWN_RULE.format(name=name, call=name) if name else ""
+        return _RULE_OF_PYTORCH.format(name=name)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{self.rule}" if self.rule else super().__str__()
 
 
 class Dual(NamedTuple):
@@ -74,8 +100,8 @@ class Dual(NamedTuple):
     primal: floating-point tensor of any shape.
     tangent: tensor of the same shape, or None for a symbolic zero.
 
-    A NamedTuple, because DDP, FSDP and ZeRO look for tensors inside tuples. Two things follow: iterating or unpacking
-    a Dual gives (primal, tangent), not rows, and `isinstance(x, torch.Tensor)` is False.
+    A NamedTuple, because DDP, FSDP and ZeRO look for tensors inside tuples. They, and this package, iterate over its
+    two parts; everybody else over its rows, as of a tensor. `isinstance(x, torch.Tensor)` is True within a pass.
     """
 
     primal: Tensor
@@ -88,6 +114,11 @@ class Dual(NamedTuple):
             # Dynamo did not see the Dual (inside a tuple, or a function that it thinks of as not overridable) and put
             # the call into its graph as a whole; it would take the result apart row by row.
             raise missing_rule_error(func, "torch.compile does not see this Dual, call the network by mmf_fast.jvp")
+        if CURRENT.buffers.tangents:
+            args, kwargs = CURRENT.buffers.moving(args), CURRENT.buffers.moving_by_name(kwargs)
+            with set_aside():
+                out = cls.__torch_function__(func, types, args, kwargs)
+                return out.clone() if func in DETACH else out  # in memory of its own, which has no tangent
         if getattr(func, "__name__", "") in _OPERATORS:
             func, swapped = _OPERATORS[func.__name__]
             args = args[::-1] if swapped else args
@@ -100,10 +131,11 @@ class Dual(NamedTuple):
             raise missing_rule_error(func, "a Dual cannot be written to out=; use the returned value")
         if "out" in kwargs:  # out=None, which functions written in Python pass on
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-        return _wrap(cls, func, *rule(*args, **kwargs))
+        result = rule(*args, **kwargs)
+        return result if isinstance(result, Dual) else _wrap(cls, func, *result)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only by names without a rule: the methods that have one are attributes of the class.
+        # Only names without a rule arrive here: methods with a rule are attributes of the class.
         method = getattr(Tensor, name, None)
         raise (
             missing_rule_error(method) if method is not None else MissingRuleError(f"a Dual has no attribute {name!r}")
@@ -114,6 +146,11 @@ class Dual(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.primal)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not torch.compiler.is_dynamo_compiling() and package_of_caller(2) in LOOK_INTO_TUPLES:
+            return tuple.__iter__(self)
+        return iter(self.unbind(0))
 
     def __bool__(self) -> bool:
         raise MissingRuleError("the truth value of a Dual would drop its tangent; branch on x.primal instead")
@@ -140,6 +177,15 @@ class DetachedDual(Dual):
     """A Dual whose tangent is outside the autograd graph: SG_0, the tangent of MeanFlow."""
 
     __slots__ = ()
+
+
+# They take a Dual apart themselves, because it is a tuple, and must not take it for a tensor.
+LOOK_INTO_TUPLES = ("torch", "deepspeed", "mmf_fast", "collections")
+
+
+def package_of_caller(depth: int) -> str:
+    """The package whose code called the function `depth - 1` frames up."""
+    return sys._getframe(depth).f_globals.get("__name__", "").split(".")[0]
 
 
 def primal(x: Any) -> Any:

@@ -78,8 +78,8 @@ def jvp(
         duals = [
             x if dx is None else kind(x, torch.empty_like(x).copy_(dx)) for x, dx in zip(primals, given, strict=True)
         ]
-        with intercepted():
-            out = fn(*duals)
+        with intercepted(primals) as buffers:
+            out = buffers.of(fn(*duals))
         y, dy = primal(out), tangent(out)
     elif mode == "func":
         y, dy = func_jvp(fn, primals, tangents, tangent_grad)

@@ -55,7 +55,7 @@ def _checkpoint(compute: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         out = compute(*(next(left) if kind is None else kind(next(left), next(left)) for kind in kinds))
         return (out.primal, out.tangent) if isinstance(out, Dual) else out
 
-    tensors = [t for x in inputs for t in (x if isinstance(x, Dual) else (x,))]
+    tensors = [t for x in inputs for t in ((x.primal, x.tangent) if isinstance(x, Dual) else (x,))]
     if DetachedDual in kinds:
         out = checkpoint(run, *tensors, use_reentrant=False, context_fn=_keep_attention)
     else:
@@ -80,7 +80,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, again: Callable[..., Tensor], count: int, y: Tensor, *tensors: Tensor) -> Tensor:
         ctx.again, ctx.count = again, count
         ctx.save_for_backward(*tensors[:count])
-        ctx.parameters = tensors[count:]  # not saved: ZeRO-3 changes them in place, between the passes
+        ctx.parameters = tensors[count:]  # not by save_for_backward, which objects when ZeRO-3 changes them
         return y.view_as(y)
 
     @staticmethod

@@ -199,6 +199,11 @@ class UNet(nn.Module):
         self.norm = group_norm(current)
         self.output = zero_init(nn.Conv2d(current, channels, 3, padding=1))
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """In the order of their calls: what is compiled and sharded one by one, as the list of this name in DiT."""
+        return (*self.down, *self.middle, *self.up)
+
     def forward(
         self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
@@ -222,5 +227,5 @@ class UNet(nn.Module):
         """FLOPs of one forward pass: matrix products and convolutions, 2 per multiply-add."""
         size = self.shape[-1]
         ends = conv_flops(self.input, size) + conv_flops(self.output, size)
-        trunk = total_flops((*self.down, *self.middle, *self.up))
+        trunk = total_flops(self.blocks)
         return batch * (self.conditioning.flops() + ends + trunk)

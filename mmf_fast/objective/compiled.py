@@ -37,7 +37,7 @@ class Compiled:
         own = data.shape in self.shapes or len(self.shapes) < OWN_SHAPES
         if own:
             self.shapes.add(data.shape)
-        expected = FailOnRecompileLimitHit if own else Exception  # compilers fail at symbols in many ways
+        expected = FailOnRecompileLimitHit if own else Exception  # a compiler can raise anything here
         try:
             with torch._dynamo.config.patch(recompile_limit=GRAPHS):
                 return (self.fixed if own else self.free)(*args)

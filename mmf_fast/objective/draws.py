@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmf_fast.conditions import Paths, take
+from mmf_fast.contract import Paths, take
 from mmf_fast.objective.streams import GlobalStream, NumberedStream, hashed
-from mmf_fast.ops.dispatch import fused
-from mmf_fast.ops.interpolate import interpolate
 
 __all__ = ["BatchShare", "Draw", "Kinds", "Points", "arrange", "check", "column", "draw_kinds", "given_kinds"]
 
@@ -39,10 +37,12 @@ class BatchShare:
         size = len(whole) // self.count
         return whole[self.index * size : (self.index + 1) * size]
 
-    def stream(self, step: int, rows: int, device: torch.device, dtype: torch.dtype) -> GlobalStream | NumberedStream:
+    def stream(self, step: int, x: Tensor, dtype: torch.dtype) -> GlobalStream | NumberedStream:
+        """The random numbers of its rows x."""
+        rows, options = len(x), (x.device, dtype, x.shape[1:])
         if self.seed is None:
-            return GlobalStream(rows, device, dtype)
-        return NumberedStream(self.seed, step, self.index * rows, rows, device, dtype)
+            return GlobalStream(rows, *options)
+        return NumberedStream(self.seed, step, self.index * rows, rows, *options)
 
     def phases(self, step: int) -> list[float]:
         """Two numbers in [0, 1), the same for all parts of a batch."""
@@ -78,9 +78,15 @@ def draw_kinds(rows: int, part: BatchShare, step: int, intervals: int, graphs: i
     any part of consecutive rows has its share, rounded up or down, whatever the number of parts.
 
     Random phases make every row equally often an interval, and every interval equally often one with a graph. paired:
-    of two consecutive rows of a part at most the second is an interval, and the first its partner. A part of one row
+    of two consecutive rows of a part at most the second is an interval, and the first its partner. A batch of one row
     has no partner to give: its interval stands alone.
+    Raises ValueError where pairs would not lie within the parts of a batch.
     """
+    if paired and rows % 2 and part.count > 1:
+        raise ValueError(
+            f"paired: two rows make a pair, and each of the {part.count} parts of this batch has {rows}; choose an "
+            "even number of rows for each process and accumulation step, or paired=False"
+        )
     unit = 2 if paired and rows > 1 else 1
     own = rows // unit
     whole = own * part.count
@@ -155,15 +161,17 @@ class Draw(NamedTuple):
     weights: tuple[float, float, float]
     pair: Tensor | None
 
+    def counted(self, rows: Tensor) -> Tensor:
+        """Of a tensor with an element for each row of the draw, the elements of the rows that count."""
+        kinds = zip(rows.split(self.sizes), self.weights, strict=True)
+        return torch.cat([part for part, weight in kinds if weight])
+
     def on_path(self) -> tuple[Points, Tensor]:
         """z_t = (1 - t) x + t eps = x + t v and its conditional velocity v = eps - x; stored images (uint8) stand for
         [-1, 1], and this is where they become numbers."""
-        if fused("interpolate", self.noise):
-            z, v = interpolate(self.x, self.noise, self.t)
-        else:
-            x = self.x / 127.5 - 1 if self.x.dtype == torch.uint8 else self.x
-            v = self.noise - x
-            z = x + column(self.t, v) * v
+        x = self.x / 127.5 - 1 if self.x.dtype == torch.uint8 else self.x
+        v = self.noise - x
+        z = x + column(self.t, v) * v
         return Points(z, self.r, self.t, self.cond, self.paths), v
 
 

@@ -4,7 +4,7 @@
     identity  v(z, t) = u + (t - r) du/dt,   du/dt = (d_z u) w + d_t u            MeanFlow, arXiv 2505.13447, eq. 6
     SG_lam    SG_lam[a] = lam a + (1 - lam) stopgrad(a)                           Modular MeanFlow, arXiv 2508.17426
     residual  e = u(z_t, r, t) + (t - r) SG_lam[du/dt] - v_target
-    loss      mean_b stopgrad(1 / (||e_b||^2 + c)^p) ||e_b||^2
+    loss      mean_b w_b ||e_b||^2,   w_b = stopgrad(1 / (||e_b||^2 + c)^p), or 1 / (m(r, t) + c)^p
 
 Flow matching is r = t, MeanFlow is lam = 0, a continuous consistency model is r = 0, Modular MeanFlow is lam > 0.
 Modular MeanFlow prints (x1 - x0) / (t - r) as velocity; on the straight path that is wrong unless (r, t) = (0, 1), and
@@ -23,8 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.conditions import per_sample
-from mmf_fast.contract import check_cond, check_network, check_output, names_taken
+from mmf_fast.contract import check_cond, check_network, check_output, names_taken, per_sample
 from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.compiled import Compiled
 from mmf_fast.objective.draws import (
@@ -41,12 +40,14 @@ from mmf_fast.objective.draws import (
 from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
-from mmf_fast.ops.dispatch import fused
+from mmf_fast.objective.weights import TimesWeight
+from mmf_fast.ops.dispatch import serve
 from mmf_fast.ops.sg_loss import LossTerms, sg_loss
 
 __all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
 
 TANGENTS = ("predicted", "conditional")
+WEIGHTS = ("sample", "times")
 # Multiples of these modulo 1 fill the unit square evenly (the plastic number rho: rho^3 = rho + 1; 1 / rho, 1 / rho^2).
 EVEN = (0.7548776662466927, 0.5698402909980532)
 
@@ -98,6 +99,9 @@ class MeanFlowLoss(nn.Module):
     stochastic: back-propagate through the tangents of a random lam-share of the samples, not through a lam-share of
         every tangent: the same expected gradient, paid only for that share.
     p, c: exponent and offset of the adaptive weight; p = 0 is the plain squared error, p = 1 MeanFlow's.
+    weight: of what the weight is a function. "sample": of the row's own error, as in MeanFlow, which biases the
+        minimiser unless p = 0. "times": of the mean error at (r, t) over earlier steps, which does not; its running
+        sums are a buffer of this module, and in training mode every rank must call it equally often.
     guidance: guidance inside the target; needs labels `y` and a null label.
     null_label: defaults to `net.num_classes`.
     shared: names of conditions that belong to all samples even where they have as many rows as there are samples.
@@ -116,6 +120,7 @@ class MeanFlowLoss(nn.Module):
         stochastic: bool = False,
         p: float = 1.0,
         c: float = 1e-3,
+        weight: str = "sample",
         guidance: Guidance | None = None,
         null_label: int | None = None,
         shared: Collection[str] = (),
@@ -128,6 +133,7 @@ class MeanFlowLoss(nn.Module):
         self.lam = lam if isinstance(lam, LambdaSchedule) else LambdaSchedule(value=lam)
         self.tangent, self.paired, self.stochastic = tangent, paired, stochastic
         self.p, self.c, self.guidance, self.jvp = p, c, guidance, jvp
+        self.weight, self.by_times = weight, TimesWeight(p, c) if weight == "times" else None
         self.shared = tuple(shared)
         self.compiled: Compiled | None = None
         self.ambiguous = names_taken(net, ("step", "noise", "times", "part"))
@@ -137,6 +143,8 @@ class MeanFlowLoss(nn.Module):
     def _check(self) -> None:
         if self.tangent not in TANGENTS:
             raise ValueError(f"tangent is {self.tangent!r}: choose one of {', '.join(TANGENTS)}")
+        if self.weight not in WEIGHTS:
+            raise ValueError(f"weight is {self.weight!r}: choose one of {', '.join(WEIGHTS)}")
         check_mode(self.jvp)
         if self.p < 0 or self.c < 0:
             raise ValueError(f"p and c are {self.p} and {self.c}: they must not be negative")
@@ -179,7 +187,7 @@ class MeanFlowLoss(nn.Module):
         check(x, noise, times, cond)
         rows, dtype = len(x), torch.float64 if x.dtype == torch.float64 else torch.float32
         told, step = step, step or 0
-        stream = part.stream(step, rows, x.device, dtype)
+        stream = part.stream(step, x, dtype)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
             cond = self._drop_labels(cond, self.guidance, stream.uniform())
         if times is None:
@@ -193,15 +201,18 @@ class MeanFlowLoss(nn.Module):
             intervals = int((r < t).sum())
             lam, graphs = self._graphs(intervals, step, _chance(told, part)[1] if self.stochastic else 0.0)
             kinds = given_kinds(r, t, graphs, self.paired)
-        noise = stream.normal(x.shape[1:]) if noise is None else noise.to(dtype)
+        noise = stream.noise() if noise is None else noise.to(dtype)
         x = x if x.dtype == torch.uint8 else x.to(dtype)
         padded = self._called_elsewhere(step) if times is None else (False, False, False)
         d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
-        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a tensor: its value is not part of the graph
+        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a new value needs no new graph
+        weight = None if self.by_times is None else self.by_times(d)
         if self.compiled is None:
-            loss, found, square = self._compute(d, of_graph)
+            loss, found, square = self._compute(d, of_graph, weight)
         else:
-            loss, found, square = self.compiled(x, self, d, of_graph)
+            loss, found, square = self.compiled(x, self, d, of_graph, weight)
+        if self.by_times is not None and weight is not None and self.training and torch.is_grad_enabled():
+            self.by_times.add(d, found / d.counted(weight), part)
         per_sample_loss = torch.empty_like(found).index_copy_(0, order, found)
         share = intervals / (rows * part.count if times is None else rows)
         metrics = _errors(square, rows, share)
@@ -254,8 +265,13 @@ class MeanFlowLoss(nn.Module):
             return False, False, False
         return share < 1, share > 0 and lam > 0, share > 0 and (lam == 0 or (self.stochastic and lam < 1))
 
-    def _compute(self, d: Draw, lam: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """The loss, its terms in the order of the draw, and the mean squares per element summed over each kind."""
+    def _compute(
+        self, d: Draw, lam: Tensor, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The loss, its terms in the order of the draw, and the mean squares per element summed over each kind.
+
+        weight: of the rows of the draw, where it does not depend on their errors.
+        """
         points, v = d.on_path()
         instants, with_graph, _ = d.sizes
         now, later = points.rows(0, instants), points.rows(instants, len(v))
@@ -269,15 +285,18 @@ class MeanFlowLoss(nn.Module):
             if self.tangent == "conditional" or w is None:
                 w = target[instants:]
 
-        found = [(d.weights[0], self._error(u_now, target[:instants]))] if instants else []
+        def rows_of(start: int, stop: int) -> Tensor | None:
+            return None if weight is None else weight[start:stop]
+
+        found = [(d.weights[0], self._error(u_now, target[:instants], rows_of(0, instants)))] if instants else []
         groups = ((0, with_graph, lam), (with_graph, len(w), None))  # None: SG_0, the tangent is detached
-        for weight, (start, stop, share) in zip(d.weights[1:], groups, strict=True):
+        for of_loss, (start, stop, share) in zip(d.weights[1:], groups, strict=True):
             if start < stop:
-                rows, at = later.rows(start, stop), slice(instants + start, instants + stop)
+                rows, at = later.rows(start, stop), (instants + start, instants + stop)
                 u, du = self._average(rows, w[start:stop], tangent_grad=share is not None)
-                found.append((weight, self._error(u, target[at], du, rows.t - rows.r, share)))
-        loss = torch.stack([term.loss * weight for weight, term in found]).sum()
-        terms = [term for weight, term in found if weight]
+                found.append((of_loss, self._error(u, target[slice(*at)], rows_of(*at), du, rows.t - rows.r, share)))
+        loss = torch.stack([term.loss * of_loss for of_loss, term in found]).sum()
+        terms = [term for of_loss, term in found if of_loss]
         square = torch.cat([term.square for term in terms]) / v[0].numel()
         counted = instants if d.weights[0] else 0
         return loss, torch.cat([term.per_sample for term in terms]), (square[:counted].sum(), square[counted:].sum())
@@ -295,13 +314,20 @@ class MeanFlowLoss(nn.Module):
         return jvp(u_of_z_t, (points.z, points.t), tangents, tangent_grad, self.jvp)
 
     def _error(
-        self, u: Tensor, target: Tensor, du: Any = None, interval: Any = None, lam: Tensor | None = None
+        self,
+        u: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        du: Any = None,
+        interval: Any = None,
+        lam: Tensor | None = None,
     ) -> LossTerms:
-        """e = u + (t - r) SG_lam[du/dt] - v_target and its adaptively weighted square (MeanFlow, eq. 22).
+        """e = u + (t - r) SG_lam[du/dt] - v_target and its weighted square; by default with the adaptive weight
+        (MeanFlow, eq. 22).
 
         Written out for autograd and the compiler; a kernel, where there is one, does the same in one pass.
         """
-        if fused("sg_loss", u):
+        if weight is None and serve("sg_loss", u):
             interval = target.new_zeros(len(u)) if interval is None else interval
             value, grad = (0.0, False) if lam is None else (lam, True)
             return sg_loss(u, du, interval, value, target=target, p=self.p, c=self.c, tangent_grad=grad)
@@ -309,7 +335,7 @@ class MeanFlowLoss(nn.Module):
         if du is not None:
             e = e + column(interval, u) * (du if lam is None else sg_lambda(du, lam)).to(target.dtype)
         square = e.square().flatten(1).sum(1)
-        per_sample = square * (square.detach() + self.c) ** -self.p
+        per_sample = square * ((square.detach() + self.c) ** -self.p if weight is None else weight)
         return LossTerms(per_sample.mean(), per_sample.detach(), square.detach())
 
     def _target(self, points: Points, v: Tensor, u_now: Tensor, u_later: Tensor | None) -> Tensor:

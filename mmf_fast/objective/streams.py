@@ -1,14 +1,15 @@
 """Random numbers of the rows of a batch: from torch's global generator, or numbered, so that each row has its own.
 
-A numbered stream is a function of (seed, step, row, place): whoever holds a row draws its numbers alone, in the same
-few launches for any number of rows, and finds on a CPU what it finds on a GPU (to the rounding of log and cos). They
-are hashes of their number by the finaliser of SplitMix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom
-number generators", with the constants of Stafford's variant 13):
+A numbered stream is a function of (seed, step, row, place): whoever holds a row draws its numbers alone, and finds on a
+CPU what it finds on a GPU (to the rounding of erfinv). The 64 bits of a place are a hash of its number, by the first
+two rounds of the finaliser of SplitMix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number
+generators", with the constants of Stafford's variant 13; its last shift is for the low bits, of which no use is made):
 
-    mix(h) = xorshift_31((xorshift_27((xorshift_30(h)) C_1)) C_2)
-    row key = mix(mix(seed, step) + row G),   64 bits of place i = mix(row key xor i G)
+    mix(h) = xorshift_27((xorshift_30(h)) C_1) C_2
+    row key = mix(hash(seed, step) + row G),   bits of place i = mix(row key + i G)
 
-The halves of the 64 bits make two uniform numbers or, by Box and Muller, two normal ones.
+As signed numbers divided by 2^63 they are uniform on (-1, 1), and sqrt(2) erfinv of that is normal. All numbers of a
+step are made at once: a GPU starts 16 kernels for them, whatever the number of rows and ranks.
 """
 
 from __future__ import annotations
@@ -23,52 +24,63 @@ from torch import Tensor
 __all__ = ["GlobalStream", "NumberedStream", "hashed"]
 
 _G, _C1, _C2 = (int(x, 16) - 2**64 for x in ("9E3779B97F4A7C15", "BF58476D1CE4E5B9", "94D049BB133111EB"))  # as int64
+_PLACES = 4  # of a row before those of its noise: for what else a row draws (label dropped, t, r), and one to spare
 
 
 class GlobalStream:
-    """Numbers for `rows` rows from torch's global generator of the device."""
+    """Numbers for `rows` rows, and noise of `shape` for each, from torch's global generator of the device."""
 
-    def __init__(self, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.rows, self.options = rows, {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        rows: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        shape: Sequence[int] = (),
+    ) -> None:
+        self.rows, self.shape, self.options = rows, shape, {"device": device, "dtype": dtype}
 
     def uniform(self) -> Tensor:
         """(rows,) in [0, 1]."""
         return torch.rand(self.rows, **self.options)  # type: ignore[call-overload]
 
-    def normal(self, shape: Sequence[int] = ()) -> Tensor:
+    def normal(self) -> Tensor:
+        """(rows,), standard normal."""
+        return torch.randn(self.rows, **self.options)  # type: ignore[call-overload]
+
+    def noise(self) -> Tensor:
         """(rows, *shape), standard normal."""
-        return torch.randn(self.rows, *shape, **self.options)  # type: ignore[call-overload]
+        return torch.randn(self.rows, *self.shape, **self.options)  # type: ignore[call-overload]
 
 
 class NumberedStream:
-    """The same of rows first, first + 1, ... of the global batch of a step. What is drawn later has other places."""
+    """The same of rows first, first + 1, ... of the global batch of a step; four calls of uniform and normal in all."""
 
+    @torch.no_grad()
     def __init__(
         self, seed: int, step: int, first: int, rows: int, device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, shape: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self.dtype, self.place = dtype, 0
-        numbers = torch.arange(first, first + rows, device=device)
-        self.keys = _mix(numbers * _G + int.from_bytes(hashed(seed, step), "little", signed=True))
+        base = int.from_bytes(hashed(seed, step), "little", signed=True)
+        keys = _mix(torch.arange(first, first + rows) * _G + base).to(device)
+        places = torch.arange(_PLACES + math.prod(shape), device=device)
+        bits = _mix(torch.add(keys[:, None], places, alpha=_G))
+        below_one = 1 - torch.finfo(dtype).eps / 2  # the largest number below 1, since the bits round to 2^63
+        signed = bits * torch.tensor(below_one * 2.0**-63, dtype=dtype)
+        self._uniform = iter(signed[:, :_PLACES].mul(0.5).add_(0.5).unbind(1))
+        normal = signed.erfinv_().mul_(math.sqrt(2))
+        self._normal = iter(normal[:, :_PLACES].unbind(1))
+        self._noise = normal[:, _PLACES:].reshape(rows, *shape)
 
-    @torch.no_grad()
     def uniform(self) -> Tensor:
-        return self._two(1)[0][:, 0]
+        next(self._normal)
+        return next(self._uniform)
 
-    @torch.no_grad()
-    def normal(self, shape: Sequence[int] = ()) -> Tensor:
-        count = math.prod(shape)
-        u, v = self._two((count + 1) // 2)
-        radius, angle = u.log_().mul_(-2).sqrt_(), v.mul_(2 * math.pi)
-        pair = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], 1)
-        return pair[:, :count].reshape(len(self.keys), *shape)
+    def normal(self) -> Tensor:
+        next(self._uniform)
+        return next(self._normal)
 
-    def _two(self, count: int) -> tuple[Tensor, Tensor]:
-        """Two uniform numbers in (0, 1] of 32 bits for the next `count` places of each row: (rows, count)."""
-        places = torch.arange(self.place, self.place + count, device=self.keys.device)
-        self.place += count
-        bits = _mix(self.keys[:, None] ^ (places * _G))
-        return tuple(half.to(self.dtype).add_(0.5).mul_(2.0**-32) for half in (_shifted(bits, 32), bits & (2**32 - 1)))  # type: ignore[return-value]
+    def noise(self) -> Tensor:
+        return self._noise
 
 
 def hashed(seed: int, step: int) -> bytes:
@@ -79,8 +91,7 @@ def hashed(seed: int, step: int) -> bytes:
 def _mix(h: Tensor) -> Tensor:
     """Of int64, whose products wrap around; h is used up."""
     h = h.bitwise_xor_(_shifted(h, 30)).mul_(_C1)
-    h = h.bitwise_xor_(_shifted(h, 27)).mul_(_C2)
-    return h.bitwise_xor_(_shifted(h, 31))
+    return h.bitwise_xor_(_shifted(h, 27)).mul_(_C2)
 
 
 def _shifted(h: Tensor, by: int) -> Tensor:

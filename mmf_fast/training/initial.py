@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -13,7 +12,6 @@ from torch import nn
 from mmf_fast.models import load_pretrained
 from mmf_fast.training.checkpoint import Checkpoints
 from mmf_fast.training.checkpoint import read as read_checkpoint
-from mmf_fast.training.fragments import Saved
 from mmf_fast.training.settings import ConfigError
 
 __all__ = ["start_from"]
@@ -22,11 +20,12 @@ __all__ = ["start_from"]
 def start_from(
     loss_fn: nn.Module, source: str | Path, part: Literal["average", "weights", "state"]
 ) -> list[dict[str, Any]] | None:
-    """Gives the loss module the weights of `source`: a run folder, or a safetensors file with the network's state dict.
+    """Gives the network the weights of `source`, a run folder or a safetensors file with its state dict; or returns
+    what the engine is to take of a run.
 
     part: of a run, "average": the exported moving average of the network; "weights": those of its newest checkpoint, of
-        the whole loss module; "state": these, their moving average and the optimizer's moments, which are returned for
-        the engine to take.
+        the whole loss module; "state": these, their moving average and the optimizer's moments. The latter two are for
+        the engine.
     Raises ConfigError where there is nothing of the kind, or it does not fit.
     """
     source = Path(source)
@@ -42,7 +41,7 @@ def start_from(
                 raise ValueError("it has no checkpoint")
             state = read_checkpoint(found, check=False)
             shares = [state["engine"], *state["shares"]]
-            return shares if part == "state" else _take_weights(loss_fn, shares)
+            return shares if part == "state" else [_weights_alone(share) for share in shares]
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"train.init={source}: {' '.join(str(error).split())}; give a run folder, or a safetensors "
@@ -51,12 +50,10 @@ def start_from(
     return None
 
 
-@torch.no_grad()
-def _take_weights(loss_fn: nn.Module, shares: list[dict[str, Any]]) -> None:
-    trained = {name: each for name, each in loss_fn.named_parameters() if each.requires_grad}
-    saved = Saved(shares, {name: each.shape for name, each in trained.items()})
-    for name, parameter in trained.items():
-        parameter.copy_(saved.whole(name, "weight"))
-    for name, buffer in loss_fn.named_buffers():
-        if name in saved.buffers:
-            buffer.copy_(saved.buffers[name])
+def _weights_alone(share: dict[str, Any]) -> dict[str, Any]:
+    """As at a start: the moving average begins with them, and the optimizer has made no step."""
+    fragments = {
+        name: {"start": each["start"], "weight": each["weight"], "average": each["weight"], "steps": 0.0}
+        for name, each in share["fragments"].items()
+    }
+    return {**share, "fragments": fragments}

@@ -1,4 +1,4 @@
-"""The AdamW that a configuration may name (DeepSpeed's own are built in its engine), and what precedes its step."""
+"""Builds AdamW, of PyTorch or Apex (DeepSpeed's are built in its engine); clips or skips before its step."""
 
 import math
 from collections.abc import Iterable

@@ -26,7 +26,7 @@ class MetricsLog:
     """Appends rows to metrics.jsonl. A run that goes on from `step` forgets what was logged beyond it."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self.path = run / "metrics.jsonl"
+        self.path, self.step = run / "metrics.jsonl", step
         kept = [json.dumps(record) + "\n" for record in read(self.path) if record["step"] <= step]
         write_text(self.path, "".join(kept))
         self._rows, self._hash = len(kept), hashlib.sha256("".join(kept).encode())
@@ -43,6 +43,17 @@ class MetricsLog:
     def mark(self) -> dict[str, Any]:
         """What the file holds: kept in a checkpoint, so that a change of it is noticed."""
         return {"rows": self._rows, "sha256": self._hash.hexdigest()}
+
+    def changed_since(self, mark: dict[str, Any]) -> str | None:
+        """What to say where the file does not hold what it did then."""
+        if mark == self.mark():
+            return None
+        found, written = self._rows, mark["rows"]
+        what = f"holds {found} of the {written} rows" if found != written else "does not hold the rows"
+        return (
+            f"{self.path}: {what} that this run wrote up to step {self.step}: it was changed, and curves have gaps; "
+            "training goes on"
+        )
 
     def close(self) -> None:
         self.file.close()

@@ -6,14 +6,12 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,27 +21,26 @@ from tqdm import tqdm
 from mmf_fast.contract import bare
 from mmf_fast.data import Batch, Prefetcher, as_dataset
 from mmf_fast.devices import peak_flops
-from mmf_fast.distributed import agree, gather
+from mmf_fast.distributed import agree, ending_together, gather
 from mmf_fast.files import write_text
 from mmf_fast.models import exported_step, save_pretrained
-from mmf_fast.pictures import save_grid
-from mmf_fast.sampling import sample
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
+from mmf_fast.training.drawing import can_draw, draw_samples
 from mmf_fast.training.engines import Engine, build_engine
 from mmf_fast.training.initial import start_from
 from mmf_fast.training.logs import RankLog
 from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard, plot_curves
 from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, seed_everything
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
+from mmf_fast.training.signals import Signals
 from mmf_fast.training.timing import PHASES, TRACED, WARM_UP, Speed, tracer
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_STOP_EVERY = 10  # steps: launchers kill after 30 s what has not ended on SIGTERM
 
 
 class NonFiniteError(FloatingPointError):
     """Too many steps in a row had a non-finite loss or gradient; the weights are those before the first of them."""
+
+    told: bool
 
 
 class Trainer:
@@ -109,7 +106,7 @@ class Trainer:
         self.data_offset = 0  # of the batch of data that a step takes, since the batch size changed
         self._log: MetricsLog | None = None
         self._logged: Any = None  # what the checkpoint says of metrics.jsonl
-        self.stopped_by: signal.Signals | None = None
+        self.signals = Signals()
 
         check_run_folder(self.run, resume)
         self.dataset = as_dataset(data, seed)
@@ -152,16 +149,21 @@ class Trainer:
     def is_main(self) -> bool:
         return self.engine.rank == 0
 
+    @property
+    def stopped_by(self) -> signal.Signals | None:
+        """The signal that ended the run early."""
+        return self.signals.came
+
     def fit(self) -> bool:
         """Trains up to train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved).
 
-        Raises NonFiniteError, OSError (a full disk).
+        Raises NonFiniteError, OSError (a full disk), and of several ranks RankError for what one of them met alone.
         """
-        with self.log.recording(self.run):
+        with self.log.recording(self.run), ending_together(self.log.error):
             self._describe()
             if self.step and gather(exported_step(self.run) if self.is_main else None)[0] != self.step:
                 self._export(self.engine.averaged())  # the run was killed between its checkpoint and its export
-            with self._signals(), self._rows() as rows, self._progress_bar() as bar:
+            with self.signals.caught(), self._rows() as rows, self._progress_bar() as bar:
                 self._train(rows, bar)
             self.log.info("step %d: ended%s", self.step, f" on {self.stopped_by.name}" if self.stopped_by else "")
             if self.step < self.train.steps:
@@ -178,7 +180,7 @@ class Trainer:
         saved = self.step
         with self._batches() as prefetcher, self._tracer() as trace:
             batches = iter(prefetcher)
-            while self.step < train.steps and not self._must_stop():
+            while self.step < train.steps and not self.signals.end(self.step, train.log_every):
                 speed.count(self.flops_of_step(self.step) if self.flops_of_step else 0)
                 with engine.phases("data"):
                     _, (x, y) = next(batches)
@@ -230,29 +232,15 @@ class Trainer:
         agree(lambda: save_pretrained(self.run, net, {**self.extra, "step": self.step}) if self.is_main else None)
 
     def draw(self) -> None:
-        """Draws one-step samples of the averaged weights from the same noise at every call, of each class or with the
-        conditions of the first batch; leaves all RNGs alone. What is neither images nor points is not drawn."""
-        shape, device = tuple(self.dataset.shape), self.engine.device
-        if shape != (2,) and (len(shape) != 3 or shape[0] not in (1, 3)):
-            self.log.info("step %d: no picture, as samples of shape %s need their decoder", self.step, shape)
+        """Draws one-step samples of the averaged weights, of each class or with the conditions of the first batch. What
+        is neither images nor points is not drawn."""
+        shape, (x, cond) = self.dataset.shape, self._example
+        if not can_draw(shape):
+            self.log.info("step %d: no picture, as samples of shape %s need their decoder", self.step, tuple(shape))
             return
-        net = self.engine.averaged()
-        if not self.is_main:
-            return
-        classes = self.dataset.num_classes
-        given: dict[str, Any] = _conditions(self._example[1])
-        columns = min(classes, 10) or 8
-        count = 2000 if len(shape) == 1 else 8 * columns
-        if classes:
-            given = {"y": torch.arange(count) % columns}
-        elif given:
-            count = min(count, len(self._example[0]))
-            given = {name: value[:count] for name, value in given.items()}
-        noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
-        x = sample(net, tuple(noise.shape), noise=noise, **given)
-        if torch.isfinite(x).all():
-            save_grid(x.cpu(), self.run / "samples" / f"step_{self.step:07d}.png", columns)
-        else:
+        net, path = self.engine.averaged(), self.run / "samples" / f"step_{self.step:07d}.png"
+        given: dict[str, Any] = {"cond": _conditions(cond), "rows": len(x), "classes": self.dataset.num_classes}
+        if self.is_main and not draw_samples(net, shape, path, seed=self.seed, **given):
             self.log.say(f"step {self.step}: samples are not finite, no picture drawn", logging.WARNING)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
@@ -292,13 +280,16 @@ class Trainer:
         """Reading the count waits for the device, so it is not done at each step: weights are safe meanwhile."""
         if int(self.skipped_in_a_row) < self.train.max_bad_steps:
             return
-        cause = "the loss or its gradient is" if bool(torch.isfinite(x).all()) else "the data are"
+        finite = all(gather(bool(torch.isfinite(x).all())))
+        cause = "the loss or its gradient is" if finite else "the data are"
         found = self.checkpoints.newest()
         intact = f"the last good checkpoint is {found}" if found else "no checkpoint was written yet"
-        raise NonFiniteError(
+        error = NonFiniteError(
             f"stopped at step {self.step}: {cause} not finite in {int(self.skipped_in_a_row)} steps in a row, all "
             f"skipped; {intact}; start another run with a lower optimizer.lr or optimizer.clip, or mend the data"
         )
+        error.told = not self.is_main  # all ranks raise it
+        raise error
 
     def _record(self, rows: Rows | None, bar: Any, values: dict[str, float]) -> None:
         values["skipped"] = int(self.skipped)
@@ -313,14 +304,8 @@ class Trainer:
         if not self.is_main:
             return nullcontext()
         self._log = MetricsLog(self.run, self.step)
-        if self._logged is not None and self._log.mark() != self._logged:
-            found, written = self._log.mark()["rows"], self._logged["rows"]
-            what = f"holds {found} of the {written} rows" if found != written else "does not hold the rows"
-            self.log.say(
-                f"{self._log.path}: {what} that this run wrote up to step {self.step}: it was changed, and curves have "
-                "gaps; training goes on",
-                logging.WARNING,
-            )
+        if self._logged and (change := self._log.changed_since(self._logged)):
+            self.log.say(change, logging.WARNING)
         return Rows(self._log, TensorBoard(self.run, self.step), *self.callbacks)
 
     def _tracer(self) -> AbstractContextManager[Any]:
@@ -334,17 +319,6 @@ class Trainer:
             disable=not self.is_main,
             mininterval=0.2 if sys.stderr.isatty() else 20,
         )
-
-    def _must_stop(self) -> bool:
-        """Whether a signal came; several processes ask each other, so not at each step, and stop at the same one."""
-        if self.engine.world_size > 1:
-            if self.step % min(self.train.log_every, _STOP_EVERY):
-                return False
-            found = [each for each in gather(self.stopped_by) if each]
-            if found:  # else a signal may just have come to this rank, of which the others hear at the next check
-                self.stopped_by = found[0]
-            return bool(found)
-        return self.stopped_by is not None
 
     # ---- start, stop and go on --------------------------------------------------------------------------------------
 
@@ -391,26 +365,6 @@ class Trainer:
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
         set_rng_state(state["rng"])  # rank 0's, see the end of __init__
         self.log.say(f"{self.run}: going on from {path.name}")
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the current step; a second one ends the process at once, except where
-        several train: their launcher passes on what they have received already, and kills them if it takes too long."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.stopped_by = signal.Signals(number)
-            if self.engine.world_size == 1:
-                signal.signal(number, before[self.stopped_by] or signal.SIG_DFL)
-
-        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-            yield
-            return
-        before = {number: signal.signal(number, stop) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _conditions(given: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mmf_fast
 from mmf_fast import MissingRuleError, jvp, register_rule
 from mmf_fast.forward import dual
 from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent, tangent_scope
@@ -43,8 +44,7 @@ def no_new_rules() -> Iterator[None]:
 @every_kind
 def test_containers_find_the_tensors(kind: type[Dual]) -> None:
     x, dx = tensor(2, 3), tensor(2, 3)
-    y, dy = kind(x, dx)
-    assert y is x and dy is dx
+    assert kind(x, dx).primal is x and kind(x, dx).tangent is dx
     leaves, spec = pytree.tree_flatten({"x": kind(x, dx)})
     assert [id(leaf) for leaf in leaves] == [id(x), id(dx)]
     assert type(pytree.tree_unflatten(leaves, spec)["x"]) is kind
@@ -226,16 +226,26 @@ def test_the_error_names_operation_module_and_ways_out_in_one_line() -> None:
     net = nn.Sequential(nn.Identity(), nn.ModuleDict({"a": Inner()})["a"])
     with pytest.raises(MissingRuleError) as caught:
         net(Dual(tensor(3), tensor(3)))
-    message = str(caught.value)
-    assert message.startswith("no forward-mode rule for histc in 1 (Inner): ") and "\n" not in message
+    message, _, rule = str(caught.value).partition("\n")
+    assert message.startswith("no forward-mode rule for histc in 1 (Inner): ")
     assert "register_rule" in message and 'jvp="func"' in message
+    assert rule.startswith("@mmf_fast.register_rule(torch.Tensor.histc)") and rule == caught.value.rule
+
+
+def test_the_rule_that_an_error_prints_serves(no_new_rules: None) -> None:
+    del dual._RULES[torch.exp]
+    with pytest.raises(MissingRuleError) as caught:
+        torch.exp(Dual(tensor(3), tensor(3)))
+    exec(caught.value.rule, {"torch": torch, "mmf_fast": mmf_fast})
+    y, dy = jvp(torch.exp, (tensor(3),), (tensor(3),))
+    torch.testing.assert_close((y, dy), (tensor(3).exp(), tensor(3).exp() * tensor(3)))
 
 
 @every_kind
 def test_the_length_is_the_primals(kind: type[Dual]) -> None:
     x = kind(tensor(5, 2), tensor(5, 2))
     assert len(x) == 5 and torch.equal((x.sum(0) / len(x)).tangent, x.tangent.sum(0) / 5)
-    assert type(x._replace(tangent=None)) is kind and len(list(x)) == 2  # still a tuple of two
+    assert type(x._replace(tangent=None)) is kind and len(pytree.tree_leaves(x)) == 2  # a tuple of two to containers
     with pytest.raises(TypeError, match="0-d"):
         len(kind(tensor(), tensor()))
 

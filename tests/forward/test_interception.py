@@ -1,7 +1,8 @@
-"""What reaches a Dual only because a pass intercepts it: Dynamo's spellings, torch.is_tensor, einops, numpy scalars."""
+"""What reaches a Dual only because a pass intercepts it: Dynamo's spellings, isinstance, rows, einops, checkpoints."""
 
 from __future__ import annotations
 
+import builtins
 import operator
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from einops.layers.torch import EinMix, Rearrange, Reduce
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
-from mmf_fast import MissingRuleError, jvp, register_rule
+from mmf_fast import Dual, MissingRuleError, jvp, register_rule
 from mmf_fast.forward import dual
 
 torch.manual_seed(0)
@@ -32,6 +34,20 @@ def packed(x: Any) -> Any:
     y, shapes = einops.pack([x, 2 * x], "* b")
     a, b = einops.unpack(y, shapes, "* b")
     return a * b
+
+
+def rows(x: Any) -> Any:
+    a, b, *rest = x
+    total = sum(row * w for row, w in zip(x, W, strict=True))
+    return torch.stack([a * b, *rest, total]) + torch.vstack(tuple(x))[1:2] - torch.stack(list(x))[0]
+
+
+def kinds(x: Any) -> Any:
+    assert isinstance(x, (int, Tensor)) and isinstance(x, torch.Tensor | None)
+    assert isinstance(x, Dual) or type(x) is Tensor
+    assert not isinstance(x, (tuple, list)) and not isinstance(x, nn.Parameter) and isinstance(W, Tensor)
+    assert isinstance(x.shape, tuple) and not isinstance(x.shape, Tensor)
+    return x * x
 
 
 SPELLINGS: dict[str, Callable[[Any], Any]] = {
@@ -50,6 +66,8 @@ SPELLINGS: dict[str, Callable[[Any], Any]] = {
     "F.hardswish": F.hardswish,
     "F.hardsigmoid": F.hardsigmoid,
     "torch.is_tensor": lambda x: x * x if torch.is_tensor(x) else torch.tensor([x]),
+    "isinstance": kinds,
+    "rows": rows,
     "rearrange": lambda x: einops.rearrange(x, "a (b c) -> c b a", c=2) ** 2,
     "repeat": lambda x: einops.repeat(x, "a b -> a b c", c=2) ** 2,
     "reduce": lambda x: einops.reduce(x, "a b -> a", "max"),
@@ -81,16 +99,16 @@ def test_a_pass_sees_it_eager_and_compiled(name: str) -> None:
 
 
 def test_outside_a_pass_the_process_is_as_it_was() -> None:
-    original = torch.is_tensor
+    originals = torch.is_tensor, builtins.isinstance, checkpoint._checkpoint_without_reentrant_generator
 
     def asks(x: Any) -> Any:
-        assert torch.is_tensor is not original
+        assert torch.is_tensor is not originals[0] and isinstance is not originals[1]
         return jvp(lambda y: y * y if torch.is_tensor(y) else y, (x.primal,), (x.tangent,))[0] * x
 
     jvp(asks, (W,), (W,))
     with pytest.raises(ZeroDivisionError):
         jvp(lambda x: 1 // 0, (W,), (W,))
-    assert torch.is_tensor is original
+    assert originals == (torch.is_tensor, isinstance, checkpoint._checkpoint_without_reentrant_generator)
     assert type(einops._backends.get_backend(W)) is einops._backends.TorchBackend
     assert torch.equal(einops.rearrange(W, "a b -> b a"), W.T)
 
@@ -121,6 +139,55 @@ def test_an_autograd_function_may_have_a_rule(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(jvp(lambda x: Doubled.apply(x) * 3, (W,), (W,))[1], 6 * W)
 
 
+@pytest.mark.parametrize("function", [torch.stack, torch.cat, torch.hstack])
+def test_a_dual_is_no_sequence_of_tensors(function: Any) -> None:
+    for run in (function, lambda x: jvp(function, (x,), (x,))):
+        with pytest.raises(TypeError):
+            run(W)
+
+
 def test_einops_is_not_imported_for_its_sake() -> None:
     script = "import sys, torch, mmf_fast; mmf_fast.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),)); "
     subprocess.run([sys.executable, "-c", script + "assert 'einops' not in sys.modules"], check=True)
+
+
+class Blocks(nn.Module):
+    """Checkpointed blocks that drop, ask for types, write into buffers and return several tensors."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def block(self, layer: nn.Module, x: Any, scale: Any) -> tuple[Any, Any]:
+        y = torch.zeros_like(x) if isinstance(x, Tensor) and torch.is_tensor(x) else None
+        y[:, :2] = torch.dropout(layer(x).sin(), 0.4, self.training)[:, :2]  # type: ignore[index]
+        return x + y * scale, scale * 2
+
+    def forward(self, x: Any) -> Any:
+        scale = x.sum().cos()
+        for layer in self.layers:
+            if self.use_reentrant is None:
+                x, scale = self.block(layer, x, scale)
+            else:
+                x, scale = checkpoint.checkpoint(self.block, layer, x, scale, use_reentrant=self.use_reentrant)
+        return x * scale
+
+
+@pytest.mark.parametrize("tangent_grad", [True, False])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_give_what_the_network_gives_without(use_reentrant: bool, tangent_grad: bool) -> None:
+    torch.manual_seed(0)
+    plain, checked = Blocks(None).double(), Blocks(use_reentrant).double()
+    checked.load_state_dict(plain.state_dict())
+
+    def run(net: nn.Module) -> list[Tensor]:
+        torch.manual_seed(1)
+        x, dx = (torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        y, dy = jvp(net, (x,), (dx,), tangent_grad)
+        loss = (y * y).sum() + (dy * dy).sum()
+        grads = torch.autograd.grad(loss, [x, dx, *net.parameters()], allow_unused=True, materialize_grads=True)
+        return [y, dy, *grads]
+
+    for found, right in zip(run(checked), run(plain), strict=True):
+        torch.testing.assert_close(found, right)

@@ -73,7 +73,9 @@ def test_a_last_batch_of_any_size_is_paired() -> None:
 def test_parts_agree_on_the_kinds_of_all_rows(count: int, paired: bool) -> None:
     rows = 24 // count
     if paired and rows % 2:
-        pytest.skip("pairs are of two consecutive rows of a part")
+        with pytest.raises(ValueError, match=f"each of the {count} parts of this batch has {rows}; choose an even"):
+            draw_kinds(rows, BatchShare(0, count, seed=1), 0, 5, 0, paired)
+        return
     for step in range(40):
         intervals, graphs = [5, 6, 9][step % 3], step % 5
         whole = draw_kinds(24, BatchShare(seed=1), step, intervals, graphs, paired)
@@ -167,9 +169,8 @@ def test_small_parts_add_up_to_the_batch(rows: int, count: int, stochastic: bool
             torch.testing.assert_close(mean + torch.zeros_like(g), g, rtol=1e-9, atol=1e-12 * scale)
 
 
-@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "paired"), [(1, False), (2, False), (3, False), (2, True), (4, True)])
 def test_ranks_call_the_network_alike(paired: bool, stochastic: bool, rows: int, monkeypatch: Any) -> None:
     """ZeRO-3 and FSDP gather weights at each call. A rank without a kind of row evaluates one that does not count."""
     net = network("mlp")

@@ -11,13 +11,20 @@ from support.parallel_ranks import SEED, STEPS, steps
 
 from mmf_fast.objective import BatchShare
 
-CASES = {
-    f"{wrapper}-{lam}-{'paired' if paired else 'predicted'}": {"wrapper": wrapper, "lam": lam, "paired": paired}
-    for wrapper, lam, paired in itertools.product(("ddp", "fsdp2"), (0.0, 1.0), (False, True))
-} | {
-    f"{wrapper}-{lam}-recompute": {"wrapper": wrapper, "lam": lam, "paired": True, "recompute": True}
-    for wrapper, lam in itertools.product(("ddp", "fsdp2"), (0.0, 1.0))
-}
+CASES = (
+    {
+        f"{wrapper}-{lam}-{'paired' if paired else 'predicted'}": {"wrapper": wrapper, "lam": lam, "paired": paired}
+        for wrapper, lam, paired in itertools.product(("ddp", "fsdp2"), (0.0, 1.0), (False, True))
+    }
+    | {
+        f"{wrapper}-{lam}-recompute": {"wrapper": wrapper, "lam": lam, "paired": True, "recompute": True}
+        for wrapper, lam in itertools.product(("ddp", "fsdp2"), (0.0, 1.0))
+    }
+    | {
+        f"{wrapper}-times": {"wrapper": wrapper, "lam": 1.0, "paired": True, "weight": "times"}
+        for wrapper in ("ddp", "fsdp2")
+    }
+)
 
 
 @pytest.fixture(scope="module")

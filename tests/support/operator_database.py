@@ -231,7 +231,7 @@ def stored_alike(inputs: list[tuple[Tensor, Tensor]], out: list[Any]) -> bool:
     def memory(x: Tensor) -> int:
         return x.untyped_storage().data_ptr()
 
-    for y, dy in (y for y in out if tangent(y) is not None and y.primal.numel()):
+    for y, dy in ((y.primal, y.tangent) for y in out if tangent(y) is not None and y.primal.numel()):
         for x, dx in inputs:
             if (memory(y) == memory(x)) != (memory(dy) == memory(dx)) or memory(dy) == memory(x):
                 return False

@@ -1,4 +1,4 @@
-"""A training of one's own under one process or several: torchrun ... own_run.py FOLDER STEPS ZERO [DIFFUSERS].
+"""A training of one's own under one process or several: torchrun ... own_run.py FOLDER STEPS ZERO [COMPILE].
 
 The loss module has a parameter of its own, its network a frozen part and a buffer that each call changes.
 """

@@ -411,3 +411,56 @@ table(
     use_separate_proj_weight=True, q_proj_weight=normal(6, 6), k_proj_weight=normal(6, 6), v_proj_weight=normal(6, 6),
     average_attn_weights=False, attn_mask=Fixed(normal(2, 5, 7)),
 )  # fmt: skip
+
+# -- recurrent layers --------------------------------------------------------------------------------------------------
+
+sequence = normal(3, 2, 3)  # (N, B, C)
+
+
+def recurrent(
+    gates: int, inputs: tuple[int, ...], biases: bool = True, hidden: int = 4, project: int = 0
+) -> list[Tensor]:
+    """The weights of a layer for each width of input."""
+    h = project or hidden
+    sizes = [[(gates * hidden, i), (gates * hidden, h)] for i in inputs]
+    return [
+        0.5 * normal(*size)
+        for pair in sizes
+        for size in (*pair, *([(gates * hidden,)] * 2 if biases else []), *([(project, hidden)] if project else []))
+    ]
+
+
+state = (normal(1, 2, 4), normal(1, 2, 4))
+four_states = (normal(4, 2, 4), normal(4, 2, 4))
+table("lstm", sequence, state, recurrent(4, (3,)), True, 1, 0.0, True, False, False)
+table(
+    "lstm",
+    normal(2, 3, 3),
+    (normal(2, 2, 4), normal(2, 2, 4)),
+    recurrent(4, (3, 4), False),
+    False,
+    2,
+    0.3,
+    True,
+    False,
+    True,
+)
+table("lstm", sequence, four_states, recurrent(4, (3, 3, 8, 8)), True, 2, 0.3, False, True, False)
+table(
+    "lstm",
+    sequence,
+    (normal(1, 2, 2), normal(1, 2, 4)),
+    recurrent(4, (3,), project=2),
+    True,
+    1,
+    0.0,
+    True,
+    False,
+    False,
+)
+table("gru", sequence, four_states[0], recurrent(3, (3, 3, 8, 8)), True, 2, 0.0, True, True, False)
+table.each("rnn_tanh rnn_relu", sequence, state[0], recurrent(1, (3,)), True, 1, 0.0, True, False, False)
+table("lstm_cell", sequence[0], (normal(2, 4), normal(2, 4)), *recurrent(4, (3,)))
+table("gru_cell", sequence[0], normal(2, 4), *recurrent(3, (3,), False))
+table("gru_cell", sequence[0], normal(2, 4), *recurrent(3, (3,)))
+table.each("rnn_tanh_cell rnn_relu_cell", sequence[0], normal(2, 4), *recurrent(1, (3,)))

@@ -144,6 +144,50 @@ def test_a_signal_to_any_rank_saves_and_ends_all(
     check(run, whole, 2, steps=step + 4)
 
 
+# ---- an exception on one rank --------------------------------------------------------------------------------------
+
+FAILING = CONFIG.replace(
+    "model: {name: mlp, width: 192, depth: 3}", "model: {name: 'support.failing_network:FailingNetwork', %s}"
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "rank", "zero"),
+    [
+        ("backward", 1, "zero1.json"),
+        ("forward", 0, "fsdp"),  # the rank that keeps the store by which they tell each other
+        pytest.param("forward", 1, "zero3.json", marks=pytest.mark.slow),
+        pytest.param("backward", 0, "zero3.json", marks=pytest.mark.slow),
+        pytest.param("backward", 1, "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_what_fails_on_one_rank_ends_all_and_is_named_once(where: str, rank: int, zero: str, tmp_path: Path) -> None:
+    """There is no launcher here: the other rank waits in a collective, and ends by itself."""
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(FAILING % f"where: {where}, rank: {rank}")
+    ranks = Ranks(2, tmp_path / "failed", "--config", config, "--run", run, f"train.zero={zero}", *SHORT)
+    ranks.wait_until(lambda: len(losses(run)) >= 2)
+    assert ranks.finish(seconds=30) == [1, 1], ranks.text()
+    line = f"rank {rank}: OutOfMemoryError: no memory left for the {where} pass"
+    assert ranks.text(rank).splitlines()[-1] == f"error: {line}"
+    assert "error: " not in ranks.text(1 - rank) and "Traceback" not in ranks.text(), ranks.text()
+    assert line in (run / "logs" / f"rank_{1 - rank}.log").read_text().splitlines()[-1]
+    assert "_fail" in (run / "logs" / f"rank_{rank}.log").read_text()  # the traceback
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_what_fails_on_one_rank_ends_the_launcher(launcher: str, tmp_path: Path) -> None:
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(FAILING % "where: backward")
+    words = TORCHRUN if launcher == "torchrun" else [*DEEPSPEED, f"--master_port={free_port()}"]
+    words = [*words, *TRAIN, "--config", str(config), "--run-folder", str(run), *TWO, *SHORT]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "error: rank " in line]
+    assert len(said) == 1 and said[0].endswith("rank 1: OutOfMemoryError: no memory left for the backward pass")
+
+
 # ---- a full disk -----------------------------------------------------------------------------------------------------
 
 

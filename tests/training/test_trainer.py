@@ -143,7 +143,7 @@ def test_drawing_takes_one_evaluation_of_the_averaged_weights(tmp_path: Path, mo
         assert options.get("steps", 1) == 1
         return sample(net, shape, **options)
 
-    monkeypatch.setattr("mmf_fast.training.trainer.sample", spy)
+    monkeypatch.setattr("mmf_fast.training.drawing.sample", spy)
     trainer = build_trainer(digits(), tmp_path / "run")
     trainer.draw()
     net, shape, y = seen[0]
@@ -208,27 +208,6 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals)
     build_trainer(tiny(), tmp_path / "run", resume=True).fit()
     build_trainer(tiny(), tmp_path / "whole").fit()
     assert records(tmp_path / "run") == records(tmp_path / "whole")
-
-
-def test_a_signal_that_comes_while_ranks_ask_each_other_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = build_trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
-    trainer.engine.world_size = 2  # of the other rank nothing else is seen: it answers as this one
-    asked = []
-
-    def gather(value: Any) -> list[Any]:
-        asked.append(value)
-        if trainer.step == 5 and len(asked) == 6:  # once per step, and this question is on its way already
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)  # the launcher's copy
-        return [value]
-
-    monkeypatch.setattr("mmf_fast.training.trainer.gather", gather)
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
-    assert not trainer.fit()
-    assert trainer.stopped_by == signal.SIGTERM and trainer.step == 6
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")] == ["step_0000006.pt"]
 
 
 def test_training_works_in_a_thread_where_signals_cannot_be_caught(tmp_path: Path) -> None:
@@ -413,7 +392,7 @@ def test_an_error_of_the_data_comes_through_and_the_run_goes_on_from_the_last_ch
 
 def test_no_thread_outlives_a_run_however_it_ends(tmp_path: Path) -> None:
     trainer = build_trainer(tiny(), tmp_path / "signal")
-    trainer.stopped_by = signal.SIGTERM
+    trainer.signals.came = signal.SIGTERM
     assert not trainer.fit() and not threads()
 
     trainer = build_trainer(tiny(), tmp_path / "error")

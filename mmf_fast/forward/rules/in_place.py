@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmf_fast.forward.buffers import WRITES
 from mmf_fast.forward.dual import (
     _RULES,
     DetachedDual,
@@ -57,7 +58,7 @@ def _refuse_what_cannot_be_written(function: Any, x: Value, y: Any) -> None:
         raise missing_rule_error(function, "a tensor without a tangent cannot take a Dual, use the out-of-place form")
     if isinstance(y, DetachedDual) and not isinstance(x, DetachedDual):
         raise missing_rule_error(function, "the tangent written to is in the graph, the one written is not")
-    for part in x:
+    for part in (x.primal, x.tangent):
         if part is None:
             continue
         if torch.is_grad_enabled() and part.requires_grad and part.is_leaf:
@@ -74,6 +75,8 @@ def _copy(x: Value) -> Any:
 
 
 def _writes(in_place: Any, function: Any) -> None:
+    WRITES.add(in_place)
+
     @register_rule(in_place)
     def write(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not isinstance(input, Dual):
@@ -129,6 +132,7 @@ def register() -> None:
             for space in (Tensor, torch, F):
                 if callable(getattr(space, name, None)):
                     _writes(getattr(space, name), getattr(Dual, name[:-1]))
+    WRITES.update((Tensor.copy_, Tensor.zero_, Tensor.__setitem__))
     for name in ("celu", "elu", "hardtanh", "leaky_relu", "rrelu", "selu", "threshold"):
         for in_place in spellings(f"{name}_"):
             _writes(in_place, getattr(F, name))

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import Value, no_tangent, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Value, missing_rule_error, no_tangent, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import linear_by_example, linear_in_first, rule, spellings
 
 linear_in_first("sum", "mean", "cumsum", "trace")
-linear_in_first("view", "reshape", "flatten", "squeeze", "unsqueeze", "ravel", "alias")
+linear_in_first("reshape", "flatten", "squeeze", "unsqueeze", "ravel", "alias")
 linear_in_first("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "flip", "fliplr")
 linear_in_first("flipud", "roll", "rot90", "expand", "broadcast_to", "repeat", "repeat_interleave", "tile")
 linear_in_first("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind")
@@ -43,6 +43,16 @@ no_tangent(
     *spellings("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "new_empty_strided"),
     *spellings("detach", "int", "long", "bool", "byte", "short", "char"),
 )
+
+
+@rule("view")
+def view(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), input.dtype)
+    if not dtype.is_complex and not dtype.is_floating_point or dtype.to_complex() != input.dtype.to_complex():
+        raise missing_rule_error(Tensor.view, f"it would read the memory as {dtype}, whose numbers are others")
+    y = input.primal.view(*args, **kwargs)
+    with tangent_scope(input):
+        return y, input.tangent.view(*args, **kwargs)
 
 
 @rule("unflatten")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.conditions import per_sample, take, to_device
+from mmf_fast.contract import per_sample, take, to_device
 from mmf_fast.objective import BatchShare
 from mmf_fast.training.ema import move_average
 from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
@@ -219,10 +219,11 @@ def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> 
 
 
 def blocks_of(net: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    """The modules of a network that follow each other, those of its lists (or modules) of these names."""
+    """The modules of a network that follow each other: those which it, or a module in it, has as attributes of these
+    names, alone or in a list."""
     found: list[nn.Module] = []
-    for name, module in net.named_modules():
-        if name.rpartition(".")[2] in names:
-            found += list(module) if isinstance(module, nn.ModuleList) else [module]
+    for module in net.modules():
+        for value in (getattr(module, name, None) for name in names):
+            found += [value] if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList) else value or []
     inner = {id(each) for block in found for each in block.modules() if each is not block}
     return [block for block in found if id(block) not in inner]

@@ -54,6 +54,12 @@ class DeepSpeedEngine(Engine):
         device = _join(train.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         settings = _settings(zero, stage, optimizer, train, self.world_size, device)
+        single = next((name for name, each in loss_fn.named_parameters() if stage == 3 and each.ndim == 0), None)
+        if single:
+            raise ConfigError(
+                f"train.zero: stage 3 cannot share {single}, a parameter of no dimension; give it one row, or use "
+                "stage 2 or train.zero=fsdp"
+            )
         super().__init__(loss_fn, optimizer, train, device, seed)
         self.stage, self.autocast = stage, False  # bf16: the weights are bfloat16, the optimizer's are float32
         base = _build_optimizer([p for p in loss_fn.parameters() if p.requires_grad], optimizer)
@@ -200,6 +206,8 @@ def _join(name: str) -> torch.device:
     if device.type == "cpu":
         # Its all-reduce through shared memory would be compiled for minutes; gloo serves ranks on CPUs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # All ranks have the first one's weights already (engines/base.py), and this fails at a parameter of no dimension.
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return device
 

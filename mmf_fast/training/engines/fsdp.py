@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 mmf_fast/train.py --config configs/imagenet64.yaml train.zero=fsdp
 
-Weights, gradients, moments and averages are shared out as at ZeRO stage 3: each rank owns some rows of each parameter.
-They are ordinary tensors, on which the optimizer of LocalEngine steps.
+Weights, gradients, moments and averages are shared out as at ZeRO stage 3: each rank owns some rows of each parameter,
+and the first one those of no dimension. They are ordinary tensors, on which the optimizer of LocalEngine steps.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from mmf_fast.distributed import join
 from mmf_fast.training.engines.base import blocks_of
 from mmf_fast.training.engines.local import LocalEngine
-from mmf_fast.training.fragments import Fragment
-from mmf_fast.training.optimizers import clip_or_skip
+from mmf_fast.training.fragments import Fragment, Saved
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, check_ranks
 
 __all__ = ["FSDPEngine"]
@@ -40,11 +40,6 @@ class FSDPEngine(LocalEngine):
             raise ConfigError(
                 "train.compile: FSDP2 fetches weights between blocks, so compile these: train.compile=blocks"
             )
-        for name, parameter in loss_fn.named_parameters():
-            if parameter.ndim == 0:
-                raise ConfigError(
-                    f"train.zero=fsdp: {name} is a single number, which FSDP2 cannot share: give it 1 row"
-                )
         super().__init__(loss_fn, optimizer, train, seed, device)
 
     def _own(self, train: Train) -> dict[str, Fragment]:
@@ -52,13 +47,18 @@ class FSDPEngine(LocalEngine):
         # Inputs stay as they are: times are float32, and autocast converts what a product takes.
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        for block in blocks_of(self.net, train.blocks):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+        numbers = {each for each in self.model.parameters() if each.ndim == 0}  # FSDP2 cannot share them
+        for module in (*blocks_of(self.net, train.blocks), self.model):
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=numbers)
         self.sharded: dict[str, Any] = {n: p for n, p in self.model.named_parameters() if n in self.shapes}
+        self.numbers = [each for each in self.sharded.values() if each.ndim == 0]
         owned = {}
         for name, parameter in self.sharded.items():
             shape = self.shapes[name]
+            if not shape:
+                if self.rank == 0:
+                    owned[name] = Fragment(0, parameter)
+                continue
             rows = -(-shape[0] // self.world_size)  # of each rank but the last ones, as torch.chunk cuts
             with torch.no_grad():
                 shard = parameter.to_local()
@@ -66,23 +66,33 @@ class FSDPEngine(LocalEngine):
                 owned[name] = Fragment(self.rank * rows * shape[1:].numel(), nn.Parameter(shard))
         return owned
 
-    def averaged(self) -> nn.Module:
-        return super(LocalEngine, self).averaged()
-
-    def start_average(self) -> None:
-        super(LocalEngine, self).start_average()
-
     def backward(self, loss: Tensor, last: bool) -> None:
         self.model.set_requires_gradient_sync(last)
         super().backward(loss, last)
 
     def update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        for name, fragment in self.owned.items():
-            grad = self.sharded[name].grad
-            fragment.value.grad = None if grad is None else grad.to_local()
-            self.sharded[name].grad = None
-        norm, bad = clip_or_skip(
-            [each.value for each in self.owned.values()], self.optimizer, self.config.clip, loss, shared=True
-        )
-        self.optimizer.step()
-        return norm, bad
+        if self.numbers:
+            grads = torch.stack([torch.zeros_like(each) if each.grad is None else each.grad for each in self.numbers])
+            dist.all_reduce(grads)
+            for number, grad in zip(self.numbers, grads / self.world_size, strict=True):
+                number.grad = grad
+        for name, parameter in self.sharded.items():
+            grad, parameter.grad = parameter.grad, None
+            if name in self.owned:
+                self.owned[name].value.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+        result = super().update(loss)
+        self._spread_numbers()
+        return result
+
+    def write(self, saved: Saved) -> None:
+        super().write(saved)
+        self._spread_numbers()
+
+    @torch.no_grad()
+    def _spread_numbers(self) -> None:
+        """From the first rank, which owns them."""
+        if self.numbers:
+            values = torch.stack(self.numbers)
+            dist.broadcast(values, src=0)
+            for number, value in zip(self.numbers, values, strict=True):
+                number.copy_(value)

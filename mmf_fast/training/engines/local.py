@@ -41,20 +41,24 @@ class LocalEngine(Engine):
         return {name: Fragment(0, each) for name, each in self.model.named_parameters() if name in self.shapes}
 
     def start_average(self) -> None:
-        """That of the network lies in the network that is drawn from and saved."""
+        """Where one process has it all, that of the network lies in the network that is drawn from and saved."""
         super().start_average()
+        if self.world_size > 1:
+            return
         whole = dict(self.whole.named_parameters()) if self.whole is not None else {}
         self.average |= {name: whole[name[4:]].data for name in self.average if name.startswith("net.")}
 
     def averaged(self) -> nn.Module:
-        assert self.whole is not None  # rank 0 is the only one
+        if self.world_size > 1 or self.whole is None:
+            return super().averaged()
         return self._with_buffers(self.whole)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         (loss / self.accumulate).backward()
 
     def update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        norm, bad = clip_or_skip([each.value for each in self.owned.values()], self.optimizer, self.config.clip, loss)
+        owned = [each.value for each in self.owned.values()]
+        norm, bad = clip_or_skip(owned, self.optimizer, self.config.clip, loss, shared=self.world_size > 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, bad

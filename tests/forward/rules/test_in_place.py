@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from mmf_fast import MissingRuleError, jvp
-from mmf_fast.forward.dual import DetachedDual, Dual, known_functions
+from mmf_fast.forward.buffers import CURRENT
+from mmf_fast.forward.dual import DetachedDual, Dual, known_functions, primal, tangent
 
 KINDS = (Dual, DetachedDual)
 
@@ -74,7 +75,53 @@ def shared(x: Any) -> Any:
     return skip * x
 
 
-NETWORKS = [constant_sums, views, assignments, activations, scattered, shared]
+# -- tensors that the network made without a tangent -----------------------------------------------------------------
+
+
+def filled(x: Any) -> Any:
+    """Buffers of zeros, as rotary embeddings and padded batches have them."""
+    y, z = torch.empty_like(x), x.new_zeros(2, *x.shape)
+    y[..., 0::2], y[..., 1::2] = x[..., 0::2].square(), 3 * x[..., 1::2]
+    z[1, :2] = x[:2]
+    z[0] += y
+    z[0, 0] *= 2
+    return (z * x).sum(0) + torch.cat((y, z[1])).sin()[:3] + z.reshape(6, 3)[3:]
+
+
+def summed(x: Any) -> Any:
+    total, last = torch.zeros(3, 3, dtype=x.dtype), torch.zeros(3, dtype=x.dtype)
+    for i in range(3):
+        total += x * i
+        last.add_(x[i].exp()).mul_(0.5)
+    return total * last
+
+
+def seen_through_views(x: Any) -> Any:
+    """What shares the memory of a tensor that receives a Dual, made before and after."""
+    y = torch.ones(4, 3, dtype=x.dtype)
+    before = y.t()
+    y[1:].copy_(x * x)
+    return before[:, 1:].t() * before.t()[:3] + 2 * y[1:] + (y + x.new_ones(4, 3))[1:]
+
+
+def in_lists(x: Any) -> Any:
+    y = torch.zeros(3, 3, dtype=x.dtype)
+    y[:] = torch.cos(x)
+    z = torch.stack([y, torch.ones_like(y)])
+    a, b = z
+    return torch.cat(tensors=[a * b, F.linear(input=y, weight=y)], dim=0)[2:5] + torch.where(y > 0, y, 0.5)
+
+
+def the_buffer_itself(x: Any) -> Any:
+    y = torch.zeros(3, 3, dtype=x.dtype)
+    y[0], y[1:] = x[1], x[:2] ** 3
+    return y
+
+
+NETWORKS = [
+    *(constant_sums, views, assignments, activations, scattered, shared),
+    *(filled, summed, seen_through_views, in_lists, the_buffer_itself),
+]
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=lambda f: f.__name__)
 
 
@@ -137,8 +184,9 @@ def test_a_method_writes_what_its_function_returns(op: Any, kind: type[Dual]) ->
             continue  # PyTorch changes the shape of what it writes to
         written = kind(x.clone(), dx.clone())
         out = getattr(kind, op.inplace_variant.__name__)(written, *args, **kwargs)
-        y, dy = expected if isinstance(expected, Dual) else (expected, torch.zeros_like(x))
-        torch.testing.assert_close(tuple(written), (y.to(x.dtype), dy), equal_nan=True)
+        y = primal(expected)
+        dy = torch.zeros_like(x) if tangent(expected) is None else tangent(expected)
+        torch.testing.assert_close((written.primal, written.tangent), (y.to(x.dtype), dy), equal_nan=True)
         assert out.primal.data_ptr() == written.primal.data_ptr() and type(out) is kind
 
 
@@ -146,26 +194,58 @@ X = Dual(torch.ones(2, 4), torch.ones(2, 4))
 LEAF = torch.ones(2, 4, requires_grad=True)
 
 
-def accumulate(x: Any) -> None:
-    total = torch.zeros(2, 4)
-    total += x
-
-
-def assign(x: Any) -> None:
-    torch.zeros(2, 4)[0] = x[0]
-
-
 @pytest.mark.parametrize("function", [
-    accumulate, assign, lambda x: torch.zeros(2, 4).copy_(x), lambda x: torch.zeros(2, 4).add_(x),
-    lambda x: torch.exp(x, out=torch.empty(2, 4)), lambda x: torch.ones(2, 4).mul_(x), lambda x: x.transpose_(0, 1),
+    lambda x: torch.exp(x, out=torch.empty(2, 4)), lambda x: x.transpose_(0, 1),
     lambda x: x.detach_(), lambda x: x.normal_(), lambda x: x.bernoulli_(), lambda x: x.set_(x), lambda x: x.resize_(3),
     lambda x: Dual(LEAF, x.tangent).mul_(2), lambda x: Dual(x.primal, LEAF).mul_(2),
     lambda x: x[:1].expand(5, 4).add_(1), lambda x: Dual(x.primal, None).add_(x),
     lambda x: operator.setitem(Dual(x.primal, None), 0, x[0]),
     lambda x: operator.setitem(Dual(LEAF, x.tangent), 0, 1.0),
-    lambda x: Dual(*x).copy_(DetachedDual(*x)), lambda x: x.mul_(1j), lambda x: x[0].add_(x),
+    lambda x: x.copy_(DetachedDual(x.primal, x.tangent)), lambda x: x.mul_(1j), lambda x: x[0].add_(x),
 ])  # fmt: skip
 def test_what_cannot_be_written_is_refused(function: Callable[[Any], Any]) -> None:
     with pytest.raises(MissingRuleError):
         function(X)
     assert torch.equal(X.primal, torch.ones(2, 4)) and torch.equal(X.tangent, torch.ones(2, 4))
+
+
+Z = torch.ones(2, 4)
+
+
+@pytest.mark.parametrize("write", [
+    lambda x: torch.ones(2, 4, dtype=torch.long).copy_(x),  # not a float
+    lambda x: torch.ones(4).expand(2, 4).copy_(x),
+    lambda x: torch.ones(2, 4, requires_grad=True).mul_(x),
+    lambda x: Z.add_(x),  # the memory of a Dual
+    lambda x: (x * 1).detach().mul_(x),
+    lambda x: torch.exp(x, out=torch.empty(2, 4)),
+])  # fmt: skip
+def test_what_cannot_receive_a_dual_is_refused_in_a_pass(write: Callable[[Any], Any]) -> None:
+    with pytest.raises(MissingRuleError):
+        jvp(write, (Z,), (torch.ones(2, 4),))
+    assert torch.equal(Z, torch.ones(2, 4))
+
+
+def test_detach_gives_memory_that_received_a_dual_as_a_constant() -> None:
+    def network(x: Any) -> Any:
+        y = torch.zeros(2, 4)
+        y += 3 * x
+        z = torch.zeros(2, 4)
+        z[:] = y
+        return (y.detach() + z.detach().add_(1) + torch.detach(z)) * x
+
+    assert torch.equal(jvp(network, (Z,), (Z,))[1], 10 * Z)
+
+
+def test_memory_that_received_a_dual_is_a_constant_after_the_pass() -> None:
+    cache = torch.zeros(2, 4)
+
+    def network(x: Any) -> Any:
+        cache.copy_(x * 2)
+        return cache * cache
+
+    assert torch.equal(jvp(network, (Z,), (Z,))[1], 8 * Z)
+    assert not CURRENT.buffers.tangents and torch.equal(jvp(lambda x: cache * x, (Z,), (Z,))[1], 2 * Z)
+    halves = cache.view(torch.float16)
+    with pytest.raises(NotImplementedError, match="clone"):
+        jvp(lambda x: (cache.copy_(x), halves + 1)[1], (Z,), (Z,))

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.engine_cases import data, loss_function, optimizer, train
-from support.launch import ROOT, SUPPORT, environment, two_ranks
+from support.engine_cases import check_against_one_process, loss_function, on_two_ranks, optimizer, train
+from support.launch import ROOT, environment, two_ranks
 
 from mmf_fast.training.engines.local import LocalEngine
 from mmf_fast.training.settings import ConfigError, read_zero
 
 pytest.importorskip("deepspeed")
 
-HERE = Path(__file__).parent
 FEW = {  # each stage, each lambda, each kind of tangent, accumulation: what a change is likely to break
     "zero0": {"stage": 0, "lam": 0.0, "paired": False, "steps": 20},
     "zero1": {"stage": 1, "lam": "curriculum", "paired": True, "steps": 20},
@@ -26,6 +25,7 @@ FEW = {  # each stage, each lambda, each kind of tangent, accumulation: what a c
     "zero3": {"stage": 3, "lam": 1.0, "paired": True, "steps": 20},
     "zero2-recompute": {"stage": 2, "lam": 0.0, "paired": False, "steps": 5, "recompute": True},
     "zero3-recompute": {"stage": 3, "lam": "curriculum", "paired": True, "steps": 5, "recompute": True},
+    "zero1-scaled": {"stage": 1, "lam": 0.5, "paired": True, "steps": 5, "scaled": True},
     "bad0": {"stage": 0, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
     "bad2": {"stage": 2, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
     "bad3": {"stage": 3, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
@@ -49,34 +49,14 @@ SMALL = ["train.batch=64", "train.log_every=1", "train.checkpoint_every=100", "t
 compiles = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="needs g++ and ninja")
 
 
-def results(cases: dict, folder: Path) -> dict[str, dict]:
-    done = two_ranks(str(SUPPORT / "zero_ranks.py"), json.dumps(cases), str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
-
-
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    return results(FEW, tmp_path_factory.mktemp("ranks"))
-
-
-def check(found: dict, case: dict) -> None:
-    x, y = data()
-    engine = LocalEngine(loss_function({**case, "recompute": False}), optimizer(), train({**case, "accumulate": 1}), 3)
-    whole = [engine.step(x, step, y=y).metrics for step in range(case["steps"])]
-    for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(found[key], [float(each[key]) for each in whole], rtol=1e-5, atol=0)
-    for name, average in engine.averaged().named_parameters():
-        torch.testing.assert_close(found["average"][name], average.data, rtol=1e-4, atol=1e-6)
-    count = sum(parameter.numel() for parameter in engine.net.parameters())
-    share = 1 if case["stage"] == 0 else 0.5
-    if case["stage"]:  # at stage 0 moments are whole on each rank; a checkpoint has a share of them
-        assert abs(found["owned"] / count - share) < 0.05
+    return on_two_ranks(FEW, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", [name for name in FEW if name.startswith("zero")])
 def test_two_ranks_train_as_one_process(name: str, few: dict[str, dict]) -> None:
-    check(few[name], FEW[name])
+    check_against_one_process(few[name], FEW[name])
 
 
 def check_skipped(found: dict) -> None:
@@ -94,19 +74,19 @@ def test_a_bad_sample_on_one_rank_skips_the_step_on_all(name: str, few: dict[str
 @compiles
 def test_the_optimizers_of_deepspeed_with_and_without_offload(tmp_path: Path) -> None:
     cases = {name: {"kind": "deepspeed_cpu", **case} for name, case in OFFLOAD.items()}
-    found = results(cases, tmp_path)
+    found = on_two_ranks(cases, tmp_path)
     for name, case in cases.items():
         if "bad_step" in case:
             check_skipped(found[name])
         else:
-            check(found[name], case)
+            check_against_one_process(found[name], case)
 
 
 @pytest.mark.slow
 def test_every_stage_lambda_and_tangent(tmp_path: Path) -> None:
-    found = results(MATRIX, tmp_path)
+    found = on_two_ranks(MATRIX, tmp_path)
     for name, case in MATRIX.items():
-        check(found[name], case)
+        check_against_one_process(found[name], case)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -177,6 +157,22 @@ def test_of_what_was_saved_only_what_is_asked_for_is_read(ranks: int) -> None:
                 own.whole("a", "weight")
             with pytest.raises(ValueError, match="only a part of a"):
                 Saved(every[:rank] + every[rank + 1 :], shapes)
+
+
+def test_a_parameter_without_a_dimension_at_stage_3_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmf_fast.training.engines import deepspeed
+
+    monkeypatch.setattr(deepspeed, "_join", lambda name: torch.device("cpu"))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    case = {**FEW["zero3"], "scaled": True}
+    with pytest.raises(ConfigError, match="stage 3 cannot share log_scale, .* give it one row, or use stage 2"):
+        deepspeed.DeepSpeedEngine(
+            loss_function(case),
+            optimizer(),
+            train(case),
+            {"zero_optimization": {"stage": 3, "memory_efficient_linear": False}},
+        )
 
 
 def test_settings_that_do_not_fit_are_one_line_errors() -> None:

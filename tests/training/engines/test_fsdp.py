@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.engine_cases import data, loss_function, optimizer, train
+from support.engine_cases import check_against_one_process, loss_function, on_two_ranks, optimizer, train
 from support.launch import SUPPORT, environment, two_ranks
 from torch import nn
 
@@ -21,6 +21,7 @@ CASES = {
     "full": {"zero": "fsdp", "lam": 1.0, "paired": True, "steps": 10},
     "accumulated": {"zero": "fsdp", "lam": "curriculum", "paired": False, "steps": 10, "accumulate": 2},
     "recomputed": {"zero": "fsdp", "lam": 0.0, "paired": True, "steps": 5, "recompute": True},
+    "scaled": {"zero": "fsdp", "lam": 0.5, "paired": True, "steps": 10, "scaled": True, "accumulate": 2},
     "bad": {"zero": "fsdp", "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
 }
 COMPILED = {"compiled": {"zero": "fsdp", "lam": 1.0, "paired": True, "steps": 5, "compile": "blocks"}}
@@ -31,28 +32,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return on_two_ranks(CASES, tmp_path_factory.mktemp("ranks"))
 
 
-def on_two_ranks(cases: dict, folder: Path) -> dict[str, dict]:
-    done = two_ranks(str(SUPPORT / "zero_ranks.py"), json.dumps(cases), str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
-
-
-def check(found: dict, case: dict) -> None:
-    x, y = data()
-    plain = {**case, "recompute": False, "accumulate": 1, "compile": False}
-    engine = LocalEngine(loss_function(plain), optimizer(), train(plain), 3)
-    whole = [engine.step(x, step, y=y).metrics for step in range(case["steps"])]
-    for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(found[key], [float(each[key]) for each in whole], rtol=1e-5, atol=0)
-    for name, average in engine.averaged().named_parameters():
-        torch.testing.assert_close(found["average"][name], average.data, rtol=1e-4, atol=1e-6)
-    count = sum(shape.numel() for shape in engine.shapes.values())
-    assert abs(found["owned"] / count - 0.5) < 0.1  # parameters of one row are whole on one of them
-
-
 @pytest.mark.parametrize("name", [name for name in CASES if name != "bad"])
 def test_two_ranks_train_as_one_process(name: str, found: dict[str, dict]) -> None:
-    check(found[name], CASES[name])
+    check_against_one_process(found[name], CASES[name])
 
 
 def test_a_bad_sample_on_one_rank_skips_the_step_on_all(found: dict[str, dict]) -> None:
@@ -62,7 +44,7 @@ def test_a_bad_sample_on_one_rank_skips_the_step_on_all(found: dict[str, dict]) 
 
 @pytest.mark.slow  # compiles for a minute
 def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
-    check(on_two_ranks(COMPILED, tmp_path)["compiled"], COMPILED["compiled"])
+    check_against_one_process(on_two_ranks(COMPILED, tmp_path)["compiled"], COMPILED["compiled"])
 
 
 @pytest.mark.slow  # four starts
@@ -106,10 +88,6 @@ def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     with pytest.raises(ConfigError, match="train.compile=blocks"):
         FSDPEngine(loss_function(case), optimizer(), train({**case, "compile": True}))
-    loss_fn = loss_function(case)
-    loss_fn.temperature = nn.Parameter(torch.tensor(1.0))
-    with pytest.raises(ConfigError, match="temperature is a single number"):
-        FSDPEngine(loss_fn, optimizer(), train(case))
 
 
 def test_blocks_by_name() -> None:

@@ -1,6 +1,6 @@
-"""One rank of test_deepspeed.py: trains each case it is given and leaves what it saw in a file.
+"""One rank of test_deepspeed.py and test_fsdp.py: trains each case it is given and leaves what it saw in a file.
 
-torchrun --nproc-per-node 2 zero_ranks.py '{"case": {"stage": 1, "lam": 1.0, ...}, ...}' FOLDER
+torchrun --nproc-per-node 2 engine_ranks.py '{"case": {"stage": 1, "lam": 1.0, ...}, ...}' FOLDER
 """
 
 import json

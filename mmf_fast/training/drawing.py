@@ -1,0 +1,42 @@
+"""Pictures of a run: one-step samples of a network, from the same noise at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmf_fast.contract import per_sample, take
+from mmf_fast.pictures import save_grid
+from mmf_fast.sampling import sample
+
+__all__ = ["can_draw", "draw_samples"]
+
+
+def can_draw(shape: Sequence[int]) -> bool:
+    """Images of one channel or three, and points of the plane."""
+    return tuple(shape) == (2,) or (len(shape) == 3 and shape[0] in (1, 3))
+
+
+def draw_samples(
+    net: nn.Module, shape: Sequence[int], path: Path, *, seed: int, classes: int, cond: dict[str, Any], rows: int
+) -> bool:
+    """Samples of `shape`, of each class, or else with the conditions of `rows` samples, as a picture at `path`.
+
+    Returns whether they were finite: of others no picture is drawn. Leaves torch's global generators alone.
+    """
+    columns = min(classes, 10) or 8
+    count = 2000 if len(shape) == 1 else 8 * columns
+    if classes:
+        cond = {"y": torch.arange(count) % columns}
+    elif cond:
+        count = min(count, rows)
+        cond = take(cond, slice(count), per_sample(cond, rows))
+    x = sample(net, (count, *shape), seed=seed, **cond)
+    finite = bool(torch.isfinite(x).all())
+    if finite:
+        save_grid(x.cpu(), path, columns)
+    return finite

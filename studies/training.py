@@ -1,0 +1,53 @@
+"""The loop of the studies: an engine of mmf_fast, fed step by step, without a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmf_fast import MeanFlowLoss, Optimizer, Train
+from mmf_fast.data import Dataset
+from mmf_fast.training.engines import Engine, StepResult, build_engine
+from mmf_fast.training.engines.local import LocalEngine
+
+__all__ = ["SGDEngine", "train"]
+
+
+class SGDEngine(LocalEngine):
+    """Stochastic gradient descent with momentum in place of AdamW; it is not made for checkpoints."""
+
+    def __init__(self, *args: Any, momentum: float = 0.9, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        parameters = [each.value for each in self.owned.values()]
+        self.optimizer = torch.optim.SGD(parameters, lr=self.config.lr, momentum=momentum, fused=True)  # type: ignore[assignment]
+        self.param_groups = self.optimizer.param_groups
+
+
+def train(
+    loss_fn: MeanFlowLoss,
+    data: Dataset,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    optimizer: Optimizer,
+    make_engine: Callable[..., Engine] = build_engine,
+    watch: Callable[[int, StepResult], None] | None = None,
+) -> nn.Module:
+    """Trains the network of the loss and returns it with averaged weights, on the CPU, in evaluation mode. Long runs
+    are compiled; those of one process share their graphs.
+
+    watch: is called as watch(step, result) after every step.
+    """
+    if steps >= 500:
+        loss_fn.compile()
+    engine = make_engine(loss_fn, optimizer, Train(steps=steps, batch=batch), seed)
+    for step in range(steps):
+        x, y = data.batch(step, batch)
+        result = engine.step(x, step, **({} if y is None else {"y": y}))
+        if watch:
+            watch(step, result)
+    return engine.averaged().cpu()
