@@ -66,7 +66,8 @@ class EightGaussiansToMoons:
     """A dataset (`mmf_fast.data.Dataset`) of moons x, each with its noise. A pool of 1,024 makes four batches in the
     order in which its points are made: each is a quarter of the moons."""
 
-    name, shape, num_classes = "8 gaussians to moons", (2,), 0
+    name, num_classes = "8 gaussians to moons", 0
+    shape: tuple[int, ...] = (2,)
     identity: Identity = {}
 
     def __init__(self, seed: int) -> None:
@@ -194,7 +195,7 @@ def draw(rows: Rows) -> Figure:
                 bars.append((name, found.spread(solver), color))
     names, values, colors = zip(*bars, strict=True)
     axes.bar(range(len(bars)), [value.mean for value in values], color=colors,
-             yerr=[value.deviation if value.count > 1 else 0 for value in values], capsize=3)  # fmt: skip
+             yerr=np.nan_to_num([value.deviation for value in values]), capsize=3)  # fmt: skip
     axes.set(yscale="log", ylabel="squared 2-Wasserstein distance")
     axes.set_xticks(range(len(bars)), names, rotation=90, fontsize=7)
     return figure

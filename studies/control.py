@@ -135,7 +135,8 @@ def problems(task: str, rng: np.random.Generator, count: int) -> Problem:
 class Demonstrations:
     """A dataset (`mmf_fast.data.Dataset`) of experts' plans (T, 6) in units of `scale`, given start and goal (6,)."""
 
-    name, shape, num_classes = "demonstrations", (HORIZON, STATE + ACTION), 0
+    name, num_classes = "demonstrations", 0
+    shape: tuple[int, ...] = (HORIZON, STATE + ACTION)
     identity: Identity = {}
 
     def __init__(self, task: str, seed: int, count: int) -> None:
@@ -169,7 +170,7 @@ class Planner:
         context = torch.from_numpy(np.concatenate([states, goals], axis=1)).float()
         noise = torch.randn(len(states), HORIZON, STATE + ACTION, generator=self.generator)
         plan = sample(self.net, tuple(noise.shape), self.evaluations, noise, context=context) * self.scale
-        return tuple(plan.double().numpy()[:, :, part] for part in (slice(STATE), slice(STATE, None)))
+        return plan.double().numpy()[:, :, :STATE], plan.double().numpy()[:, :, STATE:]
 
 
 def execute(plan: Planner, problem: Problem, how: str) -> tuple[np.ndarray, np.ndarray]:
@@ -304,7 +305,7 @@ def draw(rows: Rows) -> Figure:
                     values = [found.spread(f"{count}, {how}: success") for count in counts]
                     axes.errorbar(
                         counts, [100 * each.mean for each in values], color=color, ls=style, marker="o", ms=3,
-                        yerr=[100 * each.deviation if each.count > 1 else 0 for each in values], capsize=2,
+                        yerr=100 * np.nan_to_num([each.deviation for each in values]), capsize=2,
                         label=f"{title(setting)}, {how}",
                     )  # fmt: skip
         axes.axhline(100 * TARGET, color="k", lw=0.5)

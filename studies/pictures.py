@@ -125,7 +125,9 @@ def picture(data: Mixture, net: nn.Module, z: Tensor, exact: Tensor, found: Tens
     map_arrows(below[0], z, found, "one evaluation: z to z - u(z, 0, 1)")
     map_arrows(below[1], z, exact, "the exact map")
     for axes, points, name in ((below[2], found, "samples of one evaluation"), (below[3], exact, "of the exact map")):
-        axes.scatter(*points.T, s=1, c="#C44E52" if points is found else "#4C72B0", alpha=0.5, linewidths=0)
+        axes.scatter(
+            points[:, 0], points[:, 1], s=1, c="#C44E52" if points is found else "#4C72B0", alpha=0.5, linewidths=0
+        )
         axes.set_title(name)
     for axes in (*above, *below):
         axes.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7))
@@ -142,7 +144,7 @@ def velocity_arrows(axes: Axes, data: Mixture, net: nn.Module, t: float) -> None
     mesh = torch.cartesian_prod(axis, axis)
     near = mesh[torch.cdist(mesh, points).min(dim=1).values < 0.25]
     time = torch.full((len(near),), t)
-    axes.scatter(*points.T, s=1, c="#DDDDDD", linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=1, c="#DDDDDD", linewidths=0)
     for velocity, color in ((data.velocity(near.double(), t), "#8C8C8C"), (net(near, time, time), "#C44E52")):
         axes.quiver(*near.T, *-velocity.T, color=color, angles="xy", scale=30, width=0.006)
     axes.set_title(f"-v(z, {t:g}): learned, exact (grey)")
@@ -162,7 +164,7 @@ def error_map(figure: Figure, axes: Axes, data: Mixture, net: nn.Module) -> None
 def map_arrows(axes: Axes, z: Tensor, x: Tensor, title: str, count: int = 150) -> None:
     start, move = z[:count], (x - z)[:count]
     axes.quiver(*start.T, *move.T, color="#8C8C8C", angles="xy", scale_units="xy", scale=1, width=0.003)
-    axes.scatter(*x[:count].T, s=5, c="#C44E52", linewidths=0)
+    axes.scatter(x[:count, 0], x[:count, 1], s=5, c="#C44E52", linewidths=0)
     axes.set_title(title)
 
 
@@ -207,7 +209,7 @@ def draw(rows: Rows) -> Figure:
         values = [rows.spread("error", toy=name, lam=lam) for name in TOYS]
         axes.bar(
             np.arange(len(TOYS)) + 0.4 * (i - 0.5), [each.mean for each in values], 0.38, capsize=3,
-            yerr=[each.deviation if each.count > 1 else 0 for each in values], label=f"lambda {lam:g}",
+            yerr=np.nan_to_num([each.deviation for each in values]), label=f"lambda {lam:g}",
         )  # fmt: skip
     axes.set_xticks(range(len(TOYS)), list(TOYS))
     axes.set_ylabel("rms error of u(z, 0, 1)")

@@ -288,7 +288,7 @@ def draw(rows: Rows) -> Figure:
                 if label in shown:
                     values = [method.spread(f"{prefix}{what} at {state}") for state in SAVED]
                     mean = np.array([each.mean for each in values])
-                    bar = np.array([each.deviation if each.count > 1 else 0 for each in values])
+                    bar = np.nan_to_num([each.deviation for each in values])
                     times = SYSTEMS[name].step * np.array(SAVED)
                     color, style = shown[label]
                     axes.plot(times, mean, color=color, ls=style, label=label)
