@@ -36,13 +36,15 @@ def train(
     optimizer: Optimizer,
     make_engine: Callable[..., Engine] = build_engine,
     watch: Callable[[int, StepResult], None] | None = None,
+    compiled: bool | None = None,
 ) -> nn.Module:
-    """Trains the network of the loss and returns it with averaged weights, on the CPU, in evaluation mode. Long runs
-    are compiled; those of one process share their graphs.
+    """Trains the network of the loss and returns it with averaged weights, on the CPU, in evaluation mode.
+
+    compiled: by default long runs are; those of one process share their graphs.
 
     watch: is called as watch(step, result) after every step.
     """
-    if steps >= 500:
+    if steps >= 500 if compiled is None else compiled:
         loss_fn.compile()
     engine = make_engine(loss_fn, optimizer, Train(steps=steps, batch=batch), seed)
     for step in range(steps):
