@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ def train(
     engine = make_engine(loss_fn, optimizer, Train(steps=steps, batch=batch), seed)
     for step in range(steps):
         x, y = data.batch(step, batch)
-        result = engine.step(x, step, **({} if y is None else {"y": y}))
+        cond = {} if y is None else dict(y) if isinstance(y, Mapping) else {"y": y}  # labels, or by name
+        result = engine.step(x, step, **cond)
         if watch:
             watch(step, result)
     return engine.averaged().cpu()
