@@ -6,11 +6,12 @@ Prints every ratio that changed, and ends with status 1 where one got worse by m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.results import read
 
 LIMIT = 0.05
 
@@ -54,9 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("new", type=Path)
     options = parser.parse_args(arguments)
     try:
-        old, new = (json.loads(path.read_text()) for path in (options.old, options.new))
+        old, new = (read(path) for path in (options.old, options.new))
         rows = compare(old, new)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if old["machine"]["device"] != new["machine"]["device"]:

@@ -1,4 +1,9 @@
-"""pytest benchmarks --benchmark-only [--full] [--benchmark-json=FILE]: the quick profile, or all of it."""
+"""pytest benchmarks --benchmark-only [--full] [--benchmark-json=FILE]: the quick profile, or all of it.
+
+The file is pytest-benchmark's own. A round is one timed run of ours; ratios, bounds, FLOPs and whatever else was found
+are in `extra_info`. So --benchmark-autosave, --benchmark-compare and pytest-benchmark's commands work as ever, and
+`python -m benchmarks.compare` compares the ratios.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measure import limits, machine
-from benchmarks.results import rounded
+from benchmarks.measure import Stopwatch, circumstances, limits, machine
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
@@ -44,6 +49,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem != "test_kernels")  # the short ones first, in memory yet unused
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=Stopwatch.clock))
     if config.getoption("--full"):
         return
     left_out = [item for item in items if item.get_closest_marker("full")]
@@ -63,23 +70,14 @@ def length(request: pytest.FixtureRequest, full: bool) -> float:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    profile = {"profile": "full" if config.getoption("--full") else "quick"}
+    """What does not change from run to run, so that --benchmark-compare warns where two machines differ."""
     machine_info.clear()
-    machine_info |= machine(device) | profile | limits(device)
+    machine_info |= machine(DEVICE)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Only what the report reads, so that a committed run can be read and compared in a diff."""
-    rows = [
-        {"suite": _suite(each["fullname"]), **(each["params"] or {}), **each["extra_info"]}
-        for each in output_json["benchmarks"]
-    ]
-    run = {"machine": output_json["machine_info"], "rows": rows}
-    output_json.clear()
-    output_json |= rounded(run)
-
-
-def _suite(fullname: str) -> str:
-    """benchmarks/test_step.py::test_step[...] -> step"""
-    return fullname.partition(".py::")[0].rpartition("test_")[2]
+    """Adds the limits of the machine and how the run was made; leaves single rounds out, as --benchmark-save does."""
+    profile = "full" if config.getoption("--full") else "quick"
+    output_json["run"] = circumstances() | {"profile": profile} | limits(DEVICE)
+    for each in output_json["benchmarks"]:
+        each["stats"].pop("data", None)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from benchmarks.kernel_case import Case, Outputs, backward
 from mmf_fast.ops.group_norm import group_norm_silu
-from mmf_fast.ops.interpolate import interpolate
 from mmf_fast.ops.layer_norm import modulated_layer_norm
 from mmf_fast.ops.pointwise import activation, gelu_tangent, silu_tangent
 from mmf_fast.ops.sg_loss import sg_loss
@@ -33,21 +32,6 @@ def sg_loss_cases(draw: Draw, size: str) -> Iterator[Case]:
         fused=lambda: _loss(u, du, sg_loss(u, du, tau, lam, x=x, noise=noise).loss),
         composed=lambda: _loss(u, du, _composed_loss(u, du, x, noise, tau, lam)),
         bytes=6 * _bytes(u),
-    )
-
-
-def interpolate_cases(draw: Draw, size: str) -> Iterator[Case]:
-    shape = IMAGES[size]
-    noise = draw(*shape, grad=False)
-    t = torch.rand(shape[0], device=noise.device)
-    stored = torch.randint(0, 256, shape, dtype=torch.uint8, device=noise.device)
-    yield Case(
-        "interpolate",
-        f"{shape} uint8",
-        "forward",
-        fused=lambda: interpolate(stored, noise, t),
-        composed=lambda: _composed_path(stored, noise, t.view(-1, 1, 1, 1).to(noise.dtype)),
-        bytes=3 * _bytes(noise) + stored.numel(),
     )
 
 
@@ -105,11 +89,6 @@ def _composed_loss(u: Tensor, du: Tensor, x: Tensor, noise: Tensor, tau: Tensor,
     error = u + tau.view(-1, 1, 1, 1).to(u.dtype) * blend - (noise - x)
     square = error.float().square().flatten(1).sum(1)
     return (square * (square.detach() + 1e-3) ** -1.0).mean()
-
-
-def _composed_path(stored: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    x = stored.to(noise.dtype) / 127.5 - 1
-    return (1 - t) * x + t * noise, noise - x
 
 
 def _fused_layer_norm(x: Tensor, dx: Tensor, shift: Tensor, dshift: Tensor, scale: Tensor, dscale: Tensor) -> Any:

@@ -10,17 +10,10 @@ from torch import Tensor
 
 from benchmarks.kernel_case import Case
 from benchmarks.kernels_attention import attention_cases
-from benchmarks.kernels_norms import (
-    activation_cases,
-    group_norm_cases,
-    interpolate_cases,
-    layer_norm_cases,
-    sg_loss_cases,
-)
+from benchmarks.kernels_norms import activation_cases, group_norm_cases, layer_norm_cases, sg_loss_cases
 
 OPERATORS = {
     "sg_loss": sg_loss_cases,
-    "interpolate": interpolate_cases,
     "modulated_layer_norm": layer_norm_cases,
     "group_norm_silu": group_norm_cases,
     "activation": activation_cases,

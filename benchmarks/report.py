@@ -8,7 +8,6 @@ whether page and runs agree.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from benchmarks.cases import CASES, OURS
 from benchmarks.gpu import report as gpu
 from benchmarks.plots import draw
-from benchmarks.results import Row, crossed, rows_of, share_of_roof
+from benchmarks.results import Row, crossed, read, rows_of, share_of_roof
 from mmf_fast.planning import table
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +150,7 @@ def header(run: dict[str, Any], path: Path) -> str:
 
 
 def one_device(path: Path) -> str:
-    run = json.loads(path.read_text())
+    run = read(path)
     parts = [
         f"### On {'a CPU' if path.parent.name == 'cpu' else path.parent.name}",
         header(run, path),
@@ -199,7 +198,7 @@ def main() -> int:
         return int(current != text)
     PAGE.write_text(current)
     for path in runs():
-        draw(json.loads(path.read_text()), ROOT / "docs", path.parent.name)
+        draw(read(path), ROOT / "docs", path.parent.name)
     return 0
 
 

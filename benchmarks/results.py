@@ -1,11 +1,31 @@
-"""The rows of a run: what is written, how they are found again, and what they reach of the machine's limits."""
+"""The rows of a run: how a file becomes rows, how rows are found, and what they reach of the machine's limits."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of pytest-benchmark as {"machine": ..., "rows": [...]}: a row is what a benchmark was called with and what
+    it found, by name, and its suite (benchmarks/test_step.py: step). Raises OSError, ValueError for another file."""
+    run = json.loads(path.read_text())
+    try:
+        rows = [
+            {"suite": _suite(each["fullname"]), **(each["params"] or {}), **each["extra_info"]}
+            for each in run["benchmarks"]
+        ]
+        return {"machine": run["machine_info"] | run["run"], "rows": rows}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of pytest benchmarks --benchmark-json: it lacks {error}") from error
+
+
+def _suite(fullname: str) -> str:
+    return fullname.partition(".py::")[0].rpartition("test_")[2]
 
 
 def rows_of(run: dict[str, Any], suite: str, **fixed: Any) -> list[Row]:

@@ -27,7 +27,7 @@ def of_flow_matching(network: str) -> int:
 def peak(network: str, case: Any) -> int:
     net = TOKENS[network].make(DEVICE)
     run = training_step(net, case.build(net), TOKENS[network].data(DEVICE), "fp32")
-    run()  # makes the moments
+    run()  # the first step allocates the optimizer's moments
     return peak_bytes(run, DEVICE)
 
 

@@ -13,20 +13,22 @@ from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = {
-    "train": ("mmf_fast.train", "train a one-step generative model"),
-    "sample": ("mmf_fast.sampling", "draw samples from a trained run"),
-    "evaluate": ("mmf_fast.evaluation.samples", "judge the samples of a trained run"),
-    "fid": ("mmf_fast.evaluation.fid", "Frechet Inception distance of a trained run"),
-    "plan": ("mmf_fast.planning", "memory, communication and time of a step on paper"),
-    "prepare": ("mmf_fast.data.prepare", "turn a dataset into a folder that training reads"),
-    "doctor": ("mmf_fast.doctor", "whether a network of yours runs as it is, how exact, and what is in the way"),
-    "ops": ("mmf_fast.ops.overview", "which implementation serves each operator here, and why"),
+COMMANDS = {  # name: (module, the extra that it needs, what it does)
+    "train": ("mmf_fast.train", "train", "train a one-step generative model"),
+    "sample": ("mmf_fast.sampling", "eval", "draw samples from a trained run"),
+    "evaluate": ("mmf_fast.evaluation.samples", "eval", "judge the samples of a trained run"),
+    "fid": ("mmf_fast.evaluation.fid", "eval", "Frechet Inception distance of a trained run"),
+    "plan": ("mmf_fast.planning", "train", "memory, communication and time of a step on paper"),
+    "prepare": ("mmf_fast.data.prepare", "train", "turn a dataset into a folder that training reads"),
+    "doctor": ("mmf_fast.doctor", "", "whether a network of yours runs as it is, how exact, and what is in the way"),
+    "ops": ("mmf_fast.ops.overview", "", "which implementation serves each operator here, and why"),
 }
+# What the extras of pyproject.toml bring.
+OPTIONAL = {"matplotlib", "omegaconf", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm", "yaml"}
 
 
 def parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())
+    commands = "\n".join(f"  {name:10} {what}" for name, (*_, what) in COMMANDS.items())
     result = argparse.ArgumentParser(
         prog="mmf",
         description="Fast training of one-step generative models of the MeanFlow family.",
@@ -41,9 +43,19 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the work failed or the disk is full, 2 wrong input, 128 + n on signal n."""
     options = parser().parse_args(arguments)
-    command = importlib.import_module(COMMANDS[options.command][0])
+    module, extra, _ = COMMANDS[options.command]
     try:
-        return command.main(options.arguments) or 0
+        return importlib.import_module(module).main(options.arguments) or 0
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in OPTIONAL:
+            raise
+        print(
+            f"error: mmf {options.command} needs {missing}, which is not installed: install mmf_fast with its extra "
+            f"[{extra or 'train'}], in a checkout by pip install --no-build-isolation '.[{extra or 'train'}]'",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:
         told = getattr(error, "told", None)  # by another rank: see distributed.py
         if told is None and not isinstance(error, (ValueError, OSError, FloatingPointError)):

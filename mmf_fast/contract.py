@@ -2,21 +2,39 @@
 
 The loss and the sampler take any callable and check here what can be known of it: its signature when it is handed
 over, what it returns at each call. Whatever does not fit is adapted in one line, by `mmf_fast.Adapter`.
+
+Conditions are what users have: nested dicts, lists and tuples of tensors, arrays, prompts and numbers. A leaf of B rows
+has one row for each of the B samples, and is cut when they are cut; all samples share everything else.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["bare", "check_cond", "check_network", "check_output", "hidden_modules", "names_taken"]
+__all__ = [
+    "Paths",
+    "bare",
+    "check_cond",
+    "check_network",
+    "check_output",
+    "hidden_modules",
+    "names_taken",
+    "per_sample",
+    "take",
+    "to_device",
+]
+
+Paths: TypeAlias = tuple[tuple[Any, ...], ...]  # each path is the keys and indices that lead to one leaf
 
 ADAPT = "mmf_fast.Adapter(net, lambda net, z, r, t, **c: {call})"
 
@@ -172,3 +190,86 @@ def _channels_way_out(u: Tensor, z: Tensor) -> str:
         return ""
     call = f"net(z, r, t, **c)[:, :{z.shape[1]}]"
     return f"; if the first {z.shape[1]} channels are u (the others a learned variance), {ADAPT.format(call=call)}"
+
+
+# ---- conditions ------------------------------------------------------------------------------------------------------
+
+
+def per_sample(cond: Any, batch: int, shared: Collection[str] = ()) -> Paths:
+    """Where the leaves lie that have one row for each of `batch` samples: tensors and arrays of that length, and lists
+    of that length without tensors and arrays, of prompts or of labels; also tuples, unless their items are such leaves.
+
+    shared: names of what belongs to all samples, whatever its length, at any depth.
+    """
+    if _is_array(cond):
+        return ((),) if cond.ndim and len(cond) == batch else ()
+    whole = isinstance(cond, (list, tuple)) and len(cond) == batch
+    if whole and isinstance(cond, list) and not _holds_array(cond):
+        return ((),)  # whatever its items are, one of which may have B items of its own
+    found = tuple(
+        (key, *path)
+        for key, value in _children(cond)
+        if not (isinstance(key, str) and key in shared)
+        for path in per_sample(value, batch, shared)
+    )
+    return ((),) if whole and not found else found
+
+
+def take(cond: Any, rows: slice | Tensor, paths: Paths) -> Any:
+    """The conditions of these rows: the leaves at `paths` are cut, the others are as they were."""
+    if not paths:
+        return cond
+    if paths == ((),):
+        if isinstance(cond, Tensor) or isinstance(rows, slice):
+            return cond[rows]
+        if _is_array(cond):
+            return cond[rows.cpu().numpy()]
+        return _like(cond, [cond[i] for i in rows.tolist()])
+    cut = {}
+    for key in dict.fromkeys(path[0] for path in paths):
+        cut[key] = take(cond[key], rows, tuple(path[1:] for path in paths if path[0] == key))
+    return _replaced(cond, cut)
+
+
+def to_device(cond: Any, device: torch.device | str) -> Any:
+    """The conditions with every tensor moved to the device; copies from pinned memory do not block."""
+    return _mapped(cond, lambda x: x.to(device, non_blocking=True))
+
+
+def _mapped(cond: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(cond, Tensor):
+        return move(cond)
+    return _replaced(cond, {key: _mapped(value, move) for key, value in _children(cond)})
+
+
+def _is_array(cond: Any) -> bool:
+    """A tensor, or an array of numpy, which need not be here."""
+    return isinstance(cond, Tensor) or (hasattr(cond, "ndim") and type(cond).__module__.startswith("numpy"))
+
+
+def _holds_array(cond: Any) -> bool:
+    return _is_array(cond) or any(_holds_array(value) for _, value in _children(cond))
+
+
+def _children(cond: Any) -> list[tuple[Any, Any]]:
+    if isinstance(cond, Mapping):
+        return list(cond.items())
+    return list(enumerate(cond)) if isinstance(cond, (list, tuple)) else []
+
+
+def _replaced(cond: Any, by: dict[Any, Any]) -> Any:
+    """A container of the same type with some of its items replaced."""
+    if not by:
+        return cond
+    if isinstance(cond, (list, tuple)):
+        return _like(cond, [by.get(i, x) for i, x in enumerate(cond)])
+    if type(cond) is dict:
+        return {**cond, **by}
+    result = copy.copy(cond)  # a mapping of a class of its own, as tokenizers give
+    for key, value in by.items():
+        result[key] = value
+    return result
+
+
+def _like(cond: Any, items: list[Any]) -> Any:
+    return type(cond)._make(items) if hasattr(cond, "_make") else type(cond)(items)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmf_fast import flash
+from mmf_fast.ops import flash
 
 __all__ = ["PEAK_FLOPS", "choose_device", "device_of", "peak_flops"]
 
@@ -53,7 +53,7 @@ def peak_flops(device: str | torch.device, precision: str) -> float | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of that name, with the best FlashAttention for it in place (mmf_fast.flash).
+    """The torch device of that name, with the best FlashAttention for it in place (mmf_fast.ops.flash).
 
     "auto" is CUDA where there is one, else the CPU. Raises ValueError.
     """

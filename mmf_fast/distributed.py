@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet, what they tell each other, and that what fails on one fails on all.
+"""The processes of a run: joins them, gathers values from all of them, and raises an error of one on all.
 
 A process without a group is rank 0 of 1.
 """

@@ -20,7 +20,8 @@ class WriteError(OSError, ValueError):
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """A draft beside `path`, flushed to the disk and renamed to it at the end: readers see the old file or the new one.
+    """Gives a draft beside `path` to write to, then flushes it to the disk and renames it to `path`: whoever reads sees
+    the old file or the new one, never a part.
 
     Makes the folder. A draft of a block that fails is removed; of a process that was killed, see `remove_drafts`.
     Raises WriteError.
@@ -32,7 +33,7 @@ def writing(path: str | Path) -> Iterator[Path]:
         yield draft
         _flush(draft)
         os.replace(draft, path)
-        _flush(path.parent)  # without this, the rename may be lost where a later write survives
+        _flush(path.parent)  # or a power cut may undo the rename, but not a later write
     except WriteError:
         raise
     except OSError as error:
@@ -70,7 +71,7 @@ def digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """What was written to a file, or the names in a folder, down to the disk."""
+    """Flushes a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -125,7 +125,7 @@ def job(settings: config.Config, lam: float) -> Job:
     loss_fn, shape = _loss(settings, lam)
     net: Any = loss_fn.net
     forwards = loss_fn.forwards(train.batch) / train.batch
-    if getattr(net, "config", {}).get("recompute"):  # each pass with a graph once more: primals, at lambda > 0 tangents
+    if getattr(net, "config", {}).get("recompute"):  # in backward: the primals again, at lambda > 0 the tangents too
         forwards += 1 + (lam > 0) * loss_fn.times.intervals(train.batch) / train.batch
     counted = _Calls(net)
     with _Launches() as launched:
@@ -154,7 +154,7 @@ def activations(settings: config.Config, lam: float, rows: int) -> int:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # alive, so that its address is not used again
+            kept[storage._cdata] = storage  # keeps the storage alive, so that no other gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""Things that a configuration builds by name: datasets, networks, those of the package and one's own."""
+"""Datasets and networks by the names that a configuration gives them: those of the package and the user's own."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def import_object(path: str) -> Any:
     """What "package.module:attribute" names; modules are looked for in the working directory too. Raises ValueError."""
     module, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # a launcher or an installed command does not do it, as `python -m` does
+        sys.path.append(os.getcwd())  # `python -m` adds it; launchers and installed commands do not
     try:
         found: Any = importlib.import_module(module)
         for name in attribute.split("."):

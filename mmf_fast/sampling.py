@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.conditions import per_sample, take, to_device
-from mmf_fast.contract import check_cond, check_network, check_output
+from mmf_fast.contract import check_cond, check_network, check_output, per_sample, take, to_device
 from mmf_fast.devices import choose_device, device_of
 from mmf_fast.files import writing
 from mmf_fast.models import load_pretrained
@@ -24,6 +23,8 @@ from mmf_fast.pictures import save_grid
 from mmf_fast.registry import import_object
 
 __all__ = ["draw_run", "evaluating", "sample", "sample_in_chunks"]
+
+DECODED = 16  # latents that a decoder gets at a time
 
 
 @torch.no_grad()
@@ -55,8 +56,7 @@ def sample(
     check_network(net)
     given = {"steps": steps if steps != 1 else None, "noise": noise, "seed": seed, "generator": generator}
     check_cond(net, given, "sample")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
+    _check_steps(steps)
     if (noise is not None) + (seed is not None) + (generator is not None) > 1:
         raise ValueError("give only one of noise, seed and generator: each of them decides the noise")
     if noise is not None and tuple(noise.shape) != shape:
@@ -65,6 +65,10 @@ def sample(
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(shape, generator=generator, device=None if generator is None else generator.device)
+    return _integrated(net, noise, steps, cond)
+
+
+def _integrated(net: Callable[..., Tensor], noise: Tensor, steps: int, cond: dict[str, Any]) -> Tensor:
     device = device_of(net)
     z = noise.to(device or noise.device)
     cond = to_device(cond, z.device)
@@ -72,24 +76,34 @@ def sample(
     time_dtype = torch.promote_types(z.dtype, torch.float32)  # half precision would move the times
     with evaluating(net):
         for t, r in zip(times[:-1], times[1:], strict=True):
-            r_B, t_B = (z.new_full(shape[:1], time, dtype=time_dtype) for time in (r, t))
+            r_B, t_B = (z.new_full(z.shape[:1], time, dtype=time_dtype) for time in (r, t))
             z = z - (t - r) * check_output(net(z, r_B, t_B, **cond), z)
     return z
 
 
+@torch.no_grad()
 def sample_in_chunks(
     net: Callable[..., Tensor], noise: Tensor, steps: int = 1, chunk: int | None = None, **cond: Any
 ) -> Tensor:
-    """`sample` from noise (N, *shape), `chunk` rows at a time; leaves of cond with N rows follow them.
+    """`sample` from noise (N, *shape), `chunk` rows at a time; leaves of cond with N rows are cut as the noise is.
 
     By default a chunk has about a million numbers and at most 4,096 rows. Returns x on the device of the network.
+    Raises ValueError as `sample` does.
     """
+    check_network(net)
+    check_cond(net, {"steps": steps if steps != 1 else None, "noise": noise}, "sample")
+    _check_steps(steps)
     paths = per_sample(cond, len(noise))
     parts = []
     for rows in torch.arange(len(noise)).split(chunk or min(4096, max(1, 2**20 // noise[0].numel()))):
         part: dict[str, Any] = take(cond, rows, paths)
-        parts.append(sample(net, noise[rows].shape, steps, noise[rows], **part))
+        parts.append(_integrated(net, noise[rows], steps, part))
     return torch.cat(parts)
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
 
 
 @contextmanager
@@ -117,8 +131,13 @@ def draw_run(
     seed: int = 0,
     device: str = "auto",
     net: nn.Module | None = None,
+    decoder: Callable[[Tensor], Tensor] | None = None,
+    normalized: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Samples x (N, *shape) of the network in a run folder, on the CPU, and their labels y (N,), None without classes.
+
+    Latents come as the autoencoder of the training data knows them, unless `normalized` leaves them as the network
+    draws them; decoder: (n, *shape) -> what it decodes them to, for instance images in [-1, 1].
 
     classes: the labels, repeated in turn up to `count`; by default all of them, or the first 10.
     count: by default 8 per class, 64 images without classes, 2,000 points of a toy.
@@ -147,7 +166,29 @@ def draw_run(
     x = sample_in_chunks(net, noise, steps, **cond).cpu()
     if not torch.isfinite(x).all():
         raise ValueError(f"the network of {run} gives samples that are not finite: its training has diverged")
+    if not normalized:
+        x = _undo_normalization(x, extra, run)
+    if decoder is not None:
+        with torch.no_grad():
+            x = torch.cat([decoder(part).float().cpu() for part in x.split(DECODED)])
     return x, y
+
+
+def _undo_normalization(x: Tensor, extra: Mapping[str, Any], run: str | Path) -> Tensor:
+    """Latents as they were before training normalised them; other samples as they are."""
+    stated = extra.get("data")
+    if not isinstance(stated, Mapping) or stated.get("name") != "latents":
+        return x
+    from mmf_fast.data import load  # sampling alone needs no dataset
+
+    try:
+        latents: Any = load(**stated)
+        return latents.to_latents(x)
+    except ValueError as error:
+        raise ValueError(
+            f"{run}: its samples are latents, and only the training set knows their mean and deviation: {error}; "
+            "or pass --normalized to have them as the network draws them"
+        ) from error
 
 
 def samples_of(net: Any, extra: Mapping[str, Any], run: str | Path) -> tuple[tuple[int, ...], int]:
@@ -181,6 +222,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     network_option(result)
+    result.add_argument(
+        "--decoder", metavar="MODULE:MAKE", help="of latents: what makes the function that turns them into images"
+    )
+    result.add_argument("--normalized", action="store_true", help="latents as the network draws them")
     return result
 
 
@@ -197,7 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.seed,
         options.device,
         import_made(options.net),
+        import_made(options.decoder),
+        options.normalized,
     )
+    if out.suffix == ".png" and x.ndim == 4 and x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{out}: samples of {x.shape[1]} channels are no picture; if they are latents, pass --decoder MODULE:MAKE "
+            "(what makes a function from latents to images), or --out FILE.npz"
+        )
     if out.suffix == ".png":
         columns = len(options.classes) if options.classes else 0 if y is None else len(y.unique())
         save_grid(x, out, columns if columns > 1 else 8)

@@ -1,6 +1,7 @@
 """Imports go down only, and MAY_IMPORT says which: it is the map of the house, quoted in CONTRIBUTING.md."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,24 +22,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"training", "models", "objective", "data", "registry"},
     "__init__": {"training", "sampling", "models", "objective", "forward"},
     "training": {
-        "sampling", "models", "objective", "data", "contract", "conditions",
-        "pictures", "files", "devices", "distributed",
+        "sampling", "models", "objective", "data", "contract", "pictures", "files", "devices", "distributed",
     },
     "evaluation": {"sampling", "models", "data", "pictures", "files", "devices", "distributed"},
-    "sampling": {"models", "contract", "conditions", "pictures", "files", "devices", "registry"},
+    "sampling": {"models", "data", "contract", "pictures", "files", "devices", "registry"},
     "models": {"forward", "contract", "files", "registry"},
-    "objective": {"forward", "ops", "contract", "conditions"},
+    "objective": {"forward", "ops", "contract"},
     "data": {"files", "registry"},
     "forward": {"ops"},
-    "ops": {"flash"},
     "pictures": {"files"},
     "files": set(),
     "distributed": {"devices"},
-    "devices": {"flash"},
-    "flash": set(),
+    "devices": {"ops"},
+    "ops": set(),
     "registry": set(),
     "contract": set(),
-    "conditions": set(),
 }  # fmt: skip
 BELOW_FORWARD = {"torch", "triton", "mmf_fast"}  # forward and ops stand on these alone
 ABOVE = {"studies", "benchmarks", "tests"}
@@ -159,6 +157,46 @@ def test_no_module_of_the_package_hides_another_library() -> None:
     libraries = {"torch", "triton", "numpy", "scipy", "sklearn", "omegaconf", "safetensors", "tensorboard", "tqdm"}
     libraries |= {"matplotlib", "yaml", "PIL", "deepspeed", "datasets", "evaluate", "transformers", "einops", "apex"}
     assert names & (set(sys.stdlib_module_names) | libraries) == set()
+
+
+# What a wheel in an empty environment lacks, when torch and numpy are all there is besides.
+ABSENT = ["matplotlib", "omegaconf", "PIL", "pyarrow", "safetensors", "scipy", "sklearn", "tensorboard", "tqdm", "yaml"]
+ABSENT += ["deepspeed", "nvtx", "triton"]
+
+
+def without_extras(code: str, folder: Path) -> str:
+    """What a program prints that can import none of these."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))\n"
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-c", block + code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_loss_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
+    readme = (PACKAGE.parent / "README.md").read_text()
+    own_network = readme.split("```python\n")[1].split("```")[0]
+    assert "sample(" in own_network
+    without_extras(own_network, tmp_path)
+
+
+def test_a_command_says_in_a_line_which_extra_it_lacks(tmp_path: Path) -> None:
+    code = """
+import contextlib, io
+from mmf_fast.cli import COMMANDS, main
+arguments = {"train": ["--config", "digits"], "ops": [], "doctor": ["mmf_fast.models:MLP", "--shape", "2"]}
+for name in COMMANDS:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        status = main([name, *arguments.get(name, ["--run", "x", "--out", "x.png"][: 4 if name == "sample" else 2])])
+    print(name, status, said.getvalue().strip())
+"""
+    said = {line.split()[0]: line.split(maxsplit=2)[1:] for line in without_extras(code, tmp_path).splitlines()}
+    assert said["ops"] == ["0"]
+    for name, extra in {"train": "train", "sample": "eval", "evaluate": "eval", "fid": "eval", "plan": "train"}.items():
+        status, line = said[name]
+        assert status == "2" and f"error: mmf {name} needs" in line and f"[{extra}]" in line
 
 
 def test_whoever_wants_the_loss_alone_imports_torch_and_little_else() -> None:

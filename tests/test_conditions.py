@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmf_fast import Guidance, MeanFlowLoss, TimeSampler, sample
-from mmf_fast.conditions import per_sample, take, to_device
+from mmf_fast.contract import per_sample, take, to_device
 from mmf_fast.sampling import sample_in_chunks
 
 B = 6
@@ -97,6 +97,34 @@ def test_a_cut_takes_the_rows_it_names(name: str) -> None:
 
     assert numbers(found) == [0, 3]
     assert rows_of(CONDITIONS[name]) == B  # what was given is as it was
+
+
+RAGGED = [[4], [0, 2], [1], [3, 5], [], [0, 1, 2, 3, 4, 5]]  # one has as many items as there are samples
+
+
+@pytest.mark.parametrize(
+    ("cond", "paths"),
+    [
+        ({"img": torch.zeros(B, 3), "txt": list("abcdef")}, (("img",), ("txt",))),  # pytorch #75442
+        (RAGGED, ((),)),  # Lightning #1508: lists of labels
+        ({"captions": [["a cat", "a pet"]] * B}, (("captions",),)),
+        ([{"caption": "a", "box": (1, 2, 3, 4, 5, 6)}] * B, ((),)),
+        ((list("abcdef"), list("ghijkl")), ((0,), (1,))),  # prompts and negative prompts
+        (  # diffusers #4401, HCP-Diffusion #62: SDXL's sizes follow the samples as the texts do
+            {"added_cond_kwargs": {"text_embeds": torch.zeros(B, 8), "time_ids": torch.zeros(B, 6)}},
+            (("added_cond_kwargs", "text_embeds"), ("added_cond_kwargs", "time_ids")),
+        ),
+        (  # diffusers #6967: one row for all
+            {"text_embeds": torch.zeros(B, 8), "time_ids": torch.zeros(1, 6)},
+            (("text_embeds",),),
+        ),
+    ],
+)
+def test_conditions_that_public_reports_describe(cond: Any, paths: Any) -> None:
+    assert per_sample(cond, B) == paths
+    rows = take(cond, torch.tensor([5, 0]), paths)
+    if cond is RAGGED:
+        assert rows == [RAGGED[5], RAGGED[0]]
 
 
 def test_what_is_shared_stays_whole() -> None:

@@ -1,4 +1,5 @@
 import errno
+import shutil
 import subprocess
 import sys
 
@@ -6,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from support.archives import npy, write_folder
 from torch import nn
 
-from mmf_fast import models
+from mmf_fast import models, sampling
 from mmf_fast.cli import main
+from mmf_fast.data import load
+from mmf_fast.data.prepare import prepare
 from mmf_fast.pictures import save_rows, writing
 from mmf_fast.sampling import sample, sample_in_chunks, save_grid
 
@@ -217,6 +221,41 @@ def test_the_default_grid_has_one_column_per_class(runs, tmp_path, capsys):
     assert "80 samples, 1 evaluation of the network each" in capsys.readouterr().out
     assert main(["sample", "--run", str(runs / "points"), "--out", str(tmp_path / "points.npz")]) == 0
     assert list(np.load(tmp_path / "points.npz")) == ["x"]
+
+
+def test_latents_are_given_back_as_the_autoencoder_knows_them(tmp_path, monkeypatch, capsys):
+    stored = np.random.default_rng(0).normal(3, 2, (6, 4, 4, 4)).astype(np.float32)
+    files = write_folder(tmp_path / "files", {f"{i}.npy": npy(each) for i, each in enumerate(stored)})
+    folder = tmp_path / "set"
+    prepare(files, folder, latents="sample", labels="none")
+    (tmp_path / "decoders.py").write_text("def colours():\n    return lambda z: z[:, :3]\n")
+    monkeypatch.chdir(tmp_path)
+    net = models.build("dit", input_size=4, channels=4, patch_size=2, width=16, depth=1, heads=2)
+    extra = {"data": {"name": "latents", "path": str(folder)}, "step": 1}
+    models.save_pretrained(tmp_path / "run", net, extra=extra)
+
+    def drawn(*options):
+        assert main(["sample", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "x.npz"), *options]) == 0
+        return torch.from_numpy(np.load(tmp_path / "x.npz")["x"])
+
+    as_drawn, stored = drawn("--normalized"), load("latents", path=str(folder))
+    torch.testing.assert_close(drawn(), stored.to_latents(as_drawn))
+    assert not torch.allclose(drawn(), as_drawn)
+    torch.testing.assert_close(drawn("--decoder", "decoders:colours"), stored.to_latents(as_drawn)[:, :3])
+    assert main(["sample", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "x.png")]) == 2
+    assert "samples of 4 channels are no picture; if they are latents, pass --decoder" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert main(["sample", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "x.npz")]) == 2
+    assert "or pass --normalized" in capsys.readouterr().err
+
+
+def test_the_signature_is_looked_at_once_however_many_chunks(monkeypatch):
+    net, looked = models.build("mlp", width=8, depth=1), []
+    monkeypatch.setattr(sampling, "check_network", lambda net: looked.append(net))
+    noise = torch.randn(7, 2)
+    x = sample_in_chunks(net, noise, chunk=2)
+    assert len(looked) == 1
+    torch.testing.assert_close(x, sample(net, (7, 2), noise=noise))
 
 
 @pytest.mark.parametrize(

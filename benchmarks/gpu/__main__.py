@@ -97,13 +97,13 @@ def measure(part: str, options: argparse.Namespace) -> int:
     import torch
 
     from benchmarks.gpu.rows import Rows
-    from benchmarks.measure import limits, machine
+    from benchmarks.measure import circumstances, limits, machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.toy:
         print("error: no CUDA device here; --toy runs the same code on a CPU", file=sys.stderr)
         return 2
-    header = machine(device) | limits(device, size=1 << 20 if options.toy else None)
+    header = machine(device) | circumstances() | limits(device, size=1 << 20 if options.toy else None)
     folder = options.out or (TOYS if options.toy else ROOT / "benchmarks" / "results" / name_of(header["device"]))
     rows = Rows(folder / f"{part}.json", options.until, header, options.resume)
     module = importlib.import_module(f"benchmarks.gpu.{part}")

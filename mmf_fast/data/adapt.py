@@ -44,7 +44,7 @@ def as_dataset(source: Any, seed: int = 0) -> Dataset:
 
 
 class _Own:
-    """What a dataset of one's own says of itself; its samples come with the first batch."""
+    """Shape and classes of a dataset that only yields batches: they are read from its first batch."""
 
     num_classes = 0  # pictures then take the conditions of the first batch
     identity: Identity = {}

@@ -1,6 +1,7 @@
 """Geometric augmentation of images, with which EDM trains on CIFAR-10 (arXiv 2206.00364, appendix F.2).
 
-Each of these befalls a sample with probability p, independently, in this order (n: standard normal):
+Each of these is applied to a sample with probability p, independently of the others, in this order (n: standard
+normal):
 
     mirrored top to bottom   in half of the cases
     scaled                   by 2^(0.2 n)
@@ -45,7 +46,7 @@ def transforms(seed: int, step: int, size: int, p: float, shape: tuple[int, ...]
     axis = np.where(turned, rng.uniform(-np.pi, np.pi, size), 0)
     move = 0.125 * chosen(rng.standard_normal((2, size)))
 
-    # In pixels from the middle: result = T A R S F image, so image = F S^-1 R^-1 A^-1 T^-1 result.
+    # Coordinates are pixels from the middle. result = T A R S F image, so image = F S^-1 R^-1 A^-1 T^-1 result.
     half = np.array(shape[:0:-1]) / 2  # of width and height
     stretched = _rotation(axis) @ _diagonal(1 / stretch, stretch) @ _rotation(-axis)
     linear = _diagonal(1 / scale, (1 - 2 * mirrored) / scale) @ _rotation(-angle) @ stretched

@@ -27,7 +27,7 @@ __all__ = [
     "whole",
 ]
 
-_COIN = 1  # last word of the random key of the coins; permutations have two words
+_COIN = 1  # coins have the random key (seed, step, this); permutations have keys of two numbers
 _WHOLE_BYTES = 8 * 2**30  # largest split that is handed out in one piece
 
 SplitName: TypeAlias = Literal["train", "validation"]
@@ -145,7 +145,7 @@ def coins(seed: int, step: int, size: int) -> Tensor:
 def row_noise(key: tuple[int, int], rows: range, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal (len(rows), ...) float32, a function of (key, row) alone, whoever draws it.
 
-    Philox is a cipher of (key, counter), and the counter's last word is the row, so that each row has its own stream.
+    Philox turns (key, counter) into random numbers. The counter's last word is the row: each row has its own stream.
     shape: of the result.
     """
     noise = np.empty(shape, np.float32)

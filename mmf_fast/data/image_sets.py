@@ -106,7 +106,7 @@ def synthetic(
 
 
 def _centred(images: np.ndarray) -> Tensor:
-    """uint8 0 .. 255 -> float32 -1 .. 1, by one thread: those of torch are busy with the network."""
+    """uint8 0 .. 255 -> float32 -1 .. 1, in NumPy on this thread: torch's threads are busy with the network."""
     x = images.astype(np.float32)
     x /= np.float32(127.5)
     x -= np.float32(1)

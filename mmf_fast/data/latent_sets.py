@@ -15,7 +15,7 @@ from mmf_fast.data.prepared import Manifest, PreparedSet, open_pair
 
 __all__ = ["LatentDataset", "latents"]
 
-_SPLIT_KEY = 2**64 - 1  # stands where the step stands in the random key of a training batch
+_SPLIT_KEY = 2**64 - 1  # random keys are (seed, step); a split has this in place of the step, which no batch has
 
 
 class LatentDataset:
@@ -82,7 +82,7 @@ class LatentDataset:
 
 
 def _normalization(manifest: Manifest, scale: float | None, channels: int) -> Normalization:
-    """By the statistics of the manifest, or by a scale alone, of which a warning tells where it does not fit them."""
+    """Normalises by the statistics of the manifest, or by `scale` alone; warns where the scale contradicts them."""
     stated, scaled_by = manifest.statistics, manifest.facts["scaled_by"]
     if scale is None:
         if stated is None:

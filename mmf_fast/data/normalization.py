@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["Normalization", "Running", "contradiction"]
 
-_AGREES = 1.25  # a stated scale may be off by this factor: one factor does not fit every channel and every set
+_AGREES = 1.25  # one factor cannot fit every channel and every set, so a stated scale may be wrong by this factor
 
 
 class Running:
@@ -65,7 +65,7 @@ class Normalization(NamedTuple):
 
 
 def contradiction(stated: dict[str, Any], measured: dict[str, Any] | None) -> str | None:
-    """What to say where latents that are normalised as stated have another size than 1; None where they agree."""
+    """A sentence for the user, if normalising as stated does not bring the latents to unit variance; else None."""
     if measured is None:
         return None
     mean, std, shift, scale = (np.array(d[k]) for d in (measured, stated) for k in ("mean", "std"))

@@ -68,7 +68,7 @@ class Prefetcher:
                 continue
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        """Once: the batches are made as it goes. Raises RuntimeError the second time."""
+        """Can be called once, since batches are not kept. Raises RuntimeError the second time."""
         if self._taken:
             raise RuntimeError("the batches of a Prefetcher can be gone through once: make another from the step on")
         self._taken = True
@@ -90,7 +90,7 @@ class Prefetcher:
                 self._ready.put((step, batch if self._then is None else self._then(batch)))
                 if self._stopped.is_set():
                     return
-        except BaseException as error:  # the thread that asked for the batch is the one to hear of it
+        except BaseException as error:  # the error is raised in the thread that asked for the batch
             self._ready.put(error)
         else:
             self._ready.put(None)

@@ -34,7 +34,7 @@ from mmf_fast.data.writer import Writer
 
 __all__ = ["main", "prepare"]
 
-_GROUP = 16  # samples handed to a thread at once: one by one, the handing over costs more than copying a small image
+_GROUP = 16  # a thread gets so many samples at a time: to hand over each one costs more than to copy a small image
 _MAX_WORKERS = 32  # beyond it Python's global lock leaves nothing to gain
 
 

@@ -68,7 +68,7 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """What tells the set from others, wherever it lies: a checksum of its files' and of what is known of them."""
+        """Equal for equal sets, in whatever folder they are: a checksum of their checksums and facts."""
         content = [self.kind, self.num_classes, self.facts, {name: file["sha256"] for name, file in self.files.items()}]
         content += [self.statistics] if self.statistics else []
         return "sha256 " + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -34,7 +34,7 @@ _EVERY = 1024  # samples between two flushes
 class Writer:
     """Appends the samples of `source` to the set in `folder`: with Writer(...) as writer: add, skip, finish.
 
-    options: what else decides the content; a restart with others starts anew.
+    options: whatever else decides the content; a restart with other options starts from the beginning.
     seen: items of the source that an earlier run has dealt with already.
     Raises DataError where another process writes there, where samples do not fit each other, or the disk is full.
     """
@@ -167,7 +167,7 @@ class Writer:
     # ---- pieces -----------------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
-        """Where an earlier run of the same source stopped; else from the start."""
+        """Goes on where an earlier run on the same source stopped; starts from the beginning if there was none."""
         try:
             state = json.loads((self.folder / _PROGRESS).read_text())
             if state["key"] != json.loads(json.dumps(self.key)):

@@ -47,7 +47,7 @@ __all__ = ["Inception", "evaluate_fid", "sample_statistics", "set_statistics", "
 Rounding = Literal["round", "floor"]
 ROUNDINGS: dict[str, str] = {"round": "trunc(127.5 x + 128)", "floor": "trunc((x + 1) / 2 * 255)"}
 
-_NOISE_KEY = 2**64 - 2  # second word of the random key of the noise; data use the first ones, and 2**64 - 1
+_NOISE_KEY = 2**64 - 2  # random keys are (seed, this): training data use small numbers and 2**64 - 1 in its place
 
 
 class Inception:
@@ -94,7 +94,7 @@ class Inception:
 
 
 def to_uint8(x: Tensor, rounding: Rounding) -> Tensor:
-    """x in [-1, 1] -> uint8, by a rule of ROUNDINGS; what lies beyond is clamped."""
+    """x in [-1, 1] -> uint8, rounded by one of ROUNDINGS; values outside of [-1, 1] are clamped."""
     levels = x * 127.5 + 128 if rounding == "round" else (x + 1) / 2 * 255
     return levels.clamp(0, 255).to(torch.uint8)
 
@@ -110,7 +110,7 @@ def sample_statistics(
     shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
 ) -> Statistics:
-    """Statistics of `count` samples of `net`, of which each rank draws samples rank, rank + ranks, ...; on each rank.
+    """Statistics of `count` samples of `net`. Each rank draws the samples rank, rank + ranks, ...; all get the result.
 
     shape, num_classes: of a sample, where the network has no attributes of these names.
     Raises ValueError for samples that are not finite.
@@ -129,7 +129,7 @@ def sample_statistics(
 
 
 def set_statistics(images: PreparedSet, features: Inception, batch: int = 64) -> Statistics:
-    """Statistics of all images of a prepared set, each rank reading its share; on each rank."""
+    """Statistics of all images of a prepared set. Each rank reads its share of them; all get the result."""
 
     def read(rows: range) -> Tensor:
         return torch.from_numpy(images.samples[rows.start : rows.stop : rows.step].copy())
@@ -278,7 +278,7 @@ def _line(error: Exception) -> str:
 
 
 def _checksum(reference: str | Path, found: Statistics | PreparedSet) -> str:
-    """sha256 of the file of statistics; of a set that of its samples, which its manifest holds."""
+    """sha256 of a file of statistics; for a prepared set, the sha256 of its samples, which its manifest holds."""
     return found.manifest.files[SAMPLES]["sha256"] if isinstance(found, PreparedSet) else digest(Path(reference))
 
 

@@ -34,7 +34,8 @@ class Statistics(NamedTuple):
 
 
 class Sums:
-    """Of features (N, D): N, sum of x, sum of x x^T, in float64, one process' share of them."""
+    """Running sums from which mean and covariance follow: N, sum of x, sum of x x^T, over the features (N, D) that this
+    process has seen, in float64."""
 
     def __init__(self, dim: int, device: torch.device) -> None:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -48,7 +49,8 @@ class Sums:
         self.second.addmm_(x.T, x)
 
     def reduce(self) -> Statistics:
-        """mean = s / n, cov = (S - n mean mean^T) / (n - 1), of all ranks on each. Every rank must call it, once."""
+        """mean = s / n, cov = (S - n mean mean^T) / (n - 1), from the sums of all ranks. Every rank must call this,
+        once, and gets the result."""
         if dist.is_initialized():
             for part in (self.count, self.first, self.second):
                 dist.all_reduce(part)

@@ -135,7 +135,7 @@ class Dual(NamedTuple):
         return result if isinstance(result, Dual) else _wrap(cls, func, *result)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only by names without a rule: the methods that have one are attributes of the class.
+        # Only names without a rule arrive here: methods with a rule are attributes of the class.
         method = getattr(Tensor, name, None)
         raise (
             missing_rule_error(method) if method is not None else MissingRuleError(f"a Dual has no attribute {name!r}")

@@ -32,7 +32,7 @@ from mmf_fast.forward.dual import (
     package_of_caller,
     primal,
 )
-from mmf_fast.ops.tracing import constant_to_dynamo
+from mmf_fast.ops.dispatch import constant_to_dynamo
 
 __all__ = ["intercepted", "operands_keep_their_order"]
 

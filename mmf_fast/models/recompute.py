@@ -80,7 +80,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, again: Callable[..., Tensor], count: int, y: Tensor, *tensors: Tensor) -> Tensor:
         ctx.again, ctx.count = again, count
         ctx.save_for_backward(*tensors[:count])
-        ctx.parameters = tensors[count:]  # not saved: ZeRO-3 changes them in place, between the passes
+        ctx.parameters = tensors[count:]  # not by save_for_backward, which objects when ZeRO-3 changes them
         return y.view_as(y)
 
     @staticmethod

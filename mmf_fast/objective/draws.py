@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmf_fast.conditions import Paths, take
+from mmf_fast.contract import Paths, take
 from mmf_fast.objective.streams import GlobalStream, NumberedStream, hashed
-from mmf_fast.ops.dispatch import fused
-from mmf_fast.ops.interpolate import interpolate
 
 __all__ = ["BatchShare", "Draw", "Kinds", "Points", "arrange", "check", "column", "draw_kinds", "given_kinds"]
 
@@ -171,12 +169,9 @@ class Draw(NamedTuple):
     def on_path(self) -> tuple[Points, Tensor]:
         """z_t = (1 - t) x + t eps = x + t v and its conditional velocity v = eps - x; stored images (uint8) stand for
         [-1, 1], and this is where they become numbers."""
-        if fused("interpolate", self.noise):
-            z, v = interpolate(self.x, self.noise, self.t)
-        else:
-            x = self.x / 127.5 - 1 if self.x.dtype == torch.uint8 else self.x
-            v = self.noise - x
-            z = x + column(self.t, v) * v
+        x = self.x / 127.5 - 1 if self.x.dtype == torch.uint8 else self.x
+        v = self.noise - x
+        z = x + column(self.t, v) * v
         return Points(z, self.r, self.t, self.cond, self.paths), v
 
 

@@ -23,8 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.conditions import per_sample
-from mmf_fast.contract import check_cond, check_network, check_output, names_taken
+from mmf_fast.contract import check_cond, check_network, check_output, names_taken, per_sample
 from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.compiled import Compiled
 from mmf_fast.objective.draws import (
@@ -42,7 +41,7 @@ from mmf_fast.objective.guidance import Guidance
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 from mmf_fast.objective.weights import TimesWeight
-from mmf_fast.ops.dispatch import fused
+from mmf_fast.ops.dispatch import serve
 from mmf_fast.ops.sg_loss import LossTerms, sg_loss
 
 __all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
@@ -206,7 +205,7 @@ class MeanFlowLoss(nn.Module):
         x = x if x.dtype == torch.uint8 else x.to(dtype)
         padded = self._called_elsewhere(step) if times is None else (False, False, False)
         d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
-        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a tensor: its value is not part of the graph
+        of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a new value needs no new graph
         weight = None if self.by_times is None else self.by_times(d)
         if self.compiled is None:
             loss, found, square = self._compute(d, of_graph, weight)
@@ -328,7 +327,7 @@ class MeanFlowLoss(nn.Module):
 
         Written out for autograd and the compiler; a kernel, where there is one, does the same in one pass.
         """
-        if weight is None and fused("sg_loss", u):
+        if weight is None and serve("sg_loss", u):
             interval = target.new_zeros(len(u)) if interval is None else interval
             value, grad = (0.0, False) if lam is None else (lam, True)
             return sg_loss(u, du, interval, value, target=target, p=self.p, c=self.c, tangent_grad=grad)

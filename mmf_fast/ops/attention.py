@@ -28,12 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast import flash
-from mmf_fast.ops import attention_triton, reference
+from mmf_fast.ops import attention_triton, flash, reference
 from mmf_fast.ops.arguments import Arguments
-from mmf_fast.ops.dispatch import define, fused, kind_for
+from mmf_fast.ops.dispatch import define
 
-__all__ = ["attention", "attention_tangent", "serves"]
+__all__ = ["attention", "attention_tangent"]
 
 
 def attention(
@@ -82,22 +81,6 @@ def attention(
     if dq is None and dk is None and dv is None:
         return o.reshape(shape), None
     return o.reshape(shape), (d_o if tangent_grad else d_o.detach()).reshape(shape)
-
-
-def serves(*tensors: Tensor | None, mask: Tensor | None = None) -> bool:
-    """Whether a rule should call the operator on these q, k, v, their tangents and mask rather than compose it.
-
-    Where `fused` says so and a kernel takes their sizes; not for a mask that wants a gradient, and not for tensors of
-    several dtypes.
-    """
-    present = [x for x in (*tensors, mask) if x is not None]
-    floats = [x for x in present if x.is_floating_point()]
-    if any(x.dtype != floats[0].dtype for x in floats) or (mask is not None and mask.requires_grad):
-        return False
-    kind = kind_for("attention", floats[0].device.type, floats[0].dtype)
-    if kind == "triton" and not attention_triton.fits(*floats[:3]):
-        return False
-    return fused("attention", *present)
 
 
 def _four_dimensions(x: Tensor | None, lead: torch.Size) -> Any:
@@ -165,6 +148,18 @@ def _check_backward(
     arguments.holds(not logits or mu is not None, "mu must be given where q or k has a tangent")
 
 
+def _takes(kind: str, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any = None, *_: Any) -> bool:
+    """Tensors of one dtype, a mask without gradient, and for Triton sizes that its kernels have."""
+    floats = [x for x in (q, dq, k, dk, v, dv, mask) if x is not None and x.dtype != torch.bool]
+    if any(x.dtype != q.dtype for x in floats) or (mask is not None and mask.requires_grad):
+        return False
+    return kind != "triton" or attention_triton.has_kernels(q, k, v)
+
+
+def _takes_backward(kind: str, g: Any, h: Any, *rest: Any) -> bool:
+    return _takes(kind, *rest)
+
+
 _OPERANDS = "Tensor q, Tensor? dq, Tensor k, Tensor? dk, Tensor v, Tensor? dv, Tensor? mask"
 _operator = define(
     f"attention({_OPERANDS}, bool causal, float scale, bool tangent_grad) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -172,6 +167,7 @@ _operator = define(
     _fake,
     attention_triton.forward,
     check=_check,
+    takes=_takes,
 )
 _backward_operator = define(
     f"attention_backward(Tensor? g, Tensor? h, {_OPERANDS}, Tensor o, Tensor? d_o, Tensor lse, Tensor? mu, bool causal,"
@@ -180,6 +176,7 @@ _backward_operator = define(
     _fake_backward,
     attention_triton.backward,
     check=_check_backward,
+    takes=_takes_backward,
 )
 
 
@@ -233,8 +230,8 @@ def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
 def _flash_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of plain attention, by what mmf_fast.flash says serves: FlashAttention 2 as PyTorch ships it, 3
-    or 4 in its place in PyTorch's dispatcher, or cuDNN's, which takes no single row and is not deterministic."""
+    """The backward pass of plain attention, by the kernel that ops/flash.py has put in place: FlashAttention 2, 3 or 4
+    through PyTorch's dispatcher, or cuDNN's, which takes no single row and is not deterministic."""
     g, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (g, q, k, v))
     several = q.shape[-2] > 1 and k.shape[-2] > 1
     if flash.serving() == "cudnn" and several and not torch.are_deterministic_algorithms_enabled():

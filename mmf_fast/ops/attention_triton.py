@@ -10,21 +10,17 @@ import torch
 from torch import Tensor
 
 from mmf_fast.ops import attention_kernels as kernels
-from mmf_fast.ops import reference
 from mmf_fast.ops.autotune import Call, run
-from mmf_fast.ops.dispatch import has_flags
+from mmf_fast.ops.dispatch import constant_to_dynamo, has_flags
 from mmf_fast.ops.gpu import triton
 from mmf_fast.ops.tiles import Config, choices
-from mmf_fast.ops.tracing import constant_to_dynamo
 
-__all__ = ["backward", "fits", "forward"]
+__all__ = ["backward", "forward", "has_kernels"]
 
 
 def forward(
     q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any, causal: bool, scale: float, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not fits(q, k, v):
-        return reference.attention(q, dq, k, dk, v, dv, mask, causal, scale)
     logits = dq is not None or dk is not None
     o, lse = _empty(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
     d_o = torch.empty_like(o) if logits or dv is not None else q.new_empty(0)
@@ -38,8 +34,6 @@ def backward(
     g: Any, h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any,
     o: Tensor, d_o: Any, lse: Tensor, mu: Any, causal: bool, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    if not fits(q, k, v):
-        return reference.attention_backward(g, h, q, dq, k, dk, v, dv, mask, o, d_o, lse, mu, causal, scale)
     if h is None:
         dq = dk = dv = d_o = mu = None
     pairs = ((q, q), (q, dq), (k, k), (k, dk), (v, v), (v, dv))
@@ -52,7 +46,7 @@ def backward(
     return tuple(grads)
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def has_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there are kernels for these: head sizes that are multiples of 8 up to 128, in numbers of tensor cores.
 
     Exact float32 (torch.backends.cuda.matmul.fp32_precision = "ieee", the default) is none: without tensor cores, or in

@@ -6,7 +6,8 @@ An operator `mmf_fast::name` has up to three implementations with the same argum
     native     C++ (csrc/), on the CPU
     triton     on CUDA; on the CPU too under TRITON_INTERPRET=1, which tests use
 
-MMF_FAST_OPS=reference|native|triton in the environment forces one, for the operators that have it.
+MMF_FAST_OPS=reference|native|triton in the environment forces one, for the operators that have it. `serve` is the one
+question that others ask: which kernel, C++ or Triton, serves these arguments, if any does.
 """
 
 from __future__ import annotations
@@ -14,31 +15,29 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmf_fast.ops import gpu, native
-from mmf_fast.ops.tracing import constant_to_dynamo
 
 __all__ = [
     "KINDS",
     "OPERATORS",
-    "choose",
+    "constant_to_dynamo",
     "define",
     "empty_or",
-    "fused",
+    "has_flags",
     "implementation",
     "is_channels_last",
-    "kind_for",
     "layout_of",
-    "has_flags",
+    "one_dtype",
     "register_affine_norm",
+    "serve",
 ]
 
 KINDS = ("reference", "native", "triton")
-OPERATORS: dict[str, dict[str, Callable[..., Any]]] = {}  # name -> kind -> implementation; native is looked up late
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 # Inductor cannot fuse the two products of attention, and its composed group norm with tangent takes four times as long
@@ -48,6 +47,96 @@ BEATS_INDUCTOR = {("attention", "native"), ("attention", "triton"), ("group_norm
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 _library = torch.library.Library("mmf_fast", "FRAGMENT")
+_Function = TypeVar("_Function", bound=Callable)
+
+
+class Operator(NamedTuple):
+    kinds: dict[str, Callable[..., Any]]  # kind -> implementation, without native, which is looked up at the first call
+    takes: Callable[..., bool]  # (kind, *arguments) -> whether a kernel of this kind takes them
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def constant_to_dynamo(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result: torch.compile calls the function while it traces, and its result is a
+    constant. Without importing Dynamo, which takes longer than importing torch, often for nothing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # all that the decorator does
+    return function
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def serve(name: str, *args: Any) -> str | None:
+    """The kind of kernel, "native" or "triton", that serves the operator on these arguments. None: compose it of torch
+    functions.
+
+    args: the first arguments of the operator in its order, None where one is absent; a Dual stands for its two tensors.
+
+    None where only the reference would serve, where the kernels do not take the arguments, inside functorch transforms
+    (an operator there would lose its tangent), and while torch.compile traces, unless the kernel is faster than what
+    inductor makes of the composition.
+    """
+    flat = [x for arg in args for x in _parts(arg)]
+    tensors = [x for x in flat if isinstance(x, Tensor)]
+    first = next((x for x in tensors if x.is_floating_point()), None)
+    if first is None:
+        return None
+    kind = _kind(name, first.device.type, first.dtype)
+    if kind == "reference" or any(x.layout != torch.strided for x in tensors):
+        return None
+    if torch.compiler.is_compiling():
+        allowed = (name, kind) in BEATS_INDUCTOR
+    else:
+        inside_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+        allowed = not inside_functorch and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    return kind if allowed and OPERATORS[name].takes(kind, *flat) else None
+
+
+def _parts(arg: Any) -> tuple[Any, ...]:
+    is_dual = isinstance(arg, tuple)
+    return (arg.primal, arg.tangent) if is_dual else (arg,)
+
+
+@constant_to_dynamo
+def _kind(name: str, device: str, dtype: torch.dtype) -> str:
+    """The kind of implementation for tensors of this device type and dtype."""
+    forced = os.environ.get("MMF_FAST_OPS")
+    if forced:
+        if forced not in KINDS:
+            raise ValueError(f"MMF_FAST_OPS is {forced!r}: choose one of {', '.join(KINDS)}")
+        return forced if _exists(name, forced) else "reference"
+    if device == "cuda":
+        return "triton" if gpu.available() and "triton" in OPERATORS[name].kinds else "reference"
+    return "native" if device == "cpu" and dtype in CPU_DTYPES and native.op(name) else "reference"
+
+
+def _exists(name: str, kind: str) -> bool:
+    """Whether an operator has a kernel of this kind, or may have one in a library that is not here."""
+    return kind in OPERATORS[name].kinds or (kind == "native" and not (native.available() and native.op(name) is None))
+
+
+def one_dtype(kind: str, *args: Any) -> bool:
+    """What most kernels take: tensors of one dtype."""
+    return len({x.dtype for x in args if isinstance(x, Tensor)}) == 1
+
+
+def implementation(name: str, kind: str) -> Callable[..., Any]:
+    """One implementation of an operator. Raises ValueError, in one line, when this installation has none."""
+    found = native.op(name) if kind == "native" else OPERATORS[name].kinds.get(kind)
+    if found is None or (kind == "triton" and not gpu.available()):
+        raise ValueError(f"{name} has no {kind} implementation here ({_why_not(name, kind)}): unset MMF_FAST_OPS")
+    return found
+
+
+def _why_not(name: str, kind: str) -> str:
+    if kind == "native":
+        return native.reason() or "it has no C++ kernel"
+    return "Triton is not installed" if not gpu.available() else "it has no Triton kernel"
+
+
+# ---- defining an operator --------------------------------------------------------------------------------------------
 
 
 def define(
@@ -57,13 +146,15 @@ def define(
     triton: Callable[..., Any] | None = None,
     *,
     check: Callable[..., Any],
+    takes: Callable[..., bool] = one_dtype,
 ) -> Any:
     """Define the operator mmf_fast::<schema> and return it (an OpOverload, to call and to give an autograd formula).
 
     schema: "name(Tensor x, ...) -> ...". reference: its specification. fake: shapes and dtypes of the result.
-    triton: the launcher. check: raises ValueError for arguments that these do not take (the C++ kernel has its own, in
-    csrc). The C++ kernel is torch.ops.mmf_fast_native.<name>, if there is one. All take the arguments
-    of the schema by position. Gradients: torch.library.register_autograd.
+    triton: the launcher. check: raises ValueError for arguments that these must not be called with (the C++ kernel
+    checks by itself, in csrc). takes: (kind, *arguments) -> whether a kernel of this kind takes them; if not, the
+    reference serves. The C++ kernel is torch.ops.mmf_fast_native.<name>, if there is one. All of them take the
+    arguments of the schema by position. Gradients: torch.library.register_autograd.
     """
     name = schema.partition("(")[0]
 
@@ -74,11 +165,12 @@ def define(
 
         return after_check
 
-    OPERATORS[name] = {"reference": checked(reference)} | ({} if triton is None else {"triton": checked(triton)})
+    kinds = {"reference": checked(reference)} | ({} if triton is None else {"triton": checked(triton)})
+    OPERATORS[name] = Operator(kinds, takes)
     _library.define(schema)
 
     def run(*args: Any) -> Any:
-        return implementation(name, choose(name, args))(*args)
+        return implementation(name, serve(name, *args) or "reference")(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmf_fast::{name}", fake, lib=_library)
@@ -92,51 +184,6 @@ def _no_second_derivative(name: str, *_: Any) -> Any:
     raise RuntimeError(
         f"{name.removesuffix('_backward')} has no second derivative as a fused operator: set MMF_FAST_OPS=reference"
     )
-
-
-def implementation(name: str, kind: str) -> Callable[..., Any]:
-    """One implementation of an operator. Raises ValueError, in one line, when this installation has none."""
-    found = native.op(name) if kind == "native" else OPERATORS[name].get(kind)
-    if found is None or (kind == "triton" and not gpu.available()):
-        raise ValueError(f"{name} has no {kind} implementation here ({_why_not(name, kind)}): unset MMF_FAST_OPS")
-    return found
-
-
-def choose(name: str, args: Any) -> str:
-    """The kind of implementation that serves these arguments."""
-    x = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
-    if x is None:
-        raise ValueError(f"{name} takes floating-point tensors, none was given")
-    return kind_for(name, x.device.type, x.dtype)
-
-
-@constant_to_dynamo
-def kind_for(name: str, device: str, dtype: torch.dtype) -> str:
-    """The kind of implementation that serves tensors of this device type and dtype; a constant to torch.compile."""
-    forced = os.environ.get("MMF_FAST_OPS")
-    if forced:
-        if forced not in KINDS:
-            raise ValueError(f"MMF_FAST_OPS is {forced!r}: choose one of {', '.join(KINDS)}")
-        return forced if _exists(name, forced) else "reference"
-    if device == "cuda":
-        return "triton" if gpu.available() and "triton" in OPERATORS[name] else "reference"
-    return "native" if device == "cpu" and dtype in CPU_DTYPES and native.op(name) else "reference"
-
-
-def fused(name: str, *args: Any) -> bool:
-    """Whether a rule should call the operator on these arguments rather than compose it of torch functions.
-
-    Not where only the reference would serve, not inside functorch transforms (an operator there would lose its
-    tangent), and not while torch.compile traces, unless the kernel beats what inductor makes of the composition.
-    """
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    kind = choose(name, tensors)
-    if kind == "reference" or any(a.layout != torch.strided for a in tensors):
-        return False
-    if torch.compiler.is_compiling():
-        return (name, kind) in BEATS_INDUCTOR
-    inside_functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return not inside_functorch and all(type(a) in (Tensor, torch.nn.Parameter) for a in tensors)
 
 
 def register_affine_norm(operator: Any, backward_operator: Any) -> None:
@@ -165,15 +212,7 @@ def register_affine_norm(operator: Any, backward_operator: Any) -> None:
     torch.library.register_autograd(operator, backward, setup_context=setup)
 
 
-def _exists(name: str, kind: str) -> bool:
-    """Whether an operator has a kernel of this kind, or may have one in a library that is not here."""
-    return kind in OPERATORS[name] or (kind == "native" and not (native.available() and native.op(name) is None))
-
-
-def _why_not(name: str, kind: str) -> str:
-    if kind == "native":
-        return native.reason() or "it has no C++ kernel"
-    return "Triton is not installed" if not gpu.available() else "it has no Triton kernel"
+# ---- for their launchers ---------------------------------------------------------------------------------------------
 
 
 def has_flags(**tensors: Tensor | None) -> dict[str, bool]:

@@ -1,4 +1,9 @@
-"""The specification of the fused operators: each in plain PyTorch, as its formula is written."""
+"""The specification of the fused operators, each written in plain PyTorch as its formula is.
+
+A prime marks a tangent. An absent argument (None) has no effect: a gain is then 1, everything else 0. Arithmetic is in
+float32 at least; results have the dtype of x, and what belongs to an absent argument is empty, (0,). g and h are the
+cotangents of y and y'; g_x is what x receives from them, the gradient of sum(g y) + sum(h y') in x.
+"""
 
 from __future__ import annotations
 
@@ -8,235 +13,173 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# -- modulated layer norm --------------------------------------------------------------------------------------------
+# -- layer norm and RMS norm -------------------------------------------------------------------------------------------
 
 
 def modulated_layer_norm(
-    x: Tensor,
-    dx: Tensor | None,
-    gain: Tensor | None,
-    dgain: Tensor | None,
-    bias: Tensor | None,
-    dbias: Tensor | None,
-    rms: bool,
-    eps: float,
-    tangent_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """y = x^ a + b and y' = x^' a + x^ a' + b', with x^ = (x - mean) r over the last dimension (mean = 0 if rms),
-    r = 1 / sqrt(mean((x - mean)^2) + eps), x^' = r (x' - mean(x') - x^ mean(x^ x')).
+    x: Tensor, dx: Tensor | None, gain: Tensor | None, dgain: Tensor | None, bias: Tensor | None, dbias: Tensor | None,
+    rms: bool, eps: float, tangent_grad: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = x^ a + b,   y' = x^' a + x^ a' + b'            with x^ and x^' of `standardise`, over the last dimension.
 
-    x, dx (R, D); gain a, bias b and their tangents (G, D), each for R / G consecutive rows; None is 1 for the gain and
-    0 for all else. y' is empty (0,) when no tangent is given.
+    x, dx (R, D); gain a, bias b and their tangents (G, D), each for R / G consecutive rows.
     """
-    x_hat, d_hat, _, _ = _standardised(x, dx, rms, eps)
-    a, da, b, db = (_rows(p, x) for p in (gain, dgain, bias, dbias))
-    return _affine(x_hat, d_hat, a, da, b, db, x.dtype)
+    x_hat, d_hat, _, _ = standardise(_wide(x), _or_zero(dx, x), rms, eps)
+    a, da, b, db = (_for_rows(p, x, absent) for p, absent in ((gain, 1), (dgain, 0), (bias, 0), (dbias, 0)))
+    y = x_hat * a + b
+    dy = d_hat * a + x_hat * da + db
+    return y.to(x.dtype), _present(dy.to(x.dtype), dx, dgain, dbias)
 
 
 def modulated_layer_norm_backward(
-    g: Tensor | None,
-    h: Tensor | None,
-    x: Tensor,
-    dx: Tensor | None,
-    gain: Tensor | None,
-    dgain: Tensor | None,
-    bias: Tensor | None,
-    dbias: Tensor | None,
-    rms: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What x, dx, gain, dgain, bias and dbias receive from the cotangents g of y and h of y'; empty (0,) for absent
-    ones. With J = r (I - 1 1^T / D - x^ x^^T / D), G = g a + h a' and H = h a:
+    g: Tensor | None, h: Tensor | None, x: Tensor, dx: Tensor | None, gain: Tensor | None, dgain: Tensor | None,
+    bias: Tensor | None, dbias: Tensor | None, rms: bool, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """g_a = sum(g x^ + h x^'),   g_a' = sum(h x^),   g_b = sum(g),   g_b' = sum(h)    (sums over the rows of a group)
 
-        g_x' = J H,   g_x = J G - r (mean(x^ x') J H + mean(x^ H) x^' + mean(H x^') x^)
-        g_a = sum(g x^ + h x^'),   g_a' = sum(h x^),   g_b = sum(g),   g_b' = sum(h)      (sums over rows)
+    g_x and g_x' are those of `standardise_backward` for G = g a + h a' and H = h a. Returns what x, dx, gain, dgain,
+    bias and dbias receive.
     """
-    x_hat, d_hat, r, m2 = _standardised(x, dx, rms, eps)
-    a, da = _rows(gain, x), _rows(dgain, x)
-    g, h = _wide(g), _wide(h)
-    g_x, g_dx = _standardised_backward(_times(g, a, h, da), _times(h, a), x_hat, d_hat, r, m2, rms)
+    if h is None:
+        dx = dgain = dbias = None
+    x_hat, d_hat, r, m = standardise(_wide(x), _or_zero(dx, x), rms, eps)
+    a, da = _for_rows(gain, x, 1), _for_rows(dgain, x, 0)
+    g, h = _or_zero(g, x), _or_zero(h, x)
+    g_x, g_dx = standardise_backward(g * a + h * da, h * a, x_hat, d_hat, r, m, rms)
 
-    def to_rows(of: Tensor | None, like: Tensor | None) -> Tensor:
-        if like is None or of is None:
-            return x.new_empty(0)
-        return of.view(len(like), -1, of.shape[-1]).sum(1).to(x.dtype)
+    def summed(rows: Tensor, p: Tensor | None) -> Tensor:
+        groups = 1 if p is None else len(p)
+        return _present(rows.unflatten(0, (groups, len(x) // groups)).sum(1).to(x.dtype), p)
 
-    return (
-        x.new_zeros(x.shape) if g_x is None else g_x.to(x.dtype),
-        x.new_empty(0) if dx is None or g_dx is None else g_dx.to(x.dtype),
-        to_rows(_times(g, x_hat, h, d_hat), gain),
-        to_rows(_times(h, x_hat), dgain),
-        to_rows(g if g is not None else torch.zeros_like(x_hat), bias),
-        to_rows(h, dbias),
-    )
+    of_gain, of_dgain = summed(g * x_hat + h * d_hat, gain), summed(h * x_hat, dgain)
+    return g_x.to(x.dtype), _present(g_dx.to(x.dtype), dx), of_gain, of_dgain, summed(g, bias), summed(h, dbias)
 
 
-def _standardised(x: Tensor, dx: Tensor | None, rms: bool, eps: float) -> tuple[Tensor, Any, Tensor, Any]:
-    """x^, x^', r and mean(x^ x') over the last dimension, at least in float32."""
-    x, dx = _wide(x), _wide(dx)
-    centred = x if rms else x - x.mean(-1, keepdim=True)
-    r = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    x_hat = centred * r
-    if dx is None:
-        return x_hat, None, r, None
-    m2 = (x_hat * dx).mean(-1, keepdim=True)
-    dx = dx if rms else dx - dx.mean(-1, keepdim=True)
-    return x_hat, r * (dx - x_hat * m2), r, m2
+def standardise(x: Tensor, dx: Tensor, rms: bool, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r  = 1 / sqrt(mean((x - mean(x))^2) + eps)            means over the last dimension; mean(x) is 0 for RMS norm
+    x^  = r (x - mean(x))
+    x^' = r (x' - mean(x') - x^ mean(x^ x'))
+
+    Returns x^, x^', r and m = mean(x^ x').
+    """
+    centred = x - _mean(x, rms)
+    r = torch.rsqrt(_mean(centred * centred) + eps)
+    x_hat = r * centred
+    m = _mean(x_hat * dx)
+    return x_hat, r * (dx - _mean(dx, rms) - x_hat * m), r, m
 
 
-def _standardised_backward(
-    G: Tensor | None, H: Tensor | None, x_hat: Tensor, d_hat: Tensor | None, r: Tensor, m2: Tensor | None, rms: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(g_x, g_x') from the cotangents G of x^ and H of x^'."""
+def standardise_backward(
+    G: Tensor, H: Tensor, x_hat: Tensor, d_hat: Tensor, r: Tensor, m: Tensor, rms: bool
+) -> tuple[Tensor, Tensor]:
+    """J v  = r (v - mean(v) - x^ mean(x^ v))
+    g_x' = J H
+    g_x  = J G - r (m J H + mean(x^ H) x^' + mean(H x^') x^)        for the cotangents G of x^ and H of x^'
+    """
 
-    def jacobian(v: Tensor | None) -> Any:
-        if v is None:
-            return None
-        return r * (v - (0 if rms else v.mean(-1, keepdim=True)) - x_hat * (x_hat * v).mean(-1, keepdim=True))
+    def J(v: Tensor) -> Tensor:
+        return r * (v - _mean(v, rms) - x_hat * _mean(x_hat * v))
 
-    g_x, g_dx = jacobian(G), jacobian(H)
-    if H is not None and d_hat is not None:
-        second = m2 * g_dx + (x_hat * H).mean(-1, keepdim=True) * d_hat + (H * d_hat).mean(-1, keepdim=True) * x_hat
-        g_x = -r * second if g_x is None else g_x - r * second
-    return g_x, g_dx
+    return J(G) - r * (m * J(H) + _mean(x_hat * H) * d_hat + _mean(H * d_hat) * x_hat), J(H)
 
 
-def _affine(x_hat: Tensor, d_hat: Any, a: Any, da: Any, b: Any, db: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    y, dy = x_hat if a is None else x_hat * a, d_hat
-    if d_hat is not None and a is not None:
-        dy = d_hat * a
-    for term in (None if da is None else x_hat * da, db):
-        dy = term if dy is None else dy if term is None else dy + term
-    y = y if b is None else y + b
-    return y.to(dtype), x_hat.new_empty(0, dtype=dtype) if dy is None else dy.expand_as(y).contiguous().to(dtype)
+def _mean(v: Tensor, rms: bool = False) -> Tensor:
+    return torch.zeros_like(v[..., :1]) if rms else v.mean(-1, keepdim=True)
 
 
-def _times(a: Tensor | None, b: Tensor | None, c: Tensor | None = None, d: Tensor | None = None) -> Tensor | None:
-    """a b + c d; an absent b is 1, any other absent factor 0."""
-    first = None if a is None else a if b is None else a * b
-    second = None if c is None or d is None else c * d
-    return first if second is None else second if first is None else first + second
-
-
-def _wide(x: Any) -> Any:
-    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _rows(p: Tensor | None, x: Tensor) -> Tensor | None:
+def _for_rows(p: Tensor | None, x: Tensor, absent: float) -> Tensor:
     """(G, D) repeated for the rows of x (R, D)."""
-    return None if p is None else _wide(p).repeat_interleave(x.shape[0] // len(p), 0)
+    if p is None:
+        return torch.full_like(_wide(x), absent)
+    return _wide(p).repeat_interleave(len(x) // len(p), 0)
 
 
 # -- group norm and SiLU -----------------------------------------------------------------------------------------------
 
 
 def group_norm_silu(
-    x: Tensor,
-    dx: Tensor | None,
-    gain: Tensor | None,
-    dgain: Tensor | None,
-    bias: Tensor | None,
-    dbias: Tensor | None,
-    groups: int,
-    eps: float,
-    act: str,
-    tangent_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """y = f(u) and y' = f'(u) u' with u = x^ a + b, u' = x^' a + x^ a' + b'; x^ and x^' as in modulated_layer_norm,
-    over the channels of a group and all pixels.
+    x: Tensor, dx: Tensor | None, gain: Tensor | None, dgain: Tensor | None, bias: Tensor | None, dbias: Tensor | None,
+    groups: int, eps: float, act: str, tangent_grad: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """u = x^ a + b,   u' = x^' a + x^ a' + b',   y = f(u),   y' = f'(u) u'
 
-    x, dx (B, C, ...), contiguous or channels-last; gain a, bias b and their tangents (1 or B, C). act: "silu" or
-    "none". y' is empty (0,) when no tangent is given.
+    with x^ and x^' of `standardise`, over the channels of a group and all pixels. x, dx (B, C, ...), contiguous or
+    channels-last; gain a, bias b and their tangents (1 or B, C). f: act, "silu" or "none".
     """
-    x_hat, d_hat, _, _ = _grouped_standardised(x, dx, groups, eps)
-    a, da, b, db = _channels(x, gain, dgain, bias, dbias)
-    u, du = _affine(x_hat, d_hat, a, da, b, db, x_hat.dtype)
-    y, slope, _ = value_and_slopes(u, act)
-    some = dx is not None or dgain is not None or dbias is not None
-    return _like(y, x), _like(slope * du, x) if some else x.new_empty(0)
+    x_hat, d_hat, _, _ = _standardise_groups(x, dx, groups, eps)
+    a, da, b, db = (_for_pixels(p, x, absent) for p, absent in ((gain, 1), (dgain, 0), (bias, 0), (dbias, 0)))
+    y, slope, _ = value_and_slopes(x_hat * a + b, act)
+    dy = slope * (d_hat * a + x_hat * da + db)
+    return _like(y, x), _present(_like(dy, x), dx, dgain, dbias)
 
 
 def group_norm_silu_backward(
-    g: Tensor | None,
-    h: Tensor | None,
-    x: Tensor,
-    dx: Tensor | None,
-    gain: Tensor | None,
-    dgain: Tensor | None,
-    bias: Tensor | None,
-    dbias: Tensor | None,
-    groups: int,
-    eps: float,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the arguments receive: u gets f' g + f'' u' h and u' gets f' h; from there as in modulated_layer_norm."""
-    x_hat, d_hat, r, m2 = _grouped_standardised(x, dx, groups, eps)
-    a, da, b, db = _channels(x, gain, dgain, bias, dbias)
-    u, du = _affine(x_hat, d_hat, a, da, b, db, x_hat.dtype)
-    _, slope, curvature = value_and_slopes(u, act)
-    of_u = _times(_wide(g), slope, _wide(h), curvature * du if h is not None and du.shape == u.shape else None)
-    of_du = _times(_wide(h), slope)
+    g: Tensor | None, h: Tensor | None, x: Tensor, dx: Tensor | None, gain: Tensor | None, dgain: Tensor | None,
+    bias: Tensor | None, dbias: Tensor | None, groups: int, eps: float, act: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """g_u = f' g + f'' u' h,   g_u' = f' h
 
-    def grouped(v: Tensor | None) -> Any:
-        return None if v is None else v.reshape(len(x), groups, x.shape[1] // groups * math.prod(x.shape[2:]))
+    From there as in `modulated_layer_norm_backward`, with sums over pixels.
+    """
+    if h is None:
+        dx = dgain = dbias = None
+    x_hat, d_hat, r, m = _standardise_groups(x, dx, groups, eps)
+    a, da, b, db = (_for_pixels(p, x, absent) for p, absent in ((gain, 1), (dgain, 0), (bias, 0), (dbias, 0)))
+    _, slope, curvature = value_and_slopes(x_hat * a + b, act)
+    g, h = _or_zero(g, x), _or_zero(h, x)
+    of_u = slope * g + curvature * (d_hat * a + x_hat * da + db) * h
+    of_du = slope * h
+    G, H, x_hat_g, d_hat_g = (_grouped(v, groups) for v in (of_u * a + of_du * da, of_du * a, x_hat, d_hat))
+    g_x, g_dx = (_like(v.view(x.shape), x) for v in standardise_backward(G, H, x_hat_g, d_hat_g, r, m, False))
 
-    G, H = _times(of_u, a, of_du, da), _times(of_du, a)
-    g_x, g_dx = _standardised_backward(grouped(G), grouped(H), grouped(x_hat), grouped(d_hat), r, m2, False)
+    def summed(of_channel: Tensor, p: Tensor | None) -> Tensor:
+        sums = of_channel.flatten(2).sum(2)
+        return _present((sums if p is None or len(p) == len(x) else sums.sum(0, keepdim=True)).to(x.dtype), p)
 
-    def to_channels(of: Tensor | None, like: Tensor | None) -> Tensor:
-        if like is None or of is None:
-            return x.new_empty(0)
-        sums = of.flatten(2).sum(2)
-        return (sums if len(like) == len(x) else sums.sum(0, keepdim=True)).to(x.dtype)
-
-    return (
-        x.new_zeros(x.shape) if g_x is None else _like(g_x.view(x.shape), x),
-        x.new_empty(0) if dx is None or g_dx is None else _like(g_dx.view(x.shape), x),
-        to_channels(_times(of_u, x_hat, of_du, d_hat), gain),
-        to_channels(_times(of_du, x_hat), dgain),
-        to_channels(of_u if of_u is not None else torch.zeros_like(x_hat), bias),
-        to_channels(of_du, dbias),
-    )
+    of_gain, of_dgain = summed(of_u * x_hat + of_du * d_hat, gain), summed(of_du * x_hat, dgain)
+    return g_x, _present(g_dx, dx), of_gain, of_dgain, summed(of_u, bias), summed(of_du, dbias)
 
 
-def _grouped_standardised(x: Tensor, dx: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Any, Tensor, Any]:
-    shape = (x.shape[0], groups, x.shape[1] // groups * math.prod(x.shape[2:]))
-    x_hat, d_hat, r, m2 = _standardised(x.reshape(shape), None if dx is None else dx.reshape(shape), False, eps)
-    return x_hat.view(x.shape), None if d_hat is None else d_hat.view(x.shape), r, m2
+def _standardise_groups(x: Tensor, dx: Tensor | None, groups: int, eps: float) -> tuple[Tensor, ...]:
+    """`standardise` over channels and pixels of a group: x^ and x^' like x, r and m (B, groups, 1)."""
+    rows, d_rows = _grouped(_wide(x), groups), _grouped(_or_zero(dx, x), groups)
+    x_hat, d_hat, r, m = standardise(rows, d_rows, False, eps)
+    return x_hat.view(x.shape), d_hat.view(x.shape), r, m
 
 
-def _channels(x: Tensor, *parameters: Any) -> Any:
+def _grouped(v: Tensor, groups: int) -> Tensor:
+    """(B, C, ...) as (B, groups, elements of a group)."""
+    return v.reshape(len(v), groups, v.shape[1] // groups * math.prod(v.shape[2:]))
+
+
+def _for_pixels(p: Tensor | None, x: Tensor, absent: float) -> Tensor:
     """(1 or B, C) as (1 or B, C, 1, ...), to multiply x."""
-    return (None if p is None else _wide(p).view(*p.shape, *[1] * (x.ndim - 2)) for p in parameters)
-
-
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """y in the dtype and the memory layout of x."""
-    return torch.empty_like(x).copy_(y)
+    p = _wide(x).new_full((1, x.shape[1]), absent) if p is None else _wide(p)
+    return p.view(*p.shape, *[1] * (x.ndim - 2))
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
 
 
 def activation(x: Tensor, dx: Tensor, act: str, tangent_grad: bool = True) -> tuple[Tensor, Tensor]:
-    """y = f(x) and y' = f'(x) x', elementwise. act: "silu", "gelu" or "gelu_tanh"."""
+    """y = f(x),   y' = f'(x) x'        elementwise. f: act, "silu", "gelu" or "gelu_tanh"."""
     y, slope, _ = value_and_slopes(_wide(x), act)
     return y.to(x.dtype), (slope * _wide(dx)).to(x.dtype)
 
 
 def activation_backward(g: Tensor | None, h: Tensor, x: Tensor, dx: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """g_x = f' g + f'' x' h,   g_x' = f' h."""
+    """g_x = f' g + f'' x' h,   g_x' = f' h"""
     _, slope, curvature = value_and_slopes(_wide(x), act)
-    g_x = curvature * _wide(dx) * _wide(h)
-    return (g_x if g is None else g_x + slope * _wide(g)).to(x.dtype), (slope * _wide(h)).to(x.dtype)
+    g_x = slope * _or_zero(g, x) + curvature * _wide(dx) * _wide(h)
+    return g_x.to(x.dtype), (slope * _wide(h)).to(x.dtype)
 
 
 def value_and_slopes(x: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """f, f', f'' of SiLU, GELU and its tanh approximation.
+    """gelu:              f = x Phi(x),   f' = Phi + x phi,           f'' = phi (2 - x^2)
+    silu, gelu_tanh:   f = x s(q),     f' = s + x s (1 - s) q',    f'' = s (1 - s) (2 q' + x ((1 - 2 s) q'^2 + q''))
 
-    f = x s(q), s the sigmoid:   f' = s + x s (1 - s) q',   f'' = s (1 - s) (2 q' + x ((1 - 2 s) q'^2 + q''))
-    silu: q = x.   gelu_tanh: q = 2 sqrt(2 / pi) (x + 0.044715 x^3), since (1 + tanh z) / 2 = s(2 z).
-    gelu: f = x Phi(x),   f' = Phi + x phi,   f'' = phi (2 - x^2).
+    s is the sigmoid; q = x for silu, 2 sqrt(2 / pi) (x + 0.044715 x^3) for gelu_tanh, since (1 + tanh z) / 2 = s(2 z).
+    Returns f, f', f''.
     """
     if act == "none":
         return x, torch.ones_like(x), torch.zeros_like(x)
@@ -261,110 +204,76 @@ def value_and_slopes(x: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention(
-    q: Tensor,
-    dq: Tensor | None,
-    k: Tensor,
-    dk: Tensor | None,
-    v: Tensor,
-    dv: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    tangent_grad: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """O = P v and O' = (P (S' - mu)) v + P v', with P = softmax(S), S = s q k^T + mask, S' = s (q' k^T + q k'^T) and
-    mu = rowsum(P S').
+    q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, v: Tensor, dv: Tensor | None, mask: Tensor | None,
+    causal: bool, scale: float, tangent_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """S = s q k^T + mask,   P = softmax(S) = exp(S - LSE),   O = P v
+    S' = s (q' k^T + q k'^T),   mu = rowsum(P S'),   H = P (S' - mu),   O' = H v + P v'
 
     q, q' (B, H, N, D); k, k' (B, H, M, D); v, v' (B, H, M, E); mask (B, H, N, M), boolean (True: attend) or additive.
-    A row that attends to nothing is 0. Returns O and O', the logarithm LSE of the sum of exp(S) (inf for a row that
-    attends to nothing) and mu, both (B, H, N) in at least float32; O' and mu are empty (0,) when no tangent asks for
-    them.
+    A row that attends to nothing is 0, and its LSE is inf. Returns O, O', LSE and mu, the last two (B, H, N).
     """
-    logits, d_logits = _logits(q, dq, k, dk, mask, causal, scale)
-    lse = torch.logsumexp(logits, -1)
+    S, dS = _logits(q, dq, k, dk, mask, causal, scale)
+    lse = torch.logsumexp(S, -1)
     lse = lse.masked_fill(lse == -math.inf, math.inf)
-    p = torch.exp(logits - lse[..., None])
-    o = p @ _wide(v)
-    d_o, mu = None, lse.new_empty(0)
-    if d_logits is not None:
-        mu = (p * d_logits).sum(-1)
-        d_o = (p * (d_logits - mu[..., None])) @ _wide(v)
-    if dv is not None:
-        d_o = p @ _wide(dv) if d_o is None else d_o + p @ _wide(dv)
-    return _heads(o, q), q.new_empty(0) if d_o is None else _heads(d_o, q), lse, mu
+    P = torch.exp(S - lse[..., None])
+    mu = (P * dS).sum(-1)
+    H = P * (dS - mu[..., None])
+    o = P @ _wide(v)
+    d_o = H @ _wide(v) + P @ _or_zero(dv, v)
+    return _heads(o, q), _present(_heads(d_o, q), dq, dk, dv), lse, _present(mu, dq, dk)
 
 
 def attention_backward(
-    g: Tensor | None,
-    h: Tensor | None,
-    q: Tensor,
-    dq: Tensor | None,
-    k: Tensor,
-    dk: Tensor | None,
-    v: Tensor,
-    dv: Tensor | None,
-    mask: Tensor | None,
-    o: Tensor,
-    d_o: Tensor | None,
-    lse: Tensor,
-    mu: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    """What q, q', k, k', v, v' receive from the cotangents g of O and h of O' (empty (0,) for absent ones), with
-    G = g v^T + h v'^T,  G' = h v^T,  H = P (S' - mu),  gam = rowsum(h O),  del = rowsum(g O + h O'):
+    g: Tensor | None, h: Tensor | None, q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, v: Tensor,
+    dv: Tensor | None, mask: Tensor | None, o: Tensor, d_o: Tensor | None, lse: Tensor, mu: Tensor | None,
+    causal: bool, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """G = g v^T + h v'^T,   G' = h v^T,   gam = rowsum(h O),   del = rowsum(g O + h O')
 
-        dS' = P (G' - gam),   dS = P (G + (G' - gam) (S' - mu) - del)
-        g_q = s (dS k + dS' k'),     g_k = s (dS^T q + dS'^T q'),     g_v = P^T g + H^T h
-        g_q' = s dS' k,              g_k' = s dS'^T q,                g_v' = P^T h
+    dS' = P (G' - gam),          dS = P (G + (G' - gam) (S' - mu) - del)
+    g_q = s (dS k + dS' k'),     g_k = s (dS^T q + dS'^T q'),     g_v = P^T g + H^T h
+    g_q' = s dS' k,              g_k' = s dS'^T q,                g_v' = P^T h
+
+    Returns what q, q', k, k', v, v' receive.
     """
     if h is None:
         dq = dk = dv = None
-    logits, d_logits = _logits(q, dq, k, dk, mask, causal, scale)
-    p, like = torch.exp(logits - lse[..., None]), o
-    g, h, q, dq, k, dk, v, dv, o, d_o = map(_wide, (g, h, q, dq, k, dk, v, dv, o, d_o))
+    S, dS = _logits(q, dq, k, dk, mask, causal, scale)
+    P = torch.exp(S - lse[..., None])
+    centred = dS - (0 if dq is None and dk is None else mu[..., None])  # type: ignore[index]
+    H = P * centred
+    given, like = (dq, dk, dv), o
+    g, h, d_o, dq, dk, dv = (_or_zero(a, b) for a, b in ((g, o), (h, o), (d_o, o), (dq, q), (dk, k), (dv, v)))
+    q, k, v, o = map(_wide, (q, k, v, o))
 
-    def mm(a: Tensor | None, b: Tensor | None) -> Any:
-        return 0 if a is None or b is None else a @ b
-
-    def t(x: Tensor | None) -> Any:
-        return None if x is None else x.mT
-
-    d_p = mm(g, v.mT) + mm(h, t(dv))
-    for cotangent, output in ((g, o), (h, d_o)):
-        d_p = d_p if cotangent is None else d_p - (cotangent * output).sum(-1, keepdim=True)
-    d_ds = p_h = None
-    if d_logits is not None and h is not None and mu is not None:
-        centred = d_logits - mu[..., None]
-        d_ds = h @ v.mT - (h * o).sum(-1, keepdim=True)
-        d_p, d_ds, p_h = d_p + d_ds * centred, p * d_ds, p * centred
-    d_s = p * d_p
-    grads = (
-        scale * (d_s @ k + mm(d_ds, dk)),
-        None if dq is None else scale * mm(d_ds, k),
-        scale * (d_s.mT @ q + mm(t(d_ds), dq)),
-        None if dk is None else scale * mm(t(d_ds), q),
-        mm(p.mT, g) + mm(t(p_h), h) + torch.zeros_like(v),
-        None if dv is None else mm(p.mT, h),
+    gam, delta = (h * o).sum(-1, keepdim=True), (g * o + h * d_o).sum(-1, keepdim=True)
+    of_dS = P * (h @ v.mT - gam)
+    of_S = P * (g @ v.mT + h @ dv.mT + (h @ v.mT - gam) * centred - delta)
+    return (
+        _heads(scale * (of_S @ k + of_dS @ dk), like),
+        _present(_heads(scale * of_dS @ k, like), given[0]),
+        _heads(scale * (of_S.mT @ q + of_dS.mT @ dq), like),
+        _present(_heads(scale * of_dS.mT @ q, like), given[1]),
+        _heads(P.mT @ g + H.mT @ h, like),
+        _present(_heads(P.mT @ h, like), given[2]),
     )
-    return tuple(like.new_empty(0) if x is None else _heads(x, like) for x in grads)
 
 
 def _logits(
     q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor | None]:
-    q, dq, k, dk = map(_wide, (q, dq, k, dk))
-    logits = (scale * q) @ k.mT
+) -> tuple[Tensor, Tensor]:
+    """S = s q k^T + mask and S' = s (q' k^T + q k'^T)."""
+    S = scale * _wide(q) @ _wide(k).mT
     if mask is not None:
-        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+        S = S.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else S + mask
     if causal:
-        logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -math.inf)
-    terms = [a @ b.mT for a, b in ((dq, k), (q, dk)) if a is not None and b is not None]
-    return logits, scale * sum(terms[1:], start=terms[0]) if terms else None
+        S = S.masked_fill(~torch.ones_like(S, dtype=torch.bool).tril(), -math.inf)
+    return S, scale * (_or_zero(dq, q) @ _wide(k).mT + _wide(q) @ _or_zero(dk, k).mT)
 
 
 def _heads(x: Tensor, like: Tensor) -> Tensor:
-    """x (B, H, N, D) in the dtype of `like`, laid out as (B, N, H, D): what follows merges the heads."""
+    """x (B, H, N, D) in the dtype of `like`, in memory as (B, N, H, D): what follows attention merges the heads."""
     return x.to(like.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -372,53 +281,47 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
 
 
 def sg_loss(
-    u: Tensor,
-    du: Tensor | None,
-    x: Tensor | None,
-    noise: Tensor,
-    interval: Tensor,
-    lam: Tensor,
-    p: float,
-    c: float,
+    u: Tensor, du: Tensor | None, x: Tensor | None, noise: Tensor, interval: Tensor, lam: Tensor, p: float, c: float,
     tangent_grad: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """e = u + (t - r) SG_lam[du] - (noise - x),   s_b = ||e_b||^2,   loss = mean_b s_b / stopgrad(s_b + c)^p.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """e = u + (t - r) SG_lam[du] - (noise - x),   s_b = ||e_b||^2,   loss = mean_b s_b / stopgrad(s_b + c)^p
 
     u, du (B, K); x, noise (B, K), interval t - r (B,) in at least float32; without x, `noise` is the target itself.
     Returns the loss (0-d), its terms (B,), s (B,) and e (B, K). lam acts in the backward pass only.
     """
-    e = _wide(u) - noise
-    e = e if x is None else e + x
-    e = e if du is None else e + interval[:, None] * _wide(du)
-    square = e.square().sum(1)
+    target = noise if x is None else noise - x
+    e = _wide(u) - target + interval[:, None] * _or_zero(du, u)
+    square = (e * e).sum(1)
     per_sample = square * (square + c) ** -p
     return per_sample.mean(), per_sample, square, e
 
 
 def sg_loss_backward(
-    g: Tensor,
-    error: Tensor,
-    square: Tensor,
-    interval: Tensor,
-    lam: Tensor,
-    p: float,
-    c: float,
-    tangent_grad: bool,
+    g: Tensor, error: Tensor, square: Tensor, interval: Tensor, lam: Tensor, p: float, c: float, tangent_grad: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """g_u = 2 g e_b / (B (s_b + c)^p),   g_du = lam (t - r) g_u."""
-    scale = 2 * g / max(len(square), 1) * (square + c) ** -p
-    g_u = scale[:, None] * error
-    g_du = ((lam * interval * scale)[:, None] * error).to(dtype) if tangent_grad else error.new_empty(0, dtype=dtype)
-    return g_u.to(dtype), g_du
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """g_u = 2 g e_b / (B (s_b + c)^p),   g_du = lam (t - r) g_u"""
+    g_u = (2 * g / max(len(square), 1) * (square + c) ** -p)[:, None] * error
+    g_du = (lam * interval)[:, None] * g_u
+    return g_u.to(dtype), g_du.to(dtype) if tangent_grad else error.new_empty(0, dtype=dtype)
 
 
-# -- the path ----------------------------------------------------------------------------------------------------------
+# -- absent arguments, precision, layout -------------------------------------------------------------------------------
 
 
-def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """z_t = (1 - t) x + t noise = x + t v and v = noise - x, for x (B, K) in [-1, 1], or uint8 from 0 to 255, which is
-    scaled: x / 127.5 - 1. noise (B, K) gives the dtype; t (B,)."""
-    x = x.to(noise.dtype) / 127.5 - 1 if x.dtype == torch.uint8 else x.to(noise.dtype)
-    v = noise - x
-    return x + t.to(noise.dtype)[:, None] * v, v
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
+    return _wide(torch.zeros_like(like) if x is None else x)
+
+
+def _present(result: Tensor, *arguments: Any) -> Tensor:
+    """The result, if one of the arguments that it belongs to is there; else an empty one."""
+    return result.new_empty(0) if all(x is None for x in arguments) else result
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype and the memory layout of x."""
+    return torch.empty_like(x).copy_(y)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmf_fast.ops import native, reference
 from mmf_fast.ops.arguments import Arguments
-from mmf_fast.ops.dispatch import choose, define
+from mmf_fast.ops.dispatch import define, serve
 from mmf_fast.ops.gpu import jit, tl, triton
 
 __all__ = ["LossTerms", "sg_loss"]
@@ -62,8 +62,8 @@ def sg_loss(
         _rows(u, u.dtype), _rows(du, u.dtype), _rows(x, dtype, True), _rows(fixed, dtype, True),
         interval.detach().to(dtype).contiguous(), lam, p, c, tangent_grad and du is not None,
     )  # fmt: skip
-    eager = choose("sg_loss", (u,)) == "native" and not torch.compiler.is_compiling()
-    if eager and (differentiable := native.op("sg_loss_differentiable")):  # less overhead than the operator
+    if serve("sg_loss", u) == "native" and (differentiable := native.op("sg_loss_differentiable")):
+        # the operator and its autograd formula in one call of C++, at less cost
         return LossTerms(*differentiable(*given))
     loss, per_sample, square, _ = _operator(*given)
     return LossTerms(loss, per_sample.detach(), square.detach())
@@ -179,6 +179,11 @@ def _check_backward(g: Tensor, error: Tensor, square: Tensor, interval: Tensor, 
     arguments.tensors((), lam=lam, g=g)
 
 
+def _takes(kind: str, *args: Any) -> bool:
+    """All that `_check` allows: the network's output in any precision, the rest in float32 at least."""
+    return True
+
+
 _operator = define(
     "sg_loss(Tensor u, Tensor? du, Tensor? x, Tensor noise, Tensor interval, Tensor lam, float p, float c,"
     " bool tangent_grad) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -186,6 +191,7 @@ _operator = define(
     _fake,
     _forward_triton,
     check=_check,
+    takes=_takes,
 )
 _backward_operator = define(
     "sg_loss_backward(Tensor g, Tensor error, Tensor square, Tensor interval, Tensor lam, float p, float c,"
@@ -194,6 +200,7 @@ _backward_operator = define(
     _fake_backward,
     _backward_triton,
     check=_check_backward,
+    takes=_takes,
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmf_fast.conditions import per_sample, take
+from mmf_fast.contract import per_sample, take
 from mmf_fast.pictures import save_grid
 from mmf_fast.sampling import sample
 

@@ -17,11 +17,11 @@ __all__ = ["RankLog"]
 
 class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk is named by what cannot do without it, the record of the run and its checkpoints."""
+        """A log that cannot be written is no error here: on a full disk, the record and the checkpoints raise one."""
 
 
 class RankLog(logging.Logger):
-    """What one rank did and met. What is logged before `recording` waits for it: a refused run leaves no file.
+    """The log of one process. What is logged before `recording` waits for it: a refused run leaves no file.
 
     terminal: whether `say` also writes to the terminal.
     """

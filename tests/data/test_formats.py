@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support.archives import (
     as_npz,
+    cifar100,
     cifar_batches,
     edm,
     encoded,
@@ -42,6 +43,23 @@ def test_cifar10(kind, tmp_path):
     assert source.num_classes == 10 and source.classes[3] == "cat"
     test, test_labels, _ = read(path, "cifar10", split="validation")
     assert np.array_equal(test, pictures(3, seed=1)) and test_labels == [3, 8, 8]
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_cifar100_by_fine_and_by_coarse_labels(kind, tmp_path):
+    files, images, fine, coarse = cifar100()
+    if kind == "tar":
+        path = write_tar(tmp_path / "cifar-100-python.tar.gz", files, "cifar-100-python/")
+    else:
+        path = write_folder(tmp_path / "cifar-100-python", files)
+    found, labels, source = read(path, "cifar100")
+    assert np.array_equal(found, images) and labels == fine
+    assert source.num_classes == 100 and source.classes[99] == "fine 99"
+    _, labels, source = read(path, "cifar100", label_column="coarse_labels")
+    assert labels == coarse and source.num_classes == 20 and source.classes[4] == "coarse 4"
+    assert read(path, "cifar100", split="validation")[1] == [1, 2]
+    with pytest.raises(DataError, match="no labels 'labels'; pass --label-column fine_labels or coarse_labels"):
+        open_source(path, label_column="labels")
 
 
 @pytest.mark.parametrize("kind", [2, 3, 4, "npz"])
@@ -175,6 +193,14 @@ def test_parquet(tmp_path):
     assert np.array_equal(found, images) and labels == [1, 0, 2, 2, 2] and source.classes == ["a", "b", "c"]
     assert np.array_equal(read(tmp_path, "parquet", split="validation")[0], images[:1])
     assert np.array_equal(read(folder / "train-00001-of-00002.parquet", "parquet")[0], images[3:])
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    write_zip(tmp_path / "hub.zip", {f"data/{name}": content for name, content in files.items()})
+    write_tar(tmp_path / "hub.tar.gz", files, "data/")
+    for archive in ("hub.zip", "hub.tar.gz"):  # a table is read from its end
+        found, labels, _ = read(tmp_path / archive, "parquet")
+        assert np.array_equal(found, images) and labels == [1, 0, 2, 2, 2]
+        assert read(tmp_path / archive, "parquet", split="validation")[1] == [1]
+        (tmp_path / archive).unlink()
     (folder / "train-00000-of-00002.parquet").unlink()
     with pytest.raises(DataError, match="1 shards"):
         open_source(tmp_path)

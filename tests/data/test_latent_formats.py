@@ -213,7 +213,18 @@ def test_the_config_of_a_vae_states_its_scale(tmp_path):
         ({"scaling_factor": 0.5}, {"mean": [0.0], "std": [2.0]}),
         ({"scaling_factor": 0.25, "shift_factor": 0.1}, {"mean": [0.1], "std": [4.0]}),
         ({"scaling_factor": 1.0, "latents_mean": [1, 2, 3, 4], "latents_std": [1, 1, 2, 2]}, None),
+        ({"latents_mean": [1, 2, 3, 4], "latents_std": [1, 1, 2, 2]}, None),  # Wan2.1 #307: no other factor
+        (  # diffusers #7111: decoding takes latents * std / scaling_factor + mean
+            {"scaling_factor": 0.5, "latents_mean": [1, 0, 0, 0], "latents_std": [5, 5, 5, 5]},
+            {"mean": [1.0, 0.0, 0.0, 0.0], "std": [10.0] * 4},
+        ),
+        (
+            {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+            {"mean": [0.0609], "std": [1 / 1.5305]},
+        ),  # diffusers #8708
+        ({"scaling_factor": 0.5, "shift_factor": None, "latents_mean": None}, {"mean": [0.0], "std": [2.0]}),
         ({"model_type": "dit"}, "nothing"),
+        (["a list"], "nothing"),
     ]:
         path = write_folder(tmp_path, files | {"config.json": json.dumps(config).encode()})
         source = open_source(path, latents="sample")

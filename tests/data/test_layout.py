@@ -69,6 +69,9 @@ def test_a_folder_a_zip_a_tar_and_a_parquet_of_the_same_images_are_one_set(tmp_p
         "zip in a tar": write_tar(tmp_path / "b.tar", {"inner.zip": (tmp_path / "zipped/inner.zip").read_bytes()}, ""),
         "parquet": parquet_of(tmp_path / "a.parquet", files, classes),
     }
+    table = (tmp_path / "a.parquet").read_bytes()
+    sources["parquet in a zip"] = write_zip(tmp_path / "table.zip", {"set/train/a.parquet": table})
+    sources["parquet in a tar"] = write_tar(tmp_path / "table.tar", {"a.parquet": table}, "")
     found = {}
     for kind, source in sources.items():
         manifest = prepare(source, tmp_path / "out" / kind)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmf_fast.ops import attention, dispatch, gpu, group_norm, interpolate, layer_norm, native, pointwise, sg_loss
+from mmf_fast.ops import attention, dispatch, gpu, group_norm, layer_norm, native, pointwise, sg_loss
 
-DEFINED_IN = (attention, group_norm, interpolate, layer_norm, pointwise, sg_loss)
+DEFINED_IN = (attention, group_norm, layer_norm, pointwise, sg_loss)
 
 
 def calls() -> dict[str, list[Any]]:
@@ -36,7 +36,6 @@ def calls() -> dict[str, list[Any]]:
         "activation_backward": [draw(3, 7), draw(3, 7), draw(3, 7), draw(3, 7), "gelu"],
         "sg_loss": [draw(3, 7), draw(3, 7), draw(3, 7), draw(3, 7), draw(3), scalar, 1.0, 1e-3, True],
         "sg_loss_backward": [scalar, draw(3, 7), draw(3).abs(), draw(3), scalar, 1.0, 1e-3, True, torch.float32],
-        "interpolate": [torch.zeros(3, 7, dtype=torch.uint8), draw(3, 7), draw(3)],
         "attention": [*q, *k, *v, mask, False, 0.25, True],
         "attention_backward": [o, o.clone(), *q, *k, *v, mask, o.clone(), o.clone(), lse, lse.clone(), False, 0.25],
     }
@@ -90,8 +89,6 @@ def takes(name: str, i: int, wrong: str) -> bool:
     """Whether the operator takes the changed argument too."""
     if name.startswith("attention"):  # any strides, but for LSE and mu
         return wrong in ANY_STRIDES and not (name == "attention_backward" and i in (11, 12))
-    if name == "interpolate":  # x, noise and t each have a precision of their own
-        return wrong in ("half precision", "double precision")
     if name == "sg_loss_backward":  # whose other tensors have a number for each row
         return i == 1 and wrong in ("a column more", "a column less")
     parameters = {"group_norm_silu": 2, "group_norm_silu_backward": 4}

@@ -14,7 +14,7 @@ from support.operator_harness import check, distance
 
 from mmf_fast.ops import gpu, native
 from mmf_fast.ops.attention import attention
-from mmf_fast.ops.attention_kernels import head_columns, tail_columns
+from mmf_fast.ops.head_rows import head_columns, tail_columns
 
 SUBSETS = list(itertools.product([False, True], repeat=3))  # which tangents: of q, k, v
 EVERY = (True, True, True)

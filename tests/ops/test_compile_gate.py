@@ -33,7 +33,7 @@ def test_every_kernel_compiles_for_every_chip_and_fits(options):
     first, *results = (json.loads(line) for line in run.stdout.splitlines())
     assert first == {"missing": []}, "kernels that compile_gate.call_operators does not reach"
     assert {r["chip"] for r in results} == {"sm_80", "sm_90a", "sm_100a"}
-    assert len({r["kernel"] for r in results}) >= 13
+    assert len({r["kernel"] for r in results}) >= 12
     assert {r["constants"]["D"] for r in results if r["executed"]} >= {64, 72}
     wrong = [
         f"{what}: {r['kernel']} for {r['chip']}, {r['constants']}, {r['options']}"

@@ -16,7 +16,6 @@ FILES = {
     "attention": "test_attention.py",
     "activation": "test_pointwise.py",
     "sg_loss": "test_sg_loss.py",
-    "interpolate": "test_sg_loss.py",
 }
 DTYPES = {"native": ("float32", "bfloat16"), "triton": ("float32", "float16", "bfloat16")}
 
@@ -28,7 +27,13 @@ def mutations() -> list[tuple[str, str, int, str]]:
     for name in OPERATORS:
         results = getattr(torch.ops.mmf_fast, name).default._schema.returns
         for kind, dtypes in DTYPES.items():
-            here = native.op(name) if kind == "native" else OPERATORS[name].get("triton") if gpu.available() else None
+            here = (
+                native.op(name)
+                if kind == "native"
+                else OPERATORS[name].kinds.get("triton")
+                if gpu.available()
+                else None
+            )
             found += [(name, kind, place, dtype) for place in range(len(results)) for dtype in dtypes if here]
     return found
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from mmf_fast.ops import attention, dispatch, gpu, group_norm, interpolate, layer_norm, native, pointwise, sg_loss
+from mmf_fast.ops import attention, dispatch, gpu, group_norm, layer_norm, native, pointwise, sg_loss
 
 
 def draw(*shapes, grad=True):
@@ -39,7 +39,6 @@ def samples():
             (q, dq, k, dk, v, dv, torch.ones(2, 2, 5, 7) > 0, True, 0.25, False),
         ),
         "attention without tangents": (attention._operator, (q, None, k, None, v, None, None, False, 0.25, False)),
-        "path": (interpolate._operator, (fixed[0], fixed[1], fixed[2].abs())),
     }
 
 
@@ -50,7 +49,7 @@ def test_registration_is_what_torch_expects(name):
     torch.library.opcheck(operator, args)
 
 
-@pytest.mark.parametrize("name", [name for name in samples() if name != "path"])
+@pytest.mark.parametrize("name", samples())
 def test_a_second_derivative_is_refused_not_wrong(name):
     operator, args = samples()[name]
     inputs = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -68,11 +67,7 @@ def test_every_operator_agrees_with_the_reference_on_what_opcheck_ran(kind):
         pytest.skip("no interpreter")
     for name, (operator, args) in samples().items():
         op = operator._schema.name.split("::")[1]
-        try:
-            ours = dispatch.implementation(op, kind)
-        except ValueError:
-            assert (op, kind) == ("interpolate", "native")
-            continue
+        ours = dispatch.implementation(op, kind)
         with torch.no_grad():
             for a, b in zip(ours(*args), dispatch.implementation(op, "reference")(*args), strict=True):
                 torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
@@ -81,14 +76,19 @@ def test_every_operator_agrees_with_the_reference_on_what_opcheck_ran(kind):
 def test_an_implementation_can_be_forced(monkeypatch):
     x = torch.zeros(2)
     monkeypatch.setenv("MMF_FAST_OPS", "reference")
-    assert dispatch.choose("activation", [x]) == "reference" and not dispatch.fused("activation", x)
+    assert dispatch.serve("activation", x) is None
     monkeypatch.setenv("MMF_FAST_OPS", "fortran")
     with pytest.raises(ValueError, match="MMF_FAST_OPS is 'fortran': choose one of reference, native, triton"):
-        dispatch.choose("activation", [x])
+        dispatch.serve("activation", x)
     monkeypatch.delenv("MMF_FAST_OPS")
-    assert dispatch.choose("activation", [x.half()]) == "reference"
-    with pytest.raises(ValueError, match=r"interpolate has no native implementation here"):
-        dispatch.implementation("interpolate", "native")
+    assert dispatch.serve("activation", x.half()) is None
+    assert dispatch.serve("activation", x, x.double()) is None and dispatch.serve("activation", x.int()) is None
+
+
+def test_a_kind_that_is_not_here_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.setattr(native, "op", lambda name: None)
+    with pytest.raises(ValueError, match=r"activation has no native implementation here \(.*\): unset MMF_FAST_OPS"):
+        dispatch.implementation("activation", "native")
 
 
 def test_no_fused_operator_inside_transforms_or_traces():
@@ -96,12 +96,12 @@ def test_no_fused_operator_inside_transforms_or_traces():
     x = torch.randn(3)
 
     def look(x):
-        seen.append(dispatch.fused("activation", x))
+        seen.append(dispatch.serve("activation", x))
         return x * 1.0
 
     torch.func.jvp(look, (x,), (x,))
     torch.compile(look, backend="eager")(x)
-    assert seen[:1] == [False]
+    assert seen == [None, None]
 
 
 def test_the_command_prints_every_operator():

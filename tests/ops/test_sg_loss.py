@@ -1,10 +1,9 @@
-"""The fused loss and the fused path, for every implementation: against their formulas in float64."""
+"""The fused loss, for every implementation: against their formulas in float64."""
 
 import pytest
 import torch
 from support.operator_harness import SLACK, distance
 
-from mmf_fast.ops.interpolate import interpolate
 from mmf_fast.ops.sg_loss import sg_loss
 
 
@@ -84,23 +83,6 @@ def test_wrong_targets_are_refused():
     for target in ({}, {"x": u}, {"noise": u}, {"x": u, "noise": u, "target": u}):
         with pytest.raises(ValueError, match="either target, or x and noise"):
             sg_loss(u, None, torch.zeros(2), 0.0, **target)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2, 7, 7), (2, 5001), (0, 4)], ids=str)
-@pytest.mark.parametrize("stored", [torch.uint8, torch.float32])
-def test_the_path(device, shape, stored):
-    x = torch.randint(0, 256, shape, dtype=stored) if stored == torch.uint8 else torch.rand(shape)
-    noise, t = torch.randn(shape), torch.rand(shape[0])
-    data = (x.double() / 127.5 - 1) if stored == torch.uint8 else x.double()
-    column = t.double().view(-1, *[1] * (len(shape) - 1))
-    z, v = interpolate(x.to(device), noise.to(device), t.to(device))
-    assert z.dtype == v.dtype == torch.float32
-    assert distance(z, (1 - column) * data + column * noise) < 1e-6 and distance(v, noise - data) < 1e-6
-
-
-def test_the_path_refuses_shapes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"need x = noise, t \(B,\)"):
-        interpolate(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
 
 
 def test_a_second_derivative_is_refused_not_wrong():

@@ -50,7 +50,9 @@ def _int(value: int) -> bytes:
     return b"K" + bytes([value]) if value < 256 else b"J" + value.to_bytes(4, "little")
 
 
-def cifar_batch(images: np.ndarray, labels: list[int], title: bytes = b"training batch 1 of 5") -> bytes:
+def cifar_batch(
+    images: np.ndarray, labels: list[int], title: bytes = b"training batch 1 of 5", key: bytes = b"labels", **more: list
+) -> bytes:
     """The opcodes of the published files: str keys and strings, a list of ints, an array of rows."""
     raw = images.reshape(len(images), -1).tobytes()
     row = images[0].size
@@ -68,7 +70,8 @@ def cifar_batch(images: np.ndarray, labels: list[int], title: bytes = b"training
     names = b"](" + b"".join(_text(b"leptodactylus_%06d.png" % i) for i in range(len(images))) + b"e"
     items = {
         b"batch_label": _text(title),
-        b"labels": b"](" + b"".join(_int(label) for label in labels) + b"e",
+        key: b"](" + b"".join(_int(label) for label in labels) + b"e",
+        **{name.encode(): b"](" + b"".join(map(_int, each)) + b"e" for name, each in more.items()},
         b"data": array,
         b"filenames": names,
     }
@@ -88,6 +91,22 @@ def cifar_batches(each: int = 4) -> tuple[dict[str, bytes], np.ndarray, np.ndarr
     files["test_batch"] = cifar_batch(pictures(3, seed=1), [3, 8, 8], b"testing batch 1 of 1")
     files["batches.meta"] = pickle.dumps({"num_vis": 3072, "label_names": ["airplane"]}, 2)
     return files, images, labels
+
+
+def cifar100() -> tuple[dict[str, bytes], np.ndarray, list[int], list[int]]:
+    """{file: content}, and images, fine and coarse labels of the training set."""
+    images, fine, coarse = pictures(6), [0, 99, 7, 50, 3, 99], [0, 19, 4, 11, 4, 19]
+    meta = {
+        b"fine_label_names": [f"fine {i}".encode() for i in range(100)],
+        b"coarse_label_names": [f"coarse {i}".encode() for i in range(20)],
+    }
+    files = {
+        "train": cifar_batch(images, fine, key=b"fine_labels", coarse_labels=coarse),
+        "test": cifar_batch(pictures(2, seed=1), [1, 2], key=b"fine_labels", coarse_labels=[0, 1]),
+        "meta": pickle.dumps(meta, 2),
+        "file.txt~": b"",
+    }
+    return files, images, fine, coarse
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:

@@ -164,7 +164,7 @@ def backward(*outputs: torch.Tensor) -> None:
 
 def call_operators() -> None:
     """Every operator forward and backward, at sizes of real networks."""
-    from mmf_fast.ops import attention, group_norm, interpolate, layer_norm, pointwise, sg_loss
+    from mmf_fast.ops import attention, group_norm, layer_norm, pointwise, sg_loss
 
     def draw(*shapes: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
         return [torch.zeros(s, dtype=dtype, requires_grad=True) for s in shapes]
@@ -183,8 +183,6 @@ def call_operators() -> None:
         tau = torch.zeros(2)
         backward(sg_loss.sg_loss(u, du, tau, 0.5, x=image, noise=noise).loss)
         backward(sg_loss.sg_loss(u, None, tau, 0.5, target=image).loss)
-        interpolate.interpolate(image, noise, tau)
-        interpolate.interpolate(torch.zeros(image.shape, dtype=torch.uint8), noise, tau)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # attention has no kernels for exact float32
         short = dtype == torch.bfloat16
         few, many = ((64, 72), (32, 64, 72, 80, 96, 128)) if short else ((64,), (32, 64, 72, 128))

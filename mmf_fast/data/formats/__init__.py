@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmf_fast.data.formats.arrays import holds_images, open_arrays
-from mmf_fast.data.formats.batches import open_cifar10, open_imagenet
+from mmf_fast.data.formats.batches import open_cifar10, open_cifar100, open_imagenet
 from mmf_fast.data.formats.idx import IDX_NAME, open_idx
 from mmf_fast.data.formats.images import IMAGE_ENDINGS, open_images
 from mmf_fast.data.formats.latents import LATENT_ENDINGS, open_latents
@@ -33,6 +33,7 @@ _LAYOUT = {"root", "labels", "allow_empty"}
 _PIXELS = {"size", "channels", "background"}
 FORMATS = {
     "cifar10": Format(open_cifar10, frozenset()),
+    "cifar100": Format(open_cifar100, frozenset({"label_column"})),
     "imagenet": Format(open_imagenet, frozenset()),
     "idx": Format(open_idx, frozenset({"labels"})),
     "arrays": Format(open_arrays, frozenset({"labels", "label_column"})),
@@ -70,6 +71,8 @@ def _format_of(tree: Tree) -> str:
     stems = {base.removesuffix(".npz") for base in bases}
     if stems & {"data_batch_1", "test_batch"}:
         return "cifar10"
+    if "meta" in stems and stems & {"train", "test"}:
+        return "cifar100"
     if stems & {"train_data_batch_1", "val_data"}:
         return "imagenet"
     if any(IDX_NAME.fullmatch(base) for base in bases):

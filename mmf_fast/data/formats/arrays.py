@@ -45,7 +45,7 @@ class _Array(NamedTuple):
 
     @property
     def word(self) -> str:
-        """What tells the split in the names of file and array: train, val, test, or nothing."""
+        """The word in the name of file or array that says which split it is: train, val, test; else empty."""
         words = re.split(r"[^a-z]+", f"{self.name.rpartition('/')[2]} {self.key or ''}".lower())
         return next((word for word in words if split_of(word)), "")
 

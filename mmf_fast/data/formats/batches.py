@@ -1,7 +1,9 @@
-"""CIFAR-10 and downsampled ImageNet (Chrabaszcz, 2017): a few files, each a table with one planar RGB image per row.
+"""CIFAR and downsampled ImageNet (Chrabaszcz, 2017): a few files, each a table with one planar RGB image per row.
 
     CIFAR-10       cifar-10-python.tar.gz or cifar-10-batches-py/: data_batch_{1..5}, test_batch
                    pickle: data uint8 [n, 3072], labels list of 0 .. 9
+    CIFAR-100      cifar-100-python.tar.gz or cifar-100-python/: train, test, meta
+                   pickle: data uint8 [n, 3072], fine_labels list of 0 .. 99, coarse_labels list of 0 .. 19
     ImageNet-64    train_data_batch_{1..10}, val_data, each a pickle or an .npz
                    data uint8 [n, 12288], labels 1 .. 1000 in the authors' own class order; `mean` is not needed
 
@@ -24,15 +26,16 @@ from mmf_fast.data.formats.pickles import load_dict
 from mmf_fast.data.formats.sources import DataError, Item, Options, Source
 from mmf_fast.data.formats.trees import Tree
 
-__all__ = ["CIFAR10_CLASSES", "open_cifar10", "open_imagenet"]
+__all__ = ["CIFAR10_CLASSES", "open_cifar10", "open_cifar100", "open_imagenet"]
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 _CIFAR10 = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
+_CIFAR100 = {"train": ["train"], "validation": ["test"]}
 _IMAGENET = {"train": [f"train_data_batch_{i}" for i in range(1, 11)], "validation": ["val_data"]}
 
 
-# ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
+# ---- CIFAR -----------------------------------------------------------------------------------------------------------
 
 
 def open_cifar10(tree: Tree, options: Options) -> Source:
@@ -40,6 +43,28 @@ def open_cifar10(tree: Tree, options: Options) -> Source:
     names = _all_present(tree, _CIFAR10[options.split])
     items = partial(_items, tree, names, 0, 10, 32)
     return _source("cifar10", tree, names, items, num_classes=10, classes=CIFAR10_CLASSES)
+
+
+def open_cifar100(tree: Tree, options: Options) -> Source:
+    """By its fine labels, or by the 20 coarse ones where label_column is "coarse_labels". Raises DataError."""
+    key = options.label_column or "fine_labels"
+    if key not in ("fine_labels", "coarse_labels"):
+        raise DataError(f"{tree.path}: has no labels {key!r}; pass --label-column fine_labels or coarse_labels")
+    names = _all_present(tree, _CIFAR100[options.split])
+    (meta,) = _all_present(tree, ["meta"])
+    with tree.open(meta) as file:
+        stated = load_dict(file, tree.label(meta)).get(key.removesuffix("s") + "_names")
+    classes = [_text(name) for name in stated] if isinstance(stated, list) else []
+    count = {"fine_labels": 100, "coarse_labels": 20}[key]
+    if len(classes) != count:
+        raise DataError(f"{tree.label(meta)}: names {len(classes)} classes, not {count}; fetch it again")
+    items = partial(_items, tree, names, 0, count, 32, key)
+    rule = f"{key.replace('_', ' ')} of the batches"
+    return _source("cifar100", tree, [*names, meta], items, rule, num_classes=count, classes=classes)
+
+
+def _text(name: Any) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 # ---- downsampled ImageNet --------------------------------------------------------------------------------------------
@@ -72,17 +97,22 @@ def _npz_rows(tree: Tree, name: str) -> int:
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
-def _source(format: str, tree: Tree, names: Sequence[str], items: Callable[[], Iterator[Item]], **more: Any) -> Source:
-    return Source(format, "images", items, rule="labels of the batches", left_out=left_out(tree, names), **more)
+def _source(
+    format: str, tree: Tree, names: Sequence[str], items: Callable[[], Iterator[Item]],
+    rule: str = "labels of the batches", **more: Any,
+) -> Source:  # fmt: skip
+    return Source(format, "images", items, rule=rule, left_out=left_out(tree, names), **more)
 
 
-def _items(tree: Tree, names: Sequence[str], first_label: int, classes: int, side: int | None = None) -> Iterator[Item]:
+def _items(
+    tree: Tree, names: Sequence[str], first_label: int, classes: int, side: int | None = None, key: str = "labels"
+) -> Iterator[Item]:
     for name in names:
         if name.endswith(".npz"):
             yield from _npz(tree, name, first_label, classes)
         else:
             with tree.open(name) as file:
-                yield from _pickled(file, tree.label(name), first_label, classes, side)
+                yield from _pickled(file, tree.label(name), first_label, classes, side, key)
 
 
 def _all_present(tree: Tree, names: Sequence[str]) -> list[str]:
@@ -96,9 +126,9 @@ def _all_present(tree: Tree, names: Sequence[str]) -> list[str]:
     return [found[name] for name in names]
 
 
-def _pickled(file: BinaryIO, name: str, first_label: int, classes: int, side: int | None = None) -> Iterator[Item]:
+def _pickled(file: BinaryIO, name: str, first_label: int, classes: int, side: int | None, key: str) -> Iterator[Item]:
     table = load_dict(file, name)
-    missing = {"data", "labels"} - table.keys()
+    missing = {"data", key} - table.keys()
     if missing:
         raise DataError(f"{name}: has no {' and no '.join(sorted(missing))}; pass the files as they were published")
     data = table["data"]
@@ -107,13 +137,13 @@ def _pickled(file: BinaryIO, name: str, first_label: int, classes: int, side: in
     found = _side(name, data.dtype, data.shape)
     if side not in (None, found):
         raise DataError(f"{name}: images are {found}x{found}, not {side}x{side}; pass --format imagenet for ImageNet")
-    label = _labels(name, table["labels"], len(data), first_label, classes)
+    label = _labels(name, table[key], len(data), first_label, classes)
     for i, row in enumerate(data):
         yield _item(f"{name}[{i}]", label(i), row.reshape(3, found, found))
 
 
 def _item(name: str, label: int, image: np.ndarray) -> Item:
-    copy = image.copy()  # a view would keep the whole table in memory while it waits
+    copy = image.copy()  # a view would keep the whole table in memory until the item is used
     return Item(name, label, lambda: copy)
 
 

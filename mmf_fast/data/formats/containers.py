@@ -1,4 +1,4 @@
-"""What holds files: a folder, a zip, a tar, and an archive within another. Any member can be read, from any thread."""
+"""Containers of files: a folder, a zip, a tar, an archive within another. Any thread can read any member."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 
 from mmf_fast.data.formats.sources import DataError, check_member
 
-__all__ = ["ARCHIVES", "BROKEN", "Archive", "Container", "Folder", "open_archive", "open_container", "stem"]
+__all__ = ["ARCHIVES", "BROKEN", "Archive", "Container", "Folder", "open_archive", "open_container", "seekable", "stem"]
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _NO_ARCHIVES = (".npz", ".pt", ".pth")  # which are zip files, but not of samples
@@ -32,7 +32,7 @@ BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip
 
 
 def stem(name: str) -> str:
-    """Of the name of an archive: what its folder would be called."""
+    """The name of an archive without .zip, .tar.gz, ...: the name of the folder that it would be unpacked to."""
     return name[: -max(len(kind) for kind in ARCHIVES if name.lower().endswith(kind))]
 
 
@@ -67,7 +67,7 @@ class _Span:
 
 
 class _Unpacked:
-    """A temporary file, which goes with the process."""
+    """A temporary copy, which is deleted when the process ends."""
 
     def __init__(self, source: BinaryIO, label: str) -> None:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the tree
@@ -100,7 +100,7 @@ class _Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = (0, self.position, self.content.size)[whence]
         if base + offset < 0:
-            raise ValueError("negative seek position")  # zipfile looks for this
+            raise ValueError("negative seek position")  # zipfile catches this error
         self.position = base + offset
         return self.position
 
@@ -123,7 +123,8 @@ def _pread(file: int, start: int, size: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _file(content: _Bytes) -> BinaryIO:
+def seekable(content: _Bytes) -> BinaryIO:
+    """A file object, in which seeking is cheap."""
     return io.BufferedReader(_Window(content))
 
 
@@ -137,7 +138,7 @@ class Container:
         raise NotImplementedError
 
     def open(self, member: str) -> BinaryIO:
-        return _file(self.bytes_of(member))
+        return seekable(self.bytes_of(member))
 
     def read(self, member: str) -> bytes:
         content = self.bytes_of(member)
@@ -209,7 +210,7 @@ class Archive(Container):
 class _Zip(Archive):
     def __init__(self, content: _Bytes, name: str, file: Path | None) -> None:
         super().__init__(name, file)
-        self.archive = zipfile.ZipFile(_file(content))
+        self.archive = zipfile.ZipFile(seekable(content))
         for member in self.archive.namelist():
             check_member(Path(name), member)
         foreign = [member for member in self.archive.namelist() if "\\" in member]  # written by some Windows programs
@@ -236,7 +237,7 @@ class _Tar(Archive):
         self.content, self.listed = content, list[str]()
         self.places: dict[str, tuple[int, int]] = {}
         links: dict[str, str] = {}
-        with tarfile.open(fileobj=_file(content), mode="r:") as archive:
+        with tarfile.open(fileobj=seekable(content), mode="r:") as archive:
             for member in archive:
                 check_member(Path(name), member.name)
                 entry = posixpath.normpath(member.name)
@@ -254,7 +255,7 @@ class _Tar(Archive):
                     raise DataError(f"{name}:{entry}: is no plain file; pack the folder anew, without --sparse")
                 self.listed.append(entry)
             end = content.read_at(max(0, content.size - 1024), 1024)
-        if self.places and any(end):  # two empty blocks are the end; Python's tarfile takes the lack of them for it
+        if self.places and any(end):  # a whole tar ends with two empty blocks; Python's tarfile does not miss them
             raise DataError(f"{name}: damaged or truncated (it has no end); fetch it again")
         for entry, target in links.items():
             if target not in self.places:
@@ -282,7 +283,7 @@ def open_archive(content: _Bytes, name: str, file: Path | None) -> Archive:
     try:
         packed = next((unpack for magic, unpack in _PACKED.items() if content.read_at(0, 2) == magic), None)
         if packed:
-            with packed(_file(content)) as stream:
+            with packed(seekable(content)) as stream:
                 return _Tar(_Unpacked(stream, name), name, file)
         if name.lower().endswith(".zip") or content.read_at(0, 2) == b"PK":
             return _Zip(content, name, file)

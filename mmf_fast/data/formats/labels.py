@@ -11,7 +11,7 @@ from mmf_fast.data.formats.sources import DataError
 
 __all__ = ["alike", "in_order", "json_labels", "numbering"]
 
-_IDS = 100_000  # so many classes there are in no set that leaves most of them out
+_IDS = 100_000  # labels above this are ids, unless most numbers below them are labels too
 
 
 def numbering(values: Iterable[Any], where: str) -> tuple[Callable[[Any], int], list[str] | None]:

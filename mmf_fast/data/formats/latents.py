@@ -147,7 +147,7 @@ def _keys_of(tensors: Mapping[str, np.ndarray], place: str) -> _Keys:
     else:
         known = [key for key in _ONE if key in floats] or [key for key in floats if "flip" not in key]
         if len(known) != 1:
-            if len(tensors) == 1:  # not a latent, as will be said of it
+            if len(tensors) == 1:  # it is no latent; the error comes when it is read
                 known = list(tensors)
             else:
                 raise DataError(f"{place}: which of {', '.join(tensors)} is the latent? save it alone, or as `latents`")
@@ -239,9 +239,11 @@ def _stated(tree: Tree, stats: list[str], contents: str) -> dict[str, Any] | Non
     for name in configs:
         try:
             config = json.loads(tree.read(name))
-            factor = float(config["scaling_factor"])
-        except (ValueError, KeyError, TypeError):
-            continue  # of something else than a VAE
+            factor = float(config.get("scaling_factor") or 1.0)
+            if not {"scaling_factor", "latents_std"} & config.keys():
+                continue  # of something else than a VAE
+        except (ValueError, AttributeError, TypeError):
+            continue
         std = np.asarray(config.get("latents_std") or [1.0], np.float64) / factor
         mean = np.asarray(config.get("latents_mean") or [config.get("shift_factor") or 0.0], np.float64)
         return _checked(mean, std, tree.label(name))

@@ -107,7 +107,7 @@ def _first_word(name: str) -> str:
 
 
 def _descend(tree: Tree, samples: Sequence[str], split: str, labels: str | None) -> tuple[str, list[str]]:
-    """The folder, with a / behind, below which the classes lie, and how it was found."""
+    """The folder that holds the class folders, with a / at its end, and how it was found."""
     at, alone, story = "", None, list[str]()
     while not (at + "dataset.json" in tree.names and labels is None):
         here = [name[len(at) :] for name in samples if name.startswith(at)]
@@ -171,7 +171,7 @@ def _are_splits(splits: Mapping[str, str | None]) -> bool:
 
 
 def _doubtful(splits: Mapping[str, str | None]) -> bool:
-    """Folders are called as splits are, but not all of them alike; one whose first word is `train` is none yet."""
+    """Whether some folders may be splits and others classes; train_station alone is no sign of a split."""
     exact = any(top.lower() in words for top in splits for words in _SPLITS.values())
     return exact or all(splits.values()) or len(set(splits.values()) - {None}) > 1
 
@@ -308,7 +308,7 @@ def _check_depth(tree: Tree, inner: Sequence[str], at: str) -> None:
 
 def _check_splits(tree: Tree, inner: Sequence[str], at: str, split: str) -> None:
     """Raises DataError where samples of another split lie among those of this one, in each class for instance."""
-    first = 0 if at + "dataset.json" in tree.names else 1  # else the first are the classes, or looked at already
+    first = 0 if at + "dataset.json" in tree.names else 1  # the first folders are classes or known
     folders = {part for name in inner for part in name.split("/")[first:-1]}
     words = {part: found for part in folders if (found := split_of(part))}
     if set(words.values()) - {split} or len({*words}) > 1:

@@ -1,6 +1,7 @@
 """Hugging Face parquet: a column of images {bytes, path} (or bytes alone) and one of labels, in one file or shards.
 
-train-00000-of-00005.parquet, or train/0000.parquet; validation, test. Read with pyarrow, which is not a dependency.
+train-00000-of-00005.parquet, or train/0000.parquet; validation, test; on disk or in an archive. Read with pyarrow,
+which is not a dependency.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mmf_fast.data.formats.labels import numbering
@@ -37,24 +37,23 @@ def open_parquet(tree: Tree, options: Options) -> Source:
     except ImportError as error:
         raise DataError(f"{tree.path}: reading parquet needs pyarrow; pip install pyarrow") from error
     names = _shards(tree, options.split)
-    files = [_on_disk(tree, name) for name in names]
-    readers = [_open(pq, file) for file in files]
-    schema = readers[0].schema_arrow
-    for file, reader in zip(files, readers, strict=True):
+    readers = [_open(pq, tree, name) for name in names]
+    schema, first = readers[0].schema_arrow, tree.label(names[0])
+    for name, reader in zip(names, readers, strict=True):
         if reader.schema_arrow.names != schema.names or reader.schema_arrow.types != schema.types:
-            raise DataError(f"{file}: its columns differ from those of {files[0].name}; prepare them apart")
-    image = _image_column(schema, files[0])
-    label, rule = _label_column(schema, image, files[0], options)
-    number, classes = _numbered(readers, files, schema, label)
+            raise DataError(f"{tree.label(name)}: its columns differ from those of {names[0]}; prepare them apart")
+    image = _image_column(schema, first)
+    label, rule = _label_column(schema, image, first, options)
+    number, classes = _numbered(readers, tree, names, schema, label)
     count = sum(reader.metadata.num_rows for reader in readers)
     for reader in readers:
         reader.close()
-    cells = ((name, partial(io.BytesIO, data)) for name, data, _ in _rows(pq, files, image, None))
+    cells = ((row, partial(io.BytesIO, data)) for row, data, _ in _rows(pq, tree, names, image, None))
     pixels, looks = survey(cells, count, options)
     return Source(
         "parquet",
         "images",
-        partial(_items, pq, files, image, label, number, pixels),
+        partial(_items, pq, tree, names, image, label, number, pixels),
         count=count,
         num_classes=len(classes) if classes else None,
         classes=classes,
@@ -65,17 +64,18 @@ def open_parquet(tree: Tree, options: Options) -> Source:
 
 
 def _items(
-    pq: Any, files: Sequence[Path], image: str, label: str | None, number: Callable[[Any], int], pixels: Pixels
-) -> Iterator[Item]:
-    for name, data, value in _rows(pq, files, image, label):
+    pq: Any, tree: Tree, names: Sequence[str], image: str, label: str | None, number: Callable[[Any], int],
+    pixels: Pixels,
+) -> Iterator[Item]:  # fmt: skip
+    for name, data, value in _rows(pq, tree, names, image, label):
         yield Item(name, None if label is None else number(value), partial(pixels.decode, data, name))
 
 
-def _rows(pq: Any, files: Sequence[Path], image: str, label: str | None) -> Iterator[tuple[str, bytes, Any]]:
+def _rows(pq: Any, tree: Tree, names: Sequence[str], image: str, label: str | None) -> Iterator[tuple[str, bytes, Any]]:
     """(name, encoded image, stated label) of each row."""
     columns = [image] if label is None else [image, label]
-    for file in files:
-        reader, row = _open(pq, file), 0
+    for name in names:
+        file, reader, row = tree.label(name), _open(pq, tree, name), 0
         try:
             for batch in reader.iter_batches(batch_size=_ROWS, columns=columns):
                 labels = [None] * batch.num_rows if label is None else batch.column(label).to_pylist()
@@ -98,23 +98,18 @@ def _rows(pq: Any, files: Sequence[Path], image: str, label: str | None) -> Iter
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _open(pq: Any, file: Path) -> Any:
+def _open(pq: Any, tree: Tree, name: str) -> Any:
+    """A reader; of a file in a zip, of its copy in a temporary file, since a table is read from its end."""
+    file = tree.disk_path(name) or tree.unpacked(name)
     try:
         return pq.ParquetFile(file)
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: damaged or truncated ({_line(error)}); fetch it again") from error
-
-
-def _on_disk(tree: Tree, name: str) -> Path:
-    path = tree.disk_path(name)
-    if path is None:
-        raise DataError(f"{tree.label(name)}: parquet is not read out of an archive; unpack it")
-    return path
+        raise DataError(f"{tree.label(name)}: damaged or truncated ({_line(error)}); fetch it again") from error
 
 
 def _shards(tree: Tree, split: str) -> list[str]:
     names = [name for name in tree.names if name.lower().endswith(".parquet")]
-    if tree.path.is_file():
+    if names == [tree.path.name]:  # that very file was asked for
         return names
     splits = {name: _split(name) for name in names}
     if any(splits.values()):
@@ -152,7 +147,7 @@ def _split(name: str) -> str | None:
 # ---- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _image_column(schema: Any, file: Path) -> str:
+def _image_column(schema: Any, file: str) -> str:
     """A struct with `bytes`, or else the only column of bytes."""
     images = [field.name for field in schema if "bytes" in [sub.name for sub in _fields(field.type)]]
     images = images or [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
@@ -161,7 +156,7 @@ def _image_column(schema: Any, file: Path) -> str:
     return images[0]
 
 
-def _label_column(schema: Any, image: str, file: Path, options: Options) -> tuple[str | None, str]:
+def _label_column(schema: Any, image: str, file: str, options: Options) -> tuple[str | None, str]:
     """The column, None for no labels, and the rule. Raises DataError where several may be meant."""
     names = [name for name in schema.names if name != image]
     chosen = options.label_column
@@ -186,13 +181,14 @@ def _label_column(schema: Any, image: str, file: Path, options: Options) -> tupl
 
 
 def _numbered(
-    readers: Sequence[Any], files: Sequence[Path], schema: Any, label: str | None
+    readers: Sequence[Any], tree: Tree, names: Sequence[str], schema: Any, label: str | None
 ) -> tuple[Callable[[Any], int], list[str] | None]:
     """Reads the label column of all shards, without the images."""
     if label is None:
         return int, None
     values: dict[Any, None] = {}
-    for file, reader in zip(files, readers, strict=True):
+    for name, reader in zip(names, readers, strict=True):
+        file = tree.label(name)
         kind = str(schema.field(label).type)
         try:
             for group in range(reader.num_row_groups):
@@ -204,7 +200,7 @@ def _numbered(
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{file}: damaged ({_line(error)}); fetch it again") from error
-    number, classes = numbering(values, f"{files[0].parent if len(files) > 1 else files[0]}: column {label}")
+    number, classes = numbering(values, f"{tree.path if len(names) > 1 else tree.label(names[0])}: column {label}")
     return number, _class_names(schema, label) or classes
 
 

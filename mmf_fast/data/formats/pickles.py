@@ -35,7 +35,7 @@ def load_dict(file: BinaryIO, name: str) -> dict[str, Any]:
     return _plain(value, depth=2)
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: a damaged memo index makes that in C allocate any size
+class _Unpickler(pickle._Unpickler):  # not the one in C, which may allocate any size for a damaged index
     def find_class(self, module: str, name: str) -> Any:
         found = _NAMES.get((module.replace("numpy._core", "numpy.core"), name))
         if found is None:
@@ -109,7 +109,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """depth: of dicts in dicts; deeper ones are left, for a pickle may hold one that contains itself."""
+    """depth: how many levels of dicts are converted. A pickle may hold a dict that contains itself."""
     if isinstance(value, dict) and depth:
         return {_text(key): _plain(item, depth - 1) for key, item in value.items()}
     return value.value if isinstance(value, _Array) else value

@@ -69,7 +69,8 @@ class Pixels(NamedTuple):
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's: halve with a box filter while twice too large, bicubic so that the short side fits, cut the centre."""
+    """As ADM does it: halves with a box filter while the image is twice too large, resizes the short side to `size` by
+    bicubic interpolation, and cuts out the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -94,7 +95,7 @@ class _Look(NamedTuple):
 def survey(
     images: Iterable[tuple[str, Callable[[], BinaryIO]]], count: int, options: Options
 ) -> tuple[Pixels, dict[str, int]]:
-    """What the set of these (name, file) comes to, and how many images are of which kind.
+    """What all images of the set become (`Pixels`), and {kind: how many images are of it}, from all their headers.
 
     Raises DataError where they differ in what an option has to decide. What cannot be read is passed over here.
     """
@@ -155,7 +156,7 @@ def _looks(images: Iterable[tuple[str, Callable[[], BinaryIO]]], count: int) -> 
 
 
 def _look(opened: Callable[[], BinaryIO]) -> _Look | None:
-    """By the header alone, but for images that may be transparent, or have a palette. None where it cannot be read."""
+    """Reads the header alone, except of images that may be transparent or have a palette. None if it cannot be read."""
     try:
         with warnings.catch_warnings(), opened() as file:
             warnings.simplefilter("ignore")
@@ -180,7 +181,7 @@ def _may_be_transparent(image: Image.Image) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # asking PIL would decode the whole image, in search of a chunk behind it
+        return 1  # PIL would decode the whole image to look for a chunk that follows it
     return int(image.getexif().get(_ORIENTATION, 1) or 1)
 
 

@@ -25,7 +25,7 @@ Kind = Literal["images", "latents"]
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message is one line that names the file and the way out."""
+    """Data that cannot be used; the message is one line that names the file and says what to do."""
 
 
 class SampleError(DataError):

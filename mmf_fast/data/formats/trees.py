@@ -1,4 +1,4 @@
-"""Folders and archives, seen alike: one walk gives the sorted names of all files, each of which can be read.
+"""Folders and archives as one tree of files: it lists all of them in sorted order and can read each.
 
 An archive counts as a folder wherever it lies: it may be the source, lie in a folder, or in another archive (ImageNet
 is a tar of tars). Nothing is unpacked but a compressed tar, into a temporary file: it cannot be read out of order.
@@ -13,7 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from mmf_fast.data.formats.containers import ARCHIVES, BROKEN, Container, Folder, open_archive, open_container, stem
+from mmf_fast.data.formats.containers import (
+    ARCHIVES,
+    BROKEN,
+    Container,
+    Folder,
+    open_archive,
+    open_container,
+    seekable,
+    stem,
+)
 from mmf_fast.data.formats.sources import DataError, SampleError, identity_of_files, identity_of_names
 
 __all__ = ["Tree", "ending", "identity_of"]
@@ -51,6 +60,11 @@ class Tree:
         """A seekable file. Raises DataError."""
         container, member = self._find(name)
         return container.open(member)
+
+    def unpacked(self, name: str) -> BinaryIO:
+        """A file in which seeking is cheap: what a zip holds is unpacked into a temporary file. Raises DataError."""
+        container, member = self._find(name)
+        return seekable(container.bytes_of(member))
 
     def read(self, name: str) -> bytes:
         """The content of one file; may be called from any thread. Raises SampleError."""

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmf_fast.forward.dual import Value, register_rule, tangent_scope
-from mmf_fast.forward.rules.families import forward_derivative, fusable, keeps_tangent, pointwise, rule
+from mmf_fast.forward.rules.families import forward_derivative, keeps_tangent, pointwise, rule
+from mmf_fast.ops.dispatch import serve
 from mmf_fast.ops.pointwise import activation, gelu_tangent, silu_tangent
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def relu(dx: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def gelu(input: Value, *, approximate: str = "none") -> tuple[Any, Any]:
     x, dx = input.primal, input.tangent
     act = "gelu" if approximate == "none" else "gelu_tanh"
-    if fusable("activation", input):
+    if serve("activation", input):
         return activation(x, dx, act, tangent_grad=keeps_tangent(input))
     y = F.gelu(x, approximate=approximate)
     with tangent_scope(input):
@@ -50,7 +51,7 @@ def silu(input: Value) -> tuple[Any, Any]:
     if input.dtype.is_complex:
         return forward_derivative(F.silu, (input,), {})
     x, dx = input.primal, input.tangent
-    if fusable("activation", input):
+    if serve("activation", input):
         return activation(x, dx, "silu", tangent_grad=keeps_tangent(input))
     y = F.silu(x)
     with tangent_scope(input):

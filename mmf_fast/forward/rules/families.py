@@ -20,7 +20,6 @@ from mmf_fast.forward.dual import (
     tangent,
     tangent_scope,
 )
-from mmf_fast.ops.dispatch import fused
 
 # Where PyTorch keeps the same operation under the same name and argument order.
 _NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft)
@@ -192,12 +191,6 @@ def _detached(dy: Any) -> Any:
         return dy
     is_symbolic = not torch.compiler.is_compiling() and dy._is_zerotensor()  # a zero of PyTorch that has no memory
     return dy.detach().clone() if is_symbolic else dy.detach()
-
-
-def fusable(name: str, *args: Any) -> bool:
-    """Whether the operator mmf_fast::name should serve these tensors and Duals: one dtype, see ops/dispatch.py."""
-    tensors = [x for arg in args for x in (primal(arg), tangent(arg)) if x is not None]
-    return len({x.dtype for x in tensors}) == 1 and tensors[0].is_floating_point() and fused(name, *tensors)
 
 
 def keeps_tangent(*args: Any) -> bool:

@@ -23,9 +23,9 @@ from mmf_fast.forward.rules.families import (
     as_autocast,
     constant_arguments,
     forward_derivative,
-    fusable,
     keeps_tangent,
 )
+from mmf_fast.ops.dispatch import serve
 from mmf_fast.ops.group_norm import group_norm_silu
 from mmf_fast.ops.layer_norm import layer_norm_tangent, modulated_layer_norm, per_row
 
@@ -86,7 +86,7 @@ def _fused_layer_norm(
 ) -> tuple[Any, Any] | None:
     """y and its tangent from one operator, where there is one for these arguments."""
     args = [as_autocast(a) for a in (input, weight, bias)]
-    if not fusable("modulated_layer_norm", *args):
+    if not serve("modulated_layer_norm", *args):
         return None
     (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
     if not (per_row(gain, x) and per_row(shift, x)):
@@ -160,7 +160,7 @@ def group_norm(
 
 def _fused_group_norm(input: Value, groups: int, weight: Value, bias: Value, eps: float) -> tuple[Any, Any] | None:
     args = [as_autocast(a) for a in (input, weight, bias)]
-    if not fusable("group_norm_silu", *args):
+    if not serve("group_norm_silu", *args):
         return None
     (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
     return group_norm_silu(

@@ -12,7 +12,8 @@ from torch import Tensor
 from mmf_fast.forward.dual import Value, missing_rule_error, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import autocasts, keeps_tangent
 from mmf_fast.ops.attention import attention as dual_attention
-from mmf_fast.ops.attention import attention_tangent, serves
+from mmf_fast.ops.attention import attention_tangent
+from mmf_fast.ops.dispatch import serve
 
 __all__ = ["attention", "attention_weights"]
 
@@ -52,7 +53,7 @@ def scaled_dot_product_attention(
         return torch.matmul(F.dropout(attention_weights(query, key, attn_mask, scale), dropout_p), value)
     q, k, v, mask = (_as_autocast(primal(x)) for x in (query, key, value, attn_mask))
     dq, dk, dv = (_as_autocast(tangent(x)) for x in (query, key, value))
-    if serves(q, k, v, dq, dk, dv, mask=mask):
+    if serve("attention", q, dq, k, dk, v, dv, mask):
         tangent_grad = keeps_tangent(query, key, value)
         return dual_attention(
             q, k, v, dq, dk, dv, mask=mask, is_causal=is_causal, scale=scale, tangent_grad=tangent_grad

@@ -8,8 +8,8 @@ import torch
 import torch.distributed.tensor  # it registers rules for the operators that a test replaces, whenever it is imported
 from torch.nn import attention
 
-from mmf_fast import flash
 from mmf_fast.ops import attention as operator
+from mmf_fast.ops import flash
 
 CUDA = torch.device("cuda")
 FIRST = {"cudnn": int(attention.SDPBackend.CUDNN_ATTENTION)}
@@ -144,6 +144,7 @@ def test_the_backward_pass_at_lambda_0_is_the_chosen_ones(machine, monkeypatch, 
 
     for name in ("cudnn", "flash"):
         monkeypatch.setattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention_backward", stand_in(name))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # as conftest.py sets them
     monkeypatch.setenv("MMF_FAST_FLASH", kind)
     flash.activate(CUDA)
     q, k, v, g = (torch.randn(2, 3, rows, 16, dtype=torch.float64, requires_grad=True) for _ in range(4))
