@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class SGDEngine(LocalEngine):
     def __init__(self, *args: Any, momentum: float = 0.9, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         parameters = [each.value for each in self.owned.values()]
-        self.optimizer = torch.optim.SGD(parameters, lr=self.config.lr, momentum=momentum, fused=True)  # type: ignore[assignment]
+        self.optimizer = torch.optim.SGD(parameters, lr=self.config.lr, momentum=momentum, fused=True)
         self.param_groups = self.optimizer.param_groups
 
 
@@ -49,7 +49,8 @@ def train(
     engine = make_engine(loss_fn, optimizer, Train(steps=steps, batch=batch), seed)
     for step in range(steps):
         x, y = data.batch(step, batch)
-        result = engine.step(x, step, **({} if y is None else {"y": y}))
+        cond = {} if y is None else dict(y) if isinstance(y, Mapping) else {"y": y}  # labels, or by name
+        result = engine.step(x, step, **cond)
         if watch:
             watch(step, result)
     return engine.averaged().cpu()
