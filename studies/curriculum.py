@@ -43,7 +43,9 @@ def setting(lam: float | str, weight: str, **others: Any) -> dict[str, Any]:
     return {"lam": lam, "weight": weight, **BASE, **others}
 
 
-CORNERS = [setting(lam, weight) for weight in ("p = 1", "by times", "p = 0") for lam in (0.0, 1.0)]  # they say most
+CORNERS = [
+    setting(*pair) for pair in ((0.0, "p = 1"), (0.0, "by times"), (0.0, "p = 0"), (1.0, "p = 0"), (1.0, "by times"))
+]
 GRID = [setting(lam, weight) for weight, lam in itertools.product(WEIGHTS, LAMBDAS)]
 VARIATIONS = [
     *(setting("linear", "p = 0", warmup=share) for share in (0.1, 0.25, 1.0)),
