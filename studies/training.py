@@ -22,7 +22,7 @@ class SGDEngine(LocalEngine):
     def __init__(self, *args: Any, momentum: float = 0.9, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         parameters = [each.value for each in self.owned.values()]
-        self.optimizer = torch.optim.SGD(parameters, lr=self.config.lr, momentum=momentum, fused=True)  # type: ignore[assignment]
+        self.optimizer = torch.optim.SGD(parameters, lr=self.config.lr, momentum=momentum, fused=True)
         self.param_groups = self.optimizer.param_groups
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,7 +73,8 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def better_by_block(blocks: Sequence[nn.Module]) -> bool:
-    """Whether compiling by block spares much and costs nothing: at least 6 that are alike and have a million weights
-    each. What lies between smaller ones, and is not compiled then, is a part of the step that shows."""
-    kinds = Counter(tuple(each.shape for each in block.parameters()) for block in blocks)
-    return any(n >= 6 and sum(shape.numel() for shape in shapes) >= 10**6 for shapes, n in kinds.items())
+    """Whether compiling by block spares much and costs little: where they are at least 6, all alike, of a million
+    weights each. Others have many graphs, and what lies between small ones, not compiled then, is a part that shows.
+    """
+    kinds = {tuple(each.shape for each in block.parameters()) for block in blocks}
+    return len(blocks) >= 6 and len(kinds) == 1 and sum(shape.numel() for shape in next(iter(kinds))) >= 10**6

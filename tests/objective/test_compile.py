@@ -163,4 +163,5 @@ def test_many_large_blocks_that_are_alike_are_compiled_one_by_one() -> None:
         assert better_by_block(blocks(768, 12))
         assert not better_by_block(blocks(768, 4))
         assert not better_by_block(blocks(64, 12))
+        assert not better_by_block(UNet(8, base_channels=256, channel_mults=(1, 2), attention_resolutions=()).blocks)
         assert not better_by_block([])
