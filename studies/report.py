@@ -25,7 +25,7 @@ def page() -> str:
     advice = [study.recommend(rows) for study, rows in found if study.recommend and rows]
     head = [
         "# Results",
-        *advice,
+        *([f"**Recommendation.** As far as these rows say: {'; '.join(filter(None, advice))}."] if any(advice) else []),
         "Each chapter is one question, and one command repeats it (`python -m studies` lists them, `--list` shows the "
         "cost). This page is made from the rows in studies/results by `python -m studies.report`. Figures are mean ± "
         'standard deviation over seeds; "beyond the error bars" means that these intervals do not overlap.',

@@ -49,8 +49,10 @@ class Study:
     run: (setting, seed, quick) -> figures by name; one that is not finite says that the run diverged. quick: do the
         same in a second or two, whatever it is worth.
     seconds: what a run of a setting takes, about.
-    method: what is trained and measured.  draw: the figure.  answer, recommend: text in Markdown, every number of it
-        made from the rows; they may be given any part of them.  doubt: what would change the answer.
+    method: what is trained and measured.  draw: the figure.  doubt: what would change the answer.
+    answer: text in Markdown that begins with words, every number of it made from the rows, of which there may be any
+        part.
+    recommend: what the rows advise, as a clause of the sentence on top of the page; "" where they are too few.
     rehearsal: the settings that --quick runs; by default the first and the last.
     """
 

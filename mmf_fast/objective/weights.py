@@ -2,7 +2,7 @@
 
 MeanFlow's weight 1 / (||e||^2 + c)^p depends on the row's own noise, so that the minimiser of the loss is not E[v | z].
 A weight that is a function of (r, t) and of earlier steps leaves the mean of the gradient zero where e has zero mean,
-and makes the scales of all times equal too, as the learned variance of EDM2 does (arXiv 2312.02696, eq. 21).
+and makes the scales of all times equal too, as the learned variance of EDM2 does (arXiv 2312.02696).
 
     bin    (floor(8 t), floor(8 (t - r) / t))
     S, N   of each bin: sums over its rows of ||e||^2 / D and of 1, which decay at each step
@@ -25,7 +25,7 @@ from mmf_fast.objective.draws import BatchShare, Draw
 __all__ = ["TimesWeight"]
 
 BINS = 8  # of each axis
-DECAY = 0.99  # of a hundred steps is what a mean remembers
+DECAY = 0.99  # of the sums, at each step: a mean remembers about a hundred
 PRIOR = 8.0  # rows
 
 
@@ -46,6 +46,8 @@ class TimesWeight(nn.Module):
 
     def forward(self, draw: Draw) -> Tensor:
         """(B,), in the order of the draw."""
+        if self.sums.device != draw.t.device:  # the network alone was moved
+            self.sums.data = self.sums.to(draw.t.device)
         square, count = self.sums
         mean = (1 + square.sum()) / (1 + count.sum())
         of_bin = (_elements(draw) * (square + PRIOR * mean) / (count + PRIOR) + self.c) ** -self.p

@@ -13,7 +13,7 @@ import torch
 
 from studies import STUDIES, report
 from studies.mixture import one_step_error, three_gaussians
-from studies.rows import Rows, Setting, Spread, compared, table
+from studies.rows import Rows, Setting, Spread, compared, simplest, table
 from studies.runner import Study, all_studies, go_on, main, missing, read, rehearse
 
 SETTINGS = [{"lam": 0.0}, {"lam": 1.0, "curve": "linear"}]
@@ -121,6 +121,8 @@ def test_spreads() -> None:
     assert (compared(low, high), compared(high, low)) == ("less than", "more than")
     assert compared(low, low) == "within the error bars of"
     assert low.below(Spread(math.inf, math.nan, 3))
+    assert simplest({"a": high, "b": Spread(1.5, 0.2, 3), "c": low, "d": Spread(0.5, math.nan, 1)}) == "b"
+    assert simplest({"a": Spread(0.5, math.nan, 1)}) is None
     assert table("x", ["a"], {"y": [low]}) == "| x | a |\n|---|---|\n| y | 1.000 ± 0.400 |"
 
 
@@ -165,7 +167,10 @@ def test_in_more_dimensions_the_map_in_the_plane_is_the_same() -> None:
     noise = torch.randn(100, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = three_gaussians(dim=4, outside=0.05).flow(noise, 1.0, 0.0)
     torch.testing.assert_close(x[:, :2], three_gaussians().flow(noise[:, :2], 1.0, 0.0))
-    torch.testing.assert_close(x[:, 2:], 0.05 * noise[:, 2:], rtol=0, atol=1e-4)  # of one Gaussian: a scaling
+    torch.testing.assert_close(x[:, 2:], 0.05 * noise[:, 2:])  # of one Gaussian: a scaling
+    data, h = three_gaussians(dim=4, outside=0.05), 1e-4
+    slope = (data.flow(noise, 0.5, 0.5 + h) - data.flow(noise, 0.5, 0.5 - h)) / (2 * h)
+    torch.testing.assert_close(slope, data.velocity(noise, 0.5), rtol=1e-6, atol=1e-6)
 
 
 def test_finite_data_are_the_same_points_for_every_seed() -> None:
