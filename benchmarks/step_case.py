@@ -29,12 +29,10 @@ from benchmarks.measure import (
     take_gradient,
     training_step,
 )
-from mmf_fast.training.engines.base import blocks_of
+from mmf_fast.objective.compiled import blocks_of, compile_blocks
 
 COUNTED = 16  # samples on which FLOPs are counted and gradients compared: their quarter still splits at lambda = 0.5
 EAGER, COMPILED, BY_BLOCK = "eager", "compiled", "compiled by block"  # modes
-BLOCKS = ("blocks", "down", "middle", "up")  # modules of these names are compiled by block
-GRAPHS = 64  # a block has one for each number of rows, tensors or duals, with a graph and without
 
 
 class Workload(NamedTuple):
@@ -61,7 +59,7 @@ class Workload(NamedTuple):
             net, x = (value.to(memory_format=torch.channels_last) for value in (net, x))
         eager = copy.deepcopy(net, {id(p): p for p in net.parameters()})
         if mode == BY_BLOCK:
-            compile_blocks(net)
+            compile_blocks(blocks_of(net, ["blocks"]))
         baseline = training_step(net, build(FLOW_MATCHING, net, mode), x, precision)
         baseline()
         needs = flops(eager, FLOW_MATCHING, x, precision), peak_bytes(baseline, device)
@@ -128,13 +126,6 @@ def build(case: Case, net: nn.Module, mode: str) -> nn.Module:
     if mode == COMPILED:
         loss_fn.compile()
     return loss_fn
-
-
-def compile_blocks(net: nn.Module) -> None:
-    """As train.compile=blocks does."""
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    for block in blocks_of(net, BLOCKS):
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
 
 
 def errors(case: Case, loss_fn: nn.Module, workload: Workload) -> dict[str, float]:

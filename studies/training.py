@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class SGDEngine(LocalEngine):
     def __init__(self, *args: Any, momentum: float = 0.9, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         parameters = [each.value for each in self.owned.values()]
-        self.optimizer = torch.optim.SGD(parameters, lr=self.config.lr, momentum=momentum, fused=True)  # type: ignore[assignment]
+        self.optimizer = torch.optim.SGD(parameters, lr=self.config.lr, momentum=momentum, fused=True)
         self.param_groups = self.optimizer.param_groups
 
 
@@ -36,18 +36,21 @@ def train(
     optimizer: Optimizer,
     make_engine: Callable[..., Engine] = build_engine,
     watch: Callable[[int, StepResult], None] | None = None,
+    compiled: bool | None = None,
 ) -> nn.Module:
-    """Trains the network of the loss and returns it with averaged weights, on the CPU, in evaluation mode. Long runs
-    are compiled; those of one process share their graphs.
+    """Trains the network of the loss and returns it with averaged weights, on the CPU, in evaluation mode.
+
+    compiled: by default long runs are; those of one process share their graphs.
 
     watch: is called as watch(step, result) after every step.
     """
-    if steps >= 500:
+    if steps >= 500 if compiled is None else compiled:
         loss_fn.compile()
     engine = make_engine(loss_fn, optimizer, Train(steps=steps, batch=batch), seed)
     for step in range(steps):
         x, y = data.batch(step, batch)
-        result = engine.step(x, step, **({} if y is None else {"y": y}))
+        cond = {} if y is None else dict(y) if isinstance(y, Mapping) else {"y": y}  # labels, or by name
+        result = engine.step(x, step, **cond)
         if watch:
             watch(step, result)
     return engine.averaged().cpu()

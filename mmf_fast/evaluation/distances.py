@@ -1,4 +1,4 @@
-"""Distances between two sets of samples, in float64: sliced Wasserstein, Frechet, nearest neighbour."""
+"""Two sets of samples compared, in float64: sliced Wasserstein, Frechet, nearest neighbour, precision and recall."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-__all__ = ["frechet_distance", "gaussian_frechet", "nearest", "sliced_wasserstein"]
+__all__ = ["frechet_distance", "gaussian_frechet", "nearest", "precision_recall", "sliced_wasserstein"]
 
 CANDIDATES = 8  # rows that `nearest` compares exactly
-CHUNK = 256  # rows that it takes at a time
+CHUNK = 256  # rows that it and `precision_recall` take at a time
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, p: float = 2, projections: int = 256, seed: int = 0) -> float:
@@ -100,6 +100,31 @@ def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         distances.append(distance)
         indices.append(candidates.gather(1, place[:, None])[:, 0])
     return torch.cat(distances), torch.cat(indices)
+
+
+def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of samples x (N, D) of the law of y (M, D) (Kynkaanniemi et al., arXiv 1904.06991, eq. 1, 2)
+
+        precision = share of the rows of x in the support of y,   recall = share of the rows of y in the support of x
+
+    where the support of a set is the union of balls about its rows, each as large as the distance to the k-th nearest
+    other row. Low precision means bad samples, low recall means that kinds of samples are missing. Both depend on the
+    sizes of the sets: compare only figures of sets of equal sizes.
+    Raises ValueError for different D, k below 1 or not below both sizes, values that are not finite.
+    """
+    a, b = (torch.from_numpy(_matrix(rows)) for rows in (x, y))
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"features of dimension {a.shape[1]} and {b.shape[1]} cannot be compared")
+    if not 1 <= k < min(len(a), len(b)):
+        raise ValueError(f"k is {k}: it must lie between 1 and {min(len(a), len(b)) - 1}, the smaller set without one")
+    return _share_within(a, b, k), _share_within(b, a, k)
+
+
+def _share_within(a: Tensor, b: Tensor, k: int) -> float:
+    """The share of the rows of a in a ball about a row of b that reaches to its k-th nearest other row."""
+    radius = torch.cat([torch.cdist(rows, b).kthvalue(k + 1, dim=1).values for rows in b.split(CHUNK)])
+    within = [(torch.cdist(rows, b) <= radius).any(dim=1) for rows in a.split(CHUNK)]
+    return float(torch.cat(within).double().mean())
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ prints a table and writes evaluation.json and evaluation_*.png into the run fold
 Labelled images (digits), judged by a classifier trained on the training split alone:
 
     frechet_distance     to the training split, in the penultimate features of the classifier
+    precision, recall    share of samples among the training images, and of these among the samples, in those features
     class_agreement      share of samples to which the classifier gives the label they were asked for
     nearest_distance     median Euclidean distance to the nearest training image
     nearest_share        share of samples nearer to a training image than 99 % of the validation images: memorising
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from mmf_fast import data
 from mmf_fast.devices import choose_device, device_of
 from mmf_fast.evaluation.classifier import train_classifier
-from mmf_fast.evaluation.distances import frechet_distance, nearest, sliced_wasserstein
+from mmf_fast.evaluation.distances import frechet_distance, nearest, precision_recall, sliced_wasserstein
 from mmf_fast.files import write_text
 from mmf_fast.models import load_pretrained
 from mmf_fast.pictures import save_arrows, save_field, save_rows
@@ -47,6 +48,8 @@ IMAGE_DRAWS = 5  # so many sets of samples are judged, each like the validation 
 _TITLES = {
     "sliced_wasserstein": "sliced Wasserstein distance to the training split",
     "frechet_distance": "Frechet distance to the training split",
+    "precision": "precision",
+    "recall": "recall",
     "class_agreement": "class agreement",
     "nearest_distance": "median distance to the nearest training image",
     "nearest_share": "share nearer than 99 % of the validation split",
@@ -159,6 +162,7 @@ def _evaluate_images(
     with tqdm(total=2 + 2 * len(steps), desc="judging", leave=False, delay=2) as bar:
         classifier = train_classifier(dataset)
         train_features, train_found = classifier.judge(train)
+        some = train_features[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:size]]
         bar.update()
         near = nearest(validation, train)[0]
         limit = float(near.quantile(0.01))
@@ -167,8 +171,11 @@ def _evaluate_images(
             features, found = classifier.judge(x)
             sets = features.split(size)  # Frechet distances can only be compared between sets of equal size and labels
             bar.update()
+            support = [precision_recall(part, some) for part in sets]
             return {
                 "frechet_distance": sum(frechet_distance(part, train_features) for part in sets) / len(sets),
+                "precision": sum(precision for precision, _ in support) / len(sets),
+                "recall": sum(recall for _, recall in support) / len(sets),
                 "class_agreement": float((found == y).double().mean()),
                 "nearest_distance": float(distance.median()),
                 "nearest_share": float((distance <= limit).double().mean()),

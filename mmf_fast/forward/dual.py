@@ -166,6 +166,7 @@ for _name in ("is_cpu", "is_cuda", "is_nested", "is_sparse", "is_quantized"):
     setattr(Dual, _name, _metadata(_name))
 Dual.__array_ufunc__ = None  # type: ignore[attr-defined]  # numpy scalars leave arithmetic with a Dual to the Dual
 Dual._make = classmethod(lambda cls, parts: cls(*parts))  # type: ignore  # the one of NamedTuple counts with len
+Dual.__rdiv__ = lambda self, other: other / self  # type: ignore[attr-defined]
 Dual.T = property(lambda self: self.t())  # type: ignore[attr-defined]
 Dual.mT = property(lambda self: self.transpose(-2, -1))  # type: ignore[attr-defined]
 Dual.H = Dual.mH = property(lambda self: self.adjoint())  # type: ignore[attr-defined]

@@ -72,6 +72,8 @@ class Interception(TorchFunctionMode):
             duals = _duals([*args, *kwargs.values()])
             if duals:
                 return kind_of(duals).__torch_function__(func, types, args, kwargs)
+        if tracing and func is Tensor.unflatten:
+            func = torch.unflatten  # which Dynamo traces
         out = func(*args, **kwargs)
         if func in DETACH:
             buffers.protected.append(out)

@@ -1,15 +1,15 @@
-"""A function of a step, compiled for batches of any size."""
+"""The work of a step, compiled: as one graph, for batches of any size, or block by block of the network."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Compiled"]
+__all__ = ["Compiled", "better_by_block", "blocks_of", "compile_blocks"]
 
 OWN_SHAPES = 2  # whose graphs have numbers for sizes: those of a full batch and of a last one
 GRAPHS = 64  # lambda zero or positive, two counts of intervals, five of those with a graph, for several losses
@@ -49,3 +49,32 @@ class Compiled:
         self.free = self.function
         self.fixed = self.function if own else self.fixed
         return self.function(*args)
+
+
+def blocks_of(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The modules of a network that follow each other: those which it, or a module in it, has as attributes of these
+    names, alone or in a list."""
+    found: dict[nn.Module, None] = {}
+    for value in (getattr(module, name, None) for module in net.modules() for name in names):
+        if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
+            value = [value]
+        found |= dict.fromkeys(value or [])
+    inner = {each for block in found for each in block.modules() if each is not block}
+    return [block for block in found if block not in inner]
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compiles the forward of each in place (fullgraph). Blocks that are alike share their graphs: one on tensors, one
+    on duals with a graph, one without, whatever the depth."""
+    limit = GRAPHS + 8 * len(blocks)  # the graphs of all blocks of a class count together
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+
+
+def better_by_block(blocks: Sequence[nn.Module]) -> bool:
+    """Whether compiling by block spares much and costs little: where they are at least 6, all alike, of a million
+    weights each. Others have many graphs, and what lies between small ones, not compiled then, is a part that shows.
+    """
+    kinds = {tuple(each.shape for each in block.parameters()) for block in blocks}
+    return len(blocks) >= 6 and len(kinds) == 1 and sum(shape.numel() for shape in next(iter(kinds))) >= 10**6

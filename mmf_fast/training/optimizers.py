@@ -18,7 +18,7 @@ def adam_options(config: Optimizer) -> dict[str, Any]:
     return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[Tensor], config: Optimizer) -> torch.optim.Optimizer:
     """PyTorch's AdamW or Apex's, by `config.kind`. Raises ConfigError, naming what to install, if it is not here."""
     if config.kind == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **adam_options(config))

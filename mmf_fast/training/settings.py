@@ -72,8 +72,9 @@ class Train:
     init: str = field(default="", metadata=FREE)  # a run folder or a safetensors file whose weights to start from,
     init_from: Literal["average", "weights", "state"] = field(default="average", metadata=FREE)  # and what of a run
     device: str = field(default="auto", metadata=FREE)  # auto: cuda where there is one, else cpu
-    # The whole loss as one graph, or each block of the network: two graphs, whatever its depth.
-    compile: bool | Literal["blocks"] = field(default=False, metadata=FREE)
+    # true: the whole loss as one graph; blocks: each block of the network, two graphs whatever its depth; auto: blocks
+    # where a network has many large ones that are alike, else true.
+    compile: bool | Literal["auto", "blocks"] = field(default=False, metadata=FREE)
     blocks: tuple[str, ...] = field(default=("blocks",), metadata=FREE)  # names in the network
     log_every: int = field(default=10, metadata=FREE)
     sample_every: int = field(default=500, metadata=FREE)  # 0: only at the end
@@ -86,6 +87,9 @@ class Train:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         _require(
             self.batch % self.accumulate == 0, f"accumulate must divide the batch of {self.batch}", self.accumulate
+        )
+        _require(
+            self.compile in (False, True, "auto", "blocks"), "compile must be a bool, auto or blocks", self.compile
         )
         _require(self.sample_every >= 0, "sample_every must be at least 0 (0: only at the end)", self.sample_every)
 

@@ -125,7 +125,9 @@ class Trainer:
                 self.engine.load_state_dict(shares)
             except (KeyError, ValueError) as error:
                 raise ConfigError(f"train.init={self.train.init}: it is of another loss module ({error})") from error
-        self._example = self._first_batch()
+        rank, count = self.engine.rank, self.engine.world_size
+        # Refuses a batch that does not fit before anything is written.
+        self._example = agree(lambda: self.dataset.batch(0, self.train.batch, rank, count))
         self.extra = {"shape": list(self.dataset.shape), "num_classes": self.dataset.num_classes, **(extra or {})}
         self.log = RankLog(self.engine.rank, terminal=self.is_main)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.engine.device)
@@ -189,8 +191,8 @@ class Trainer:
                 if trace:
                     trace.step()
                 last = self.step == train.steps
-                logs, draws = self.step % train.log_every == 0 or last, _due(self.step, train.sample_every) and not last
-                saves = self.step % train.checkpoint_every == 0 or last
+                logs, saves = (last or self.step % every == 0 for every in (train.log_every, train.checkpoint_every))
+                draws = not last and train.sample_every > 0 and self.step % train.sample_every == 0
                 if logs:
                     values = {key: float(value) for key, value in metrics.items()}
                     self._record(rows, bar, values | speed.read())
@@ -244,11 +246,6 @@ class Trainer:
             self.log.say(f"step {self.step}: samples are not finite, no picture drawn", logging.WARNING)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
-
-    def _first_batch(self) -> Batch:
-        """This rank's part of it: refuses a size that does not fit, before anything is written."""
-        engine = self.engine
-        return agree(lambda: self.dataset.batch(0, self.train.batch, engine.rank, engine.world_size))
 
     def _batches(self) -> Prefetcher:
         """The batches of this rank from the present step on, made while the device works; on CUDA in pinned memory, as
@@ -372,7 +369,3 @@ def _conditions(given: Any) -> dict[str, Tensor]:
     if given is None:
         return {}
     return dict(given) if isinstance(given, Mapping) else {"y": given}
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -13,7 +13,13 @@ from mmf_fast import data, models
 from mmf_fast.cli import main
 from mmf_fast.data import ArrayDataset
 from mmf_fast.evaluation.classifier import train_classifier
-from mmf_fast.evaluation.distances import frechet_distance, gaussian_frechet, nearest, sliced_wasserstein
+from mmf_fast.evaluation.distances import (
+    frechet_distance,
+    gaussian_frechet,
+    nearest,
+    precision_recall,
+    sliced_wasserstein,
+)
 from mmf_fast.evaluation.samples import IMAGE_DRAWS, evaluate, evaluate_run, table
 
 # ---- sliced Wasserstein ----------------------------------------------------------------------------------------------
@@ -118,6 +124,40 @@ def test_the_nearest_of_many_that_are_close_is_exact():
     brute = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").min(1)
     torch.testing.assert_close(distance, brute.values, rtol=1e-12, atol=0)
     assert torch.equal(index, brute.indices) and (distance[:40] == 0).all()
+
+
+def test_precision_and_recall_by_hand():
+    """Balls of the first nearest row: about 0, 1, 3 they reach 1, 1, 2; about 0.5, 9 they reach 8.5 both."""
+    y, x = torch.tensor([[0.0], [1], [3]]), torch.tensor([[0.5], [9]])
+    assert precision_recall(x, y, k=1) == (0.5, 1.0)
+    assert precision_recall(y, x, k=1) == (1.0, 0.5)
+
+
+def test_precision_and_recall_by_brute_force():
+    x, y = torch.randn(300, 2, 2), 1.5 * torch.randn(270, 2, 2)
+
+    def share(a, b, k):
+        def distance(p, q):
+            return math.sqrt(float(((p.double() - q.double()) ** 2).sum()))
+
+        radius = [sorted(distance(p, q) for q in b)[k] for p in b]
+        return np.mean([any(distance(p, q) <= reach for q, reach in zip(b, radius, strict=True)) for p in a])
+
+    assert precision_recall(x, y, k=2) == pytest.approx((share(x, y, 2), share(y, x, 2)), abs=1e-12)
+
+
+def test_missing_modes_cost_recall_and_bad_samples_precision():
+    y = torch.cat([torch.randn(500, 2) - 20, torch.randn(500, 2) + 20])
+    precision, recall = precision_recall(torch.randn(1000, 2) - 20, y)
+    assert precision > 0.9 and 0.4 < recall < 0.5
+    precision, recall = precision_recall(torch.cat([y[::2] + 1e-3, 100 + torch.randn(500, 2)]), y)
+    assert 0.49 < precision < 0.51 and recall > 0.6
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_balls_that_cannot_be(k):
+    with pytest.raises(ValueError, match=f"k is {k}: it must lie between 1 and 2"):
+        precision_recall(torch.zeros(3, 1), torch.zeros(5, 1), k)
 
 
 # ---- points ----------------------------------------------------------------------------------------------------------

@@ -129,10 +129,9 @@ def in_bf16(entry: Entry) -> tuple[float, float]:
         with torch.autocast("cpu", torch.bfloat16):
             du = derivative(net, z, r, t, w, mode)[1]
             u = net(z, r, t)
-        finite = gradients(
-            net, u.float().sum()
-        ).isfinite()  # PyTorch's bfloat16 conv3d has gradients of nan on some CPUs
-        assert gradients(net, du.float().sum())[finite].isfinite().all()
+        # PyTorch's gradient of a bfloat16 kernel of 3 x 1 x 1 is memory that nothing has written, of conv3d alone too.
+        sure = nn.ParameterList(p for p in net.parameters() if p.ndim < 5)
+        assert gradients(sure, u.float().sum()).isfinite().all() and gradients(sure, du.float().sum()).isfinite().all()
         return du.detach()
 
     found = under_autocast("dual")

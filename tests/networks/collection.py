@@ -585,9 +585,13 @@ def vit() -> nn.Module:
 @entry("k-diffusion ImageDenoiserModelV1")
 def k_image() -> nn.Module:
     with stubs.installed():
+        from k_diffusion.layers import SelfAttention2d
         from k_diffusion.models import ImageDenoiserModelV1
 
     net = ImageDenoiserModelV1(3, 16, (1, 1), (16, 16), (False, True), dropout_rate=0.1)
+    for module in net.modules():
+        if isinstance(module, SelfAttention2d):  # it drops in evaluation mode, too
+            module.dropout.p = 0.0
     return Adapter(net, lambda net, z, r, t: net(z, t + 0.5))
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from mmf_fast import LambdaSchedule, MeanFlowLoss, TimeSampler
+from mmf_fast.models import DiT, UNet
+from mmf_fast.objective.compiled import better_by_block, blocks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:conditional tangents")
 
@@ -142,3 +144,24 @@ def test_a_copy_of_a_compiled_loss_trains_its_own_network() -> None:
     twin(torch.randn(4, 3)).loss.backward()
     assert any(p.grad is not None for p in twin.net.parameters())
     assert all(p.grad is None for p in loss_fn.net.parameters())
+
+
+def test_blocks_are_found_by_name_once() -> None:
+    net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(1, 1), nn.ModuleDict({"blocks": nn.Linear(2, 2)})])})
+    assert blocks_of(net, ["blocks"]) == list(net["blocks"])
+    assert blocks_of(nn.Linear(1, 1), ["blocks"]) == []
+    unet = UNet(8, base_channels=8, channel_mults=(1, 2), blocks=1, attention_resolutions=())
+    assert blocks_of(unet, ["blocks"]) == [*unet.down, *unet.middle, *unet.up]
+    assert set(blocks_of(nn.Sequential(unet), ["blocks", "middle"])) == set(unet.blocks)
+
+
+def test_many_large_blocks_that_are_alike_are_compiled_one_by_one() -> None:
+    def blocks(width: int, depth: int) -> list[nn.Module]:
+        return blocks_of(DiT(8, width=width, depth=depth, heads=4), ["blocks"])
+
+    with torch.device("meta"):
+        assert better_by_block(blocks(768, 12))
+        assert not better_by_block(blocks(768, 4))
+        assert not better_by_block(blocks(64, 12))
+        assert not better_by_block(UNet(8, base_channels=256, channel_mults=(1, 2), attention_resolutions=()).blocks)
+        assert not better_by_block([])

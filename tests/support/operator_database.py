@@ -138,7 +138,7 @@ def _judge(sample: Sample, kind: type[Dual], count: int | None, function: Any) -
     try:
         out = sample.call([kind(x, dx) for x, dx in zip(leaves[:n], leaves[n:], strict=True)], function)
     except MissingRuleError as error:
-        return f"refused: {str(error).partition(': ')[2]}"
+        return f"refused: {error.args[0].partition(': ')[2]}"
     except (TypeError, AttributeError):
         return "refused: it is looked up on tensors only"
     except Exception as error:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import Value, tangent_scope
+from mmf_fast.forward.dual import Value, register_rule, tangent_scope
 from mmf_fast.forward.rules.families import forward_derivative, keeps_tangent, pointwise, rule
 from mmf_fast.ops.dispatch import serve
 from mmf_fast.ops.pointwise import activation, gelu_tangent, silu_tangent
@@ -93,6 +93,14 @@ def softmax(input: Value, dim: int, *, dtype: torch.dtype | None = None, _stackl
     y = torch.softmax(x, dim, dtype=dtype)
     with tangent_scope(input):
         return y, aten._softmax_backward_data(input.tangent.to(y.dtype), y, dim, y.dtype)
+
+
+@register_rule(aten._safe_softmax.default)
+def safe_softmax(self: Value, dim: int, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """softmax, and 0 for rows of -inf alone."""
+    y = aten._safe_softmax(self.primal, dim, dtype)
+    with tangent_scope(self):
+        return y, aten._softmax_backward_data(self.tangent.to(y.dtype), y, dim, y.dtype)
 
 
 @rule("log_softmax")

@@ -84,6 +84,22 @@ def power(input: Value, exponent: Value) -> tuple[Any, Any]:
     return torch.pow(x, exponent), dy
 
 
+@rule("logaddexp")
+def logaddexp(input: Value, other: Value) -> tuple[Any, Any]:
+    """d log(e^a + e^b) = sig(a - b) da + sig(b - a) db; 0 for a - b where both are the same infinity."""
+    a, b = primal(input), primal(other)
+    if a.is_complex() or b.is_complex():
+        return forward_derivative(torch.logaddexp, (input, other), {})
+    y = torch.logaddexp(a, b)
+    with tangent_scope(input, other):
+        gap = torch.where(a.isinf() & (a == b), 0.0, a - b)
+        da, db = tangent(input), tangent(other)
+        dy = add_tangents(
+            None if da is None else torch.sigmoid(gap) * da, None if db is None else torch.sigmoid(-gap) * db
+        )
+        return y, dy
+
+
 @rule("remainder")
 @register_rule(operator.mod)
 def remainder(input: Value, other: Value) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ _ELEMENTWISE = """
     exp2 expm1 log2 log10 log1p tan asin acos atan sinh cosh asinh acosh atanh arcsin arccos arctan arcsinh arccosh
     arctanh erf erfc erfcx erfinv ndtr ndtri log_ndtr lgamma gammaln digamma psi polygamma mvlgamma multigammaln i0 i0e
     i1 i1e entr logit deg2rad rad2deg nan_to_num angle sgn copysign float_power frexp ldexp nextafter fill
-    maximum minimum fmax fmin addcmul addcdiv lerp atan2 arctan2 hypot logaddexp logaddexp2 xlogy xlog1py
+    maximum minimum fmax fmin addcmul addcdiv lerp atan2 arctan2 hypot logaddexp2 xlogy xlog1py
     complex polar conj_physical constant_pad_nd
 """
 _ACTIVATIONS = """
@@ -54,6 +54,9 @@ _LOSSES = """
 _FOURIER = """
     fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn hfft ihfft hfft2 ihfft2 hfftn ihfftn stft istft
 """
+_BEHIND_OTHERS = """
+    as_strided_scatter native_group_norm _unsafe_masked_index _unsafe_masked_index_put_accumulate
+"""
 _LINEAR_ALGEBRA = """
     inv inv_ex inverse tensorinv eigvals svd svdvals svd_lowrank pca_lowrank qr lu lu_factor lu_factor_ex lu_solve
     lu_unpack solve_triangular cond
@@ -67,9 +70,13 @@ for _names in (
     _POOLING,
     _LOSSES,
     _FOURIER,
+    _BEHIND_OTHERS,
     _LINEAR_ALGEBRA,
 ):
     by_pytorch(*spellings(*_names.split()))
+_aten = torch.ops.aten
+by_pytorch(_aten._softmax_backward_data, _aten.slice.Tensor, _aten._upsample_bilinear2d_aa)
+by_pytorch(_aten.max_pool2d_with_indices_backward)
 
 # -- right without a graph only: saved factors count as constants, or there is no second derivative --------------------
 
@@ -78,7 +85,7 @@ _NAMES_WITHOUT_GRAPH = """
     eigh eigvalsh householder_product orgqr pinv pinverse eig
 """
 WITHOUT_GRAPH = spellings(*_NAMES_WITHOUT_GRAPH.split())
-by_pytorch(*WITHOUT_GRAPH, in_graph=False)
+by_pytorch(*WITHOUT_GRAPH, in_graph=False)  # linear_algebra.py, which is imported later, has rules of most
 
 # -- right for some arguments only -------------------------------------------------------------------------------------
 

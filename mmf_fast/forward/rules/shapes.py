@@ -45,14 +45,17 @@ no_tangent(
 )
 
 
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
 @rule("view")
-def view(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    dtype = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), input.dtype)
-    if not dtype.is_complex and not dtype.is_floating_point or dtype.to_complex() != input.dtype.to_complex():
+def view(input: Value, *shape: Any, **kwargs: Any) -> tuple[Any, Any]:
+    dtype = shape[0] if shape else kwargs.get("dtype")
+    if isinstance(dtype, torch.dtype) and _REAL.get(dtype, dtype) != _REAL.get(input.dtype, input.dtype):
         raise missing_rule_error(Tensor.view, f"it would read the memory as {dtype}, whose numbers are others")
-    y = input.primal.view(*args, **kwargs)
+    y = input.primal.view(*shape, **kwargs)
     with tangent_scope(input):
-        return y, input.tangent.view(*args, **kwargs)
+        return y, input.tangent.view(*shape, **kwargs)
 
 
 @rule("unflatten")

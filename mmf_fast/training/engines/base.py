@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from mmf_fast.contract import per_sample, take, to_device
 from mmf_fast.objective import BatchShare
+from mmf_fast.objective.compiled import better_by_block, blocks_of, compile_blocks
 from mmf_fast.training.ema import move_average
 from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, learning_rate
 from mmf_fast.training.timing import Phases
 
-__all__ = ["Engine", "StepResult", "blocks_of"]
+__all__ = ["Engine", "StepResult"]
 
 
 class StepResult(NamedTuple):
@@ -43,6 +44,7 @@ class Engine:
 
     rank = 0
     world_size = 1
+    gathers = False  # whether it fetches weights between the blocks of the network, so that no graph can hold them all
 
     def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, device: torch.device, seed: int) -> None:
         self.config, self.steps, self.accumulate, self.seed = optimizer, train.steps, train.accumulate, seed
@@ -69,19 +71,16 @@ class Engine:
             self._compile(loss_fn, train)
 
     def _compile(self, loss_fn: Any, train: Train) -> None:
-        if train.compile is True:
-            loss_fn.compile()
-            return
         blocks = blocks_of(self.net, train.blocks)
-        if not blocks:
+        if train.compile is True or (train.compile == "auto" and not self.gathers and not better_by_block(blocks)):
+            loss_fn.compile()
+        elif blocks:
+            compile_blocks(blocks)
+        else:
             raise ConfigError(
-                f"train.compile=blocks: {type(self.net).__name__} has no {' or '.join(train.blocks)}; name its modules "
-                "by train.blocks, or set train.compile=true"
+                f"train.compile={train.compile}: {type(self.net).__name__} has no {' or '.join(train.blocks)}; name "
+                "its modules by train.blocks, or set train.compile=true"
             )
-        # Each block runs on tensors and as duals, with and without a graph, and on as many rows as a step has of each.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
     def start_average(self) -> None:
         self.average = {name: fragment.value.clone() for name, fragment in self.fragments()}
@@ -216,14 +215,3 @@ def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> 
     own = rows // accumulate
     for i in range(accumulate):
         yield BatchShare(rank * accumulate + i, world_size * accumulate, seed), slice(i * own, (i + 1) * own)
-
-
-def blocks_of(net: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    """The modules of a network that follow each other: those which it, or a module in it, has as attributes of these
-    names, alone or in a list."""
-    found: list[nn.Module] = []
-    for module in net.modules():
-        for value in (getattr(module, name, None) for name in names):
-            found += [value] if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList) else value or []
-    inner = {id(each) for block in found for each in block.modules() if each is not block}
-    return [block for block in found if id(block) not in inner]

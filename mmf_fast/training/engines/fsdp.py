@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mmf_fast.distributed import join
-from mmf_fast.training.engines.base import blocks_of
+from mmf_fast.objective.compiled import blocks_of
 from mmf_fast.training.engines.local import LocalEngine
 from mmf_fast.training.fragments import Fragment, Saved
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, check_ranks
@@ -31,6 +31,8 @@ class FSDPEngine(LocalEngine):
 
     Raises ConfigError for settings that do not fit together.
     """
+
+    gathers = True
 
     def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, seed: int = 0) -> None:
         device = join(train.device)

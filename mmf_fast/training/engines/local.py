@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmf_fast.devices import choose_device
 from mmf_fast.training.engines.base import Engine
 from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
-from mmf_fast.training.optimizers import adam_options, clip_or_skip
+from mmf_fast.training.optimizers import build_optimizer, clip_or_skip
 from mmf_fast.training.settings import ConfigError, Optimizer, Train
 
 __all__ = ["LocalEngine"]
@@ -31,8 +31,7 @@ class LocalEngine(Engine):
             raise ConfigError(f"optimizer.kind={optimizer.kind} needs train.zero, for instance train.zero=zero1.json")
         super().__init__(loss_fn, optimizer, train, device or choose_device(train.device), seed)
         self.owned = self._own(train)
-        options = adam_options(optimizer)
-        self.optimizer = torch.optim.AdamW([each.value for each in self.owned.values()], fused=True, **options)
+        self.optimizer = build_optimizer([each.value for each in self.owned.values()], optimizer)
         self.param_groups = self.optimizer.param_groups
         self.start_average()
 

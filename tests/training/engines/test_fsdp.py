@@ -9,19 +9,17 @@ import pytest
 import torch
 from support.engine_cases import check_against_one_process, loss_function, on_two_ranks, optimizer, train
 from support.launch import SUPPORT, environment, two_ranks
-from torch import nn
 
 from mmf_fast.models import load_pretrained
-from mmf_fast.training.engines.base import blocks_of
 from mmf_fast.training.engines.fsdp import FSDPEngine
-from mmf_fast.training.engines.local import LocalEngine
-from mmf_fast.training.settings import ConfigError, Train
+from mmf_fast.training.settings import ConfigError
 
 CASES = {
     "full": {"zero": "fsdp", "lam": 1.0, "paired": True, "steps": 10},
     "accumulated": {"zero": "fsdp", "lam": "curriculum", "paired": False, "steps": 10, "accumulate": 2},
     "recomputed": {"zero": "fsdp", "lam": 0.0, "paired": True, "steps": 5, "recompute": True},
     "scaled": {"zero": "fsdp", "lam": 0.5, "paired": True, "steps": 10, "scaled": True, "accumulate": 2},
+    "unet": {"zero": "fsdp", "lam": 0.5, "paired": True, "steps": 5, "unet": True},
     "bad": {"zero": "fsdp", "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
 }
 COMPILED = {"compiled": {"zero": "fsdp", "lam": 1.0, "paired": True, "steps": 5, "compile": "blocks"}}
@@ -88,17 +86,3 @@ def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     with pytest.raises(ConfigError, match="train.compile=blocks"):
         FSDPEngine(loss_function(case), optimizer(), train({**case, "compile": True}))
-
-
-def test_blocks_by_name() -> None:
-    net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(1, 1), nn.ModuleDict({"blocks": nn.Linear(2, 2)})])})
-    assert blocks_of(net, ("blocks",)) == list(net["blocks"])
-    assert blocks_of(nn.Linear(1, 1), ("blocks",)) == []
-    with pytest.raises(ConfigError, match="Linear has no blocks; name its modules by train.blocks"):
-        LocalEngine(Wrapped(), optimizer(), Train(compile="blocks", device="cpu"))
-
-
-class Wrapped(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(1, 1)

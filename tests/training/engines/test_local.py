@@ -10,7 +10,7 @@ from mmf_fast.config import Optimizer, Train
 from mmf_fast.models import MLP
 from mmf_fast.objective import BatchShare, MeanFlowLoss
 from mmf_fast.training.engines.local import LocalEngine
-from mmf_fast.training.settings import learning_rate
+from mmf_fast.training.settings import ConfigError, learning_rate
 
 
 class Output(NamedTuple):
@@ -238,3 +238,18 @@ def test_compiled_blocks_train_as_eager_ones(lam: float) -> None:
     torch._dynamo.utils.counters.clear()
     assert losses("blocks") == pytest.approx(losses(False), rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # on tensors and as duals, at any depth
+
+
+def test_a_network_without_blocks_is_not_compiled_by_block() -> None:
+    with pytest.raises(ConfigError, match="train.compile=blocks: Sequential has no blocks; name its modules"):
+        LocalEngine(Regression(make_net()), OPTIMIZER, Train(compile="blocks", device="cpu"))
+
+
+def test_auto_compiles_the_whole_loss_of_a_small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And blocks where weights are fetched between them."""
+    for gathers in (False, True):
+        monkeypatch.setattr(LocalEngine, "gathers", gathers)
+        loss_fn = MeanFlowLoss(MLP(2, width=8, depth=3))
+        LocalEngine(loss_fn, OPTIMIZER, Train(batch=16, device="cpu", compile="auto"))
+        assert (loss_fn.compiled is None) == gathers
+        assert all(("forward" in vars(block)) == gathers for block in loss_fn.net.blocks)

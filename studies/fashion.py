@@ -1,0 +1,186 @@
+"""Real images: Fashion-MNIST, one step, beside flow matching in as much training time.
+
+python -m studies.fashion [--list | --quick | --minutes M]
+
+The originals are where Debian's package dataset-fashion-mnist puts them; FASHION_MNIST names another folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mmf_fast import data
+from mmf_fast.config import load
+from mmf_fast.data.prepare import prepare
+from mmf_fast.evaluation.classifier import Classifier, train_classifier
+from mmf_fast.evaluation.distances import frechet_distance, nearest, precision_recall
+from mmf_fast.sampling import sample_in_chunks
+from mmf_fast.train import build_loss
+from studies.rows import Rows, Setting, Spread, compared, table
+from studies.runner import Study, main
+from studies.training import train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SOURCE = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+MINUTES = 12  # of one core, for the steps of a run
+EVALUATIONS = (1, 2, 16)
+COUNT = 2000  # samples judged
+METHODS: dict[str, dict[str, Any]] = {
+    "flow matching": {"loss.times.share": 0, "loss.lam.value": 0},
+    "lambda 0": {"loss.lam.value": 0},
+    "lambda 0.1": {"loss.lam.value": 0.1},
+    "lambda 1": {"loss.lam.value": 1},
+}
+FIRST = ("lambda 0.1", "flow matching", "lambda 0", "lambda 1")  # the order of the runs
+
+
+@functools.cache
+def dataset() -> data.Dataset:
+    """The training and the test images where the recipe has them, prepared unless they are there."""
+    config = load("fashion")
+    for split, key in {"train": "path", "validation": "validation"}.items():
+        if not Path(config.data[key]).exists():
+            prepare(SOURCE, config.data[key], split=split)
+    return data.load(**config.data)
+
+
+@functools.cache
+def judge(images: Any) -> tuple[Classifier, Tensor, Tensor]:
+    """A classifier of the training images, the features of all of them, and those of as many as there are samples."""
+    classifier = train_classifier(images)
+    features = classifier.judge(images.split("train")[0])[0]
+    some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:COUNT]
+    return classifier, features, features[some]
+
+
+def figures(images: Any, x: Tensor, y: Tensor, name: str) -> dict[str, float]:
+    """Of samples x of the labels y, at most COUNT."""
+    classifier, train_features, some = judge(images)
+    features, found = classifier.judge(x)
+    precision, recall = precision_recall(features, some)
+    return {
+        f"frechet{name}": frechet_distance(features, train_features),
+        f"agreement{name}": float((found == y).double().mean()),
+        f"precision{name}": precision,
+        f"recall{name}": recall,
+    }
+
+
+def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
+    images = data.load("synthetic", shape=(1, 28, 28), num_classes=10, count=256) if quick else dataset()
+    config = load("fashion", [f"{key}={value}" for key, value in METHODS[setting["method"]].items()])
+    if quick:
+        config = load("fashion", ["model.base_channels=4", "train.batch=8"])
+
+    def fresh() -> Any:
+        torch.manual_seed(seed)
+        return build_loss(config, images)
+
+    def steps(loss_fn: Any, count: int) -> Any:
+        seconds, last = [], time.process_time()
+
+        def watch(step: int, result: Any) -> None:
+            nonlocal last
+            seconds.append(time.process_time() - last)
+            last = time.process_time()
+
+        net = train(
+            loss_fn, images, steps=count, batch=config.train.batch, seed=seed, optimizer=config.optimizer,
+            watch=watch, compiled=False,
+        )  # fmt: skip
+        return net, statistics.median(seconds)
+
+    _, one_step = steps(fresh(), 3 if quick else 30)
+    count = 3 if quick else round(60 * setting["minutes"] / one_step)
+    net, _ = steps(fresh(), count)
+    y = torch.arange(20 if quick else COUNT) % 10
+    noise = torch.randn(len(y), *images.shape, generator=torch.Generator().manual_seed(seed))
+    test, labels = images.split("validation")
+    test, labels, train_images = test[: len(y)], cast(Tensor, labels)[: len(y)], images.split("train")[0]
+    result = {"steps": float(count), "nearest_test": float(nearest(test, train_images)[0].median())}
+    result |= figures(images, test, labels, "_test")
+    for k in EVALUATIONS:
+        x = sample_in_chunks(net, noise, k, 200, y=y)
+        result |= figures(images, x, y, f"_{k}")
+        if k == 1:
+            result["nearest_1"] = float(nearest(x, train_images)[0].median())
+    return result
+
+
+# ---- what the rows say -----------------------------------------------------------------------------------------------
+
+
+def answer(rows: Rows) -> str:
+    def figure(name: str, method: str) -> Spread:
+        return rows.spread(name, method=method)
+
+    lines: dict[str, list[Spread]] = {}
+    for method in METHODS:
+        for k in EVALUATIONS:
+            names = (f"frechet_{k}", f"agreement_{k}", f"precision_{k}", f"recall_{k}")
+            lines[f"{method}, {k} evaluation{'s' if k > 1 else ''}"] = [figure(name, method) for name in names]
+    lines["test images"] = [rows.spread(f"{name}_test") for name in ("frechet", "agreement", "precision", "recall")]
+    one, many = figure("frechet_1", "lambda 0.1"), figure(f"frechet_{EVALUATIONS[-1]}", "flow matching")
+    share = rows.spread(lambda figures: figures["agreement_1"] / figures["agreement_test"], method="lambda 0.1")
+    return "\n\n".join(
+        [
+            table("trained as, with", ["Frechet distance", "class agreement", "precision", "recall"], lines),
+            f"In one evaluation, at lambda 0.1: a Frechet distance of {one:.1f}, where {EVALUATIONS[-1]} evaluations "
+            f"of flow matching reach {many:.1f} in as much training time and one evaluation of it "
+            f"{figure('frechet_1', 'flow matching'):.1f}; the classifier agrees with the label asked for {share:.3f} "
+            f"times as often as on test images. Lambda 1 is {compared(figure('frechet_1', 'lambda 1'), one)} lambda "
+            f"0.1, lambda 0 is {compared(figure('frechet_1', 'lambda 0'), one)} it. The median distance of a sample to "
+            f"the nearest training image is {figure('nearest_1', 'lambda 0.1'):.2f}, of a test image "
+            f"{rows.spread('nearest_test'):.2f}: none is copied.",
+        ]
+    )
+
+
+def draw(rows: Rows) -> Figure:
+    from matplotlib.figure import Figure
+
+    result = Figure(figsize=(7, 4), layout="constrained")
+    axes = result.subplots()
+    for number, method in enumerate(METHODS):
+        found = [rows.spread(f"frechet_{k}", method=method) for k in EVALUATIONS]
+        places = [k * 1.05 ** (number - 1.5) for k in EVALUATIONS]
+        axes.errorbar(places, [each.mean for each in found], [each.deviation for each in found], fmt="o-", capsize=3,
+                      label=method)  # fmt: skip
+    axes.axhline(rows.spread("frechet_test").mean, color="0.5", linestyle=":", label="test images")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(EVALUATIONS, [str(k) for k in EVALUATIONS])
+    axes.minorticks_off()
+    axes.set(xlabel="evaluations of the network for a sample", ylabel="Frechet distance")
+    axes.legend()
+    return result
+
+
+STUDY = Study(
+    name="fashion",
+    title="Real images: Fashion-MNIST in one step",
+    question="How near does one evaluation come to many steps of flow matching, on real images, trained as long?",
+    settings=[{"method": method, "minutes": MINUTES} for method in FIRST],
+    run=run,
+    seconds=lambda setting: 60.0 * setting["minutes"] + 240,
+    method=f"Fashion-MNIST (60,000 training images of 28x28, 10 classes), the network and settings of "
+    f"configs/fashion.yaml, {MINUTES} minutes of one core for the steps of each run, whatever the method. Judged are "
+    f"{COUNT:,} samples, in the features of a classifier of the training images, beside as many test images.",
+    draw=draw,
+    answer=answer,
+    doubt="A longer training: none of these runs has converged, and more evaluations gain most where it has.",
+)
+
+if __name__ == "__main__":
+    main(STUDY)
