@@ -30,7 +30,10 @@ def page() -> str:
         "cost). This page is made from the rows in studies/results by `python -m studies.report`. Figures are mean ± "
         'standard deviation over seeds; "beyond the error bars" means that these intervals do not overlap.',
     ]
-    return _wrapped("\n\n".join(head + [chapter(study, rows) for study, rows in found if rows])) + "\n"
+    chapters = [chapter(study, rows) for study, rows in found if rows]
+    waiting = [f"- {study.question} (`python -m studies.{study.name}`)" for study, rows in found if not rows]
+    end = ["## Not run yet", "\n".join(waiting)] if waiting else []
+    return _wrapped("\n\n".join(head + chapters + end)) + "\n"
 
 
 def chapter(study: Study, rows: Rows) -> str:
