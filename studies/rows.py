@@ -67,8 +67,11 @@ def _spread(found: Sequence[float]) -> Spread:
 
 
 def table(corner: str, columns: Sequence[str], lines: Mapping[str, Sequence[Any]], form: str = ".3f") -> str:
-    """Markdown; lines: {name: cells}, of which spreads are written with `form`. Lines without a run are left out."""
+    """Markdown; lines: {name: cells}, of which spreads are written with `form`. Lines without a run are left out,
+    and so is a table that has no others."""
     lines = {name: row for name, row in lines.items() if any(not isinstance(c, Spread) or c.seeds for c in row)}
+    if not lines:
+        return ""
     head = f"| {corner} | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1)
     cells = {name: [f"{cell:{form}}" if isinstance(cell, Spread) else str(cell) for cell in row]
              for name, row in lines.items()}  # fmt: skip
