@@ -48,7 +48,7 @@ def chapter(study: Study, rows: Rows) -> str:
         f"![{study.title}](results/{study.name}.png)",
         f"**Answer.** {study.answer(rows)}",
         f"**What would change it.** {study.doubt}",
-        f"{state}{len(rows)} runs, {seeds} seeds, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of one core; "
+        f"{state}{len(rows)} runs, {seeds} seeds, {sum(row['seconds'] for row in rows) / 60:.0f} minutes by the clock; "
         f"commits {commits}; `python -m studies.{study.name}`.",
     ]
     return "\n\n".join(parts)
