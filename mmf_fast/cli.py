@@ -57,10 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except Exception as error:
-        told = getattr(error, "told", None)  # by another rank: see distributed.py
-        if told is None and not isinstance(error, (ValueError, OSError, FloatingPointError)):
-            raise
-        if not told:
+        if not getattr(error, "told", False):  # by another rank: see distributed.py
+            if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+                raise
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 

@@ -65,7 +65,7 @@ def agree(work: Callable[[], _Result]) -> _Result:
     for rank, sent in enumerate(gather(problem and _sendable(problem))):
         if sent is not None:
             error = problem if problem is not None else _received(rank, *sent)
-            error.told = rank_and_count()[0] > 0  # type: ignore[attr-defined]  # all ranks raise it, and one tells it
+            error.told = rank_and_count()[0] != rank  # type: ignore[attr-defined]  # all ranks raise it, and one tells it
             raise error
     return result
 
@@ -91,7 +91,7 @@ _FAILED, _SEEN = "mmf_fast/failed", "mmf_fast/seen"  # keys of the store by whic
 _LOOK_EVERY, _WAIT = 0.5, 5.0  # seconds
 
 
-class RankError(RuntimeError):
+class RankError(OSError):
     """What ended one of several ranks, and so all of them; the message is one line: the rank and the cause."""
 
 

@@ -289,6 +289,11 @@ def answer(rows: Rows) -> str:
                     f"{task}: one evaluation of {title(method)} reaches {reached:.3f} of the goals at best ({how}), "
                     f"{enough} the {TARGET:.2f} that are asked for."
                 )
+    leverage = (HORIZON * DT) ** 2 / 2
+    sentences.append(
+        f"In an open loop a constant error of the acceleration moves the end of the way by {leverage:g} times as much: "
+        f"to end within {REACHED:g} it has to be below {REACHED / leverage:.3f}. Any feedback removes that."
+    )
     return "\n\n".join([" ".join(sentences), *tables])
 
 

@@ -122,11 +122,14 @@ def picture(data: Mixture, net: nn.Module, z: Tensor, exact: Tensor, found: Tens
     for axes, t in zip(above[:3], TIMES, strict=True):
         velocity_arrows(axes, data, net, t)
     error_map(figure, above[3], data, net)
-    map_arrows(below[0], z, found, "one evaluation: z to z - u(z, 0, 1)")
+    map_arrows(below[0], z, found, "one evaluation")
     map_arrows(below[1], z, exact, "the exact map")
-    for axes, points, name in ((below[2], found, "samples of one evaluation"), (below[3], exact, "of the exact map")):
+    for axes, points, name in (
+        (below[2], found, "points of one evaluation"),
+        (below[3], exact, "points of the exact map"),
+    ):
         axes.scatter(
-            points[:, 0], points[:, 1], s=1, c="#C44E52" if points is found else "#4C72B0", alpha=0.5, linewidths=0
+            points[:, 0], points[:, 1], s=3, c="#C44E52" if points is found else "#4C72B0", alpha=0.6, linewidths=0
         )
         axes.set_title(name)
     for axes in (*above, *below):
@@ -144,7 +147,7 @@ def velocity_arrows(axes: Axes, data: Mixture, net: nn.Module, t: float) -> None
     mesh = torch.cartesian_prod(axis, axis)
     near = mesh[torch.cdist(mesh, points).min(dim=1).values < 0.25]
     time = torch.full((len(near),), t)
-    axes.scatter(points[:, 0], points[:, 1], s=1, c="#DDDDDD", linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=3, c="#DDDDDD", linewidths=0)
     for velocity, color in ((data.velocity(near.double(), t), "#8C8C8C"), (net(near, time, time), "#C44E52")):
         axes.quiver(*near.T, *-velocity.T, color=color, angles="xy", scale=30, width=0.006)
     axes.set_title(f"-v(z, {t:g}): learned, exact (grey)")

@@ -30,7 +30,10 @@ def page() -> str:
         "cost). This page is made from the rows in studies/results by `python -m studies.report`. Figures are mean ± "
         'standard deviation over seeds; "beyond the error bars" means that these intervals do not overlap.',
     ]
-    return _wrapped("\n\n".join(head + [chapter(study, rows) for study, rows in found if rows])) + "\n"
+    chapters = [chapter(study, rows) for study, rows in found if rows]
+    waiting = [f"- {study.question} (`python -m studies.{study.name}`)" for study, rows in found if not rows]
+    end = ["## Not run yet", "\n".join(waiting)] if waiting else []
+    return _wrapped("\n\n".join(head + chapters + end)) + "\n"
 
 
 def chapter(study: Study, rows: Rows) -> str:
@@ -45,7 +48,7 @@ def chapter(study: Study, rows: Rows) -> str:
         f"![{study.title}](results/{study.name}.png)",
         f"**Answer.** {study.answer(rows)}",
         f"**What would change it.** {study.doubt}",
-        f"{state}{len(rows)} runs, {seeds} seeds, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of one core; "
+        f"{state}{len(rows)} runs, {seeds} seeds, {sum(row['seconds'] for row in rows) / 60:.0f} minutes by the clock; "
         f"commits {commits}; `python -m studies.{study.name}`.",
     ]
     return "\n\n".join(parts)

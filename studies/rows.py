@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-__all__ = ["Row", "Rows", "Setting", "Spread", "compared", "simplest", "table"]
+__all__ = ["Row", "Rows", "Setting", "Spread", "compared", "cheapest", "table"]
 
 Setting: TypeAlias = Mapping[str, Any]  # plain values: it is written as JSON
 Row: TypeAlias = Mapping[str, Any]  # {"setting", "seed", "figures", "seconds", ...}: one run
@@ -67,16 +67,19 @@ def _spread(found: Sequence[float]) -> Spread:
 
 
 def table(corner: str, columns: Sequence[str], lines: Mapping[str, Sequence[Any]], form: str = ".3f") -> str:
-    """Markdown; lines: {name: cells}, of which spreads are written with `form`. Lines without a run are left out."""
+    """Markdown; lines: {name: cells}, of which spreads are written with `form`. Lines without a run are left out,
+    and so is a table that has no others."""
     lines = {name: row for name, row in lines.items() if any(not isinstance(c, Spread) or c.seeds for c in row)}
+    if not lines:
+        return ""
     head = f"| {corner} | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1)
     cells = {name: [f"{cell:{form}}" if isinstance(cell, Spread) else str(cell) for cell in row]
              for name, row in lines.items()}  # fmt: skip
     return "\n".join([head, *(f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items())])
 
 
-def simplest(found: Mapping[Any, Spread]) -> Any:
-    """Of settings in the order of their simplicity, the first that the best one is not below, beyond the error bars;
+def cheapest(found: Mapping[Any, Spread]) -> Any:
+    """Of settings in the order of their cost, the first that the best one is not below, beyond the error bars;
     of those with two seeds at least. None where there is none."""
     known = {name: spread for name, spread in found.items() if spread.seeds > 1 and math.isfinite(spread.mean)}
     best = min(known.values(), key=lambda spread: spread.mean, default=None)

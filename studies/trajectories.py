@@ -258,7 +258,7 @@ def answer(rows: Rows) -> str:
         "Where the start is known, one Euler step of flow matching is regression already, and there is nothing to "
         "gain; where it is observed with noise, the step gives a mean of trajectories, which is no trajectory."
     )
-    return "\n\n".join([words, "\n".join(sentences), *tables])
+    return "\n\n".join([words if sentences else "", "\n".join(sentences), *tables])
 
 
 def ways(found: Rows) -> list[tuple[str, str, Rows]]:

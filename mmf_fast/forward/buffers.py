@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CURRENT", "WRITES", "Buffers", "set_aside", "using"]
+__all__ = ["CURRENT", "LIVE", "WRITES", "Buffers", "set_aside", "using"]
 
 WRITES: set[Any] = set()  # the functions that write into their first argument; in_place.py names them
+LIVE: set[int] = set()  # the memory with a tangent in any pass that is not traced: a quick look says that there is none
 
 
 class Buffers:
@@ -41,6 +42,8 @@ class Buffers:
         whole = x.numel() == size and x.is_contiguous()
         tangent = torch.zeros_like(x) if whole else torch.zeros(size, dtype=x.dtype, device=x.device)
         self.tangents[memory] = kind, x, tangent  # with x, so that nobody else is given its memory
+        if not torch.compiler.is_dynamo_compiling():
+            LIVE.add(memory)
 
     def moving(self, args: Any) -> Any:
         """A tuple of arguments with Duals for the tensors whose memory has a tangent."""
@@ -83,12 +86,16 @@ CURRENT = _Thread()
 @contextlib.contextmanager
 def using(buffers: Buffers) -> Iterator[Buffers]:
     """The scope of a pass, or of a part of it that runs again."""
-    before = CURRENT.buffers
+    before, tracing = CURRENT.buffers, torch.compiler.is_dynamo_compiling()
     CURRENT.buffers = buffers
+    if not tracing:
+        LIVE.update(buffers.tangents)
     try:
         yield buffers
     finally:
         CURRENT.buffers = before
+        if not tracing:
+            LIVE.difference_update(buffers.tangents)
 
 
 def set_aside() -> contextlib.AbstractContextManager:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.overrides import resolve_name
 
-from mmf_fast.forward.buffers import CURRENT, set_aside
+from mmf_fast.forward.buffers import CURRENT, LIVE, set_aside
 
 __all__ = [
     "Value",
@@ -67,6 +67,7 @@ def rule(x, *args, **kwargs):
 _OWN_RULE = """@mmf_fast.register_rule({name})
 def rule(x, *args, **kwargs):
     return {call}(x.primal, *args, **kwargs), ...  # and its derivative along x.tangent"""
+_NUMBERS = ("item", "tolist", "numpy", "data", "__array__", "__float__", "__int__")
 DETACH = (torch.detach, Tensor.detach)
 _RULES: dict[Any, Rule] = {}
 _NO_TANGENT: set[Any] = set()
@@ -110,11 +111,12 @@ class Dual(NamedTuple):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None:
+        tracing = torch.compiler.is_dynamo_compiling()
+        if not tracing and TracingContext.try_get() is not None:
             # Dynamo did not see the Dual (inside a tuple, or a function that it thinks of as not overridable) and put
             # the call into its graph as a whole; it would take the result apart row by row.
             raise missing_rule_error(func, "torch.compile does not see this Dual, call the network by mmf_fast.jvp")
-        if CURRENT.buffers.tangents:
+        if (tracing or LIVE) and CURRENT.buffers.tangents:
             args, kwargs = CURRENT.buffers.moving(args), CURRENT.buffers.moving_by_name(kwargs)
             with set_aside():
                 out = cls.__torch_function__(func, types, args, kwargs)
@@ -324,6 +326,8 @@ def missing_rule_error(func: Any, fix: str | None = None) -> MissingRuleError:
     """The error of an operation that has no rule, in one line: the operation, the module it ran in, the way out."""
     name = getattr(func, "__name__", str(func))
     in_place = name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
+    if fix is None and name in _NUMBERS:
+        fix = f"what it gives has no tangent, write x.detach().{name} where it is meant as a constant"
     if fix is None and in_place:
         fix = "it cannot write into a Dual, use the out-of-place form"
     error = MissingRuleError(

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from mmf_fast.forward.buffers import CURRENT, WRITES, Buffers, using
+from mmf_fast.forward.buffers import CURRENT, LIVE, WRITES, Buffers, using
 from mmf_fast.forward.dual import (
     DETACH,
     LOOK_INTO_TUPLES,
     DetachedDual,
     Dual,
     known_functions,
+    missing_rule_error,
     package_of_caller,
     primal,
 )
@@ -44,6 +45,9 @@ _OF_SEQUENCES = {
     *(torch.cat, torch.concat, torch.concatenate, torch.stack),
     *(torch.hstack, torch.vstack, torch.dstack, torch.column_stack, torch.row_stack),
 }
+
+_CONVERSIONS = {torch.as_tensor, torch.asarray, torch.tensor}  # they would take a Dual for a sequence of numbers
+_ALSO_WATCHED = _OF_SEQUENCES | _CONVERSIONS | set(DETACH)
 
 
 @contextlib.contextmanager
@@ -61,23 +65,33 @@ class Interception(TorchFunctionMode):
     """Sees every function of torch that the network calls, before anything else does."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs, buffers, tracing = kwargs or {}, CURRENT.buffers, torch.compiler.is_dynamo_compiling()
-        if func in WRITES:
-            _receive(buffers, args, kwargs)
-        elif func in _OF_SEQUENCES and args and isinstance(args[0], Dual):
-            args = (args[0].primal, *args[1:])  # PyTorch's error of it
-        if buffers.tangents and func.__name__ != "__get__":
-            args, kwargs = buffers.moving(args), buffers.moving_by_name(kwargs)
-        if tracing or (buffers.tangents and func in _METHODS):  # Dynamo looks for Duals in lists, but not in tuples
-            duals = _duals([*args, *kwargs.values()])
-            if duals:
-                return kind_of(duals).__torch_function__(func, types, args, kwargs)
-        if tracing and func is Tensor.unflatten:
-            func = torch.unflatten  # which Dynamo traces
-        out = func(*args, **kwargs)
-        if func in DETACH:
-            buffers.protected.append(out)
-        return out
+        if LIVE or func in WRITES or func in _ALSO_WATCHED or torch.compiler.is_dynamo_compiling():
+            return _call(func, types, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _call(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+    buffers, tracing = CURRENT.buffers, torch.compiler.is_dynamo_compiling()
+    if func in WRITES:
+        _receive(buffers, args, kwargs)
+    elif func in _OF_SEQUENCES and args and isinstance(args[0], Dual):
+        args = (args[0].primal, *args[1:])  # PyTorch's error of it
+    elif func in _CONVERSIONS and args and isinstance(args[0], Dual):
+        if func is not torch.tensor:
+            return args[0].to(**{name: x for name, x in kwargs.items() if x is not None}) if kwargs else args[0]
+        args = (args[0].primal, *args[1:])  # a constant, which PyTorch makes of any tensor
+    if buffers.tangents and func.__name__ != "__get__":
+        args, kwargs = buffers.moving(args), buffers.moving_by_name(kwargs)
+    if tracing or (buffers.tangents and func in _METHODS):  # Dynamo looks for Duals in lists, but not in tuples
+        duals = _duals([*args, *kwargs.values()])
+        if duals:
+            return kind_of(duals).__torch_function__(func, types, args, kwargs)
+    if tracing and func is Tensor.unflatten:
+        func = torch.unflatten  # which Dynamo traces
+    out = func(*args, **kwargs)
+    if func in DETACH:
+        buffers.protected.append(out)
+    return out
 
 
 def kind_of(duals: Sequence[Dual]) -> type[Dual]:
@@ -110,6 +124,8 @@ def _prepare() -> bool:
         _teach_dynamo()
     if "einops" in sys.modules:
         _teach_einops()
+    if "torch.nn.attention.flex_attention" in sys.modules:
+        _teach_flex_attention()
     return True
 
 
@@ -188,6 +204,22 @@ def _teach_einops() -> None:
         backends.get_backend(kind(torch.empty(0), None))
 
 
+def _teach_flex_attention() -> None:
+    """Its refusal would come out of a compilation of its own, without a name."""
+    module: Any = sys.modules["torch.nn.attention.flex_attention"]
+    original = module._validate_sdpa_input
+    if original.__module__ == __name__:
+        return
+
+    def validate(*args: Any, **kwargs: Any) -> Any:
+        if _duals([*args, *kwargs.values()]):
+            fix = "use F.scaled_dot_product_attention, with what score_mod adds as its attn_mask"
+            raise missing_rule_error(module.flex_attention, fix)
+        return original(*args, **kwargs)
+
+    module._validate_sdpa_input = validate
+
+
 _passes = 0
 _lock = threading.Lock()
 
@@ -227,6 +259,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if cls is checkpoint.CheckpointFunction:  # use_reentrant=True, whose results are those of the other form
         function, preserve, *inputs = args
         return checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=preserve)
+    if cls.__name__ == "CheckpointFunction" and callable(args[0]) and type(args[1]) is int:
+        # that of guided-diffusion, which many have copied: (function, count of inputs, *inputs, *parameters)
+        return checkpoint.checkpoint(args[0], *args[2 : 2 + args[1]], use_reentrant=False)
     return kind_of(duals).__torch_function__(cls, (), args, kwargs)
 
 

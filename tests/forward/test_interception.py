@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import einops
+import einx
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from einops.layers.torch import EinMix, Rearrange, Reduce
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ LAYERS = nn.Sequential(
     Reduce("(a c) b -> b c", "mean", c=2),
     EinMix("a b -> a c", weight_shape="b c", bias_shape="c", b=2, c=5),
 ).double()
+LINEAR = nn.Linear(4, 4).double()
+COMPILED = torch.compile(nn.Linear(4, 4).double(), backend="eager")
 
 
 def packed(x: Any) -> Any:
@@ -78,6 +82,9 @@ SPELLINGS: dict[str, Callable[[Any], Any]] = {
     "numpy scalar on the left": lambda x: np.float64(2.0) * x**2 + np.float64(1.0),
     "numpy scalar on the right": lambda x: x**2 / np.float64(2.0),
     "shape unpacked": lambda x: (x * x).reshape(*x.shape[:1], 2, *[n // 2 for n in x.shape[1:]]),
+    "as_tensor": lambda x: torch.as_tensor(x) * torch.as_tensor(x, dtype=torch.float64) + torch.asarray(x),
+    "functional_call": lambda x: torch.func.functional_call(LINEAR, {"weight": 2 * LINEAR.weight}, (x,)) ** 2,
+    "compiled submodule": lambda x: COMPILED(x) ** 2,
     "len": lambda x: x.square().sum(0) / len(x),
 }
 
@@ -144,6 +151,60 @@ def test_a_dual_is_no_sequence_of_tensors(function: Any) -> None:
     for run in (function, lambda x: jvp(function, (x,), (x,))):
         with pytest.raises(TypeError):
             run(W)
+
+
+class CheckpointFunction(torch.autograd.Function):
+    """As in guided-diffusion, but for what is not looked at."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, length: int, *args: Any) -> Any:
+        ctx.run, ctx.inputs, ctx.parameters = run, args[:length], args[length:]
+        with torch.no_grad():
+            return run(*args[:length])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        inputs = [x.detach().requires_grad_() for x in ctx.inputs]
+        with torch.enable_grad():
+            out = ctx.run(*inputs)
+        return (None, None, *torch.autograd.grad(out, [*inputs, *ctx.parameters], grads))
+
+
+def test_checkpoints_of_guided_diffusion_give_what_the_network_gives_without() -> None:
+    def checked(x: Any) -> Any:
+        return CheckpointFunction.apply(lambda y: LINEAR(y).sin(), 1, x, *LINEAR.parameters())
+
+    found, right = (
+        (*pair, *torch.autograd.grad(pair[1].square().sum(), list(LINEAR.parameters())))
+        for pair in (jvp(net, (W,), (W,)) for net in (checked, lambda x: LINEAR(x).sin()))
+    )
+    torch.testing.assert_close(found, right)
+
+
+def test_refusals_name_the_shortest_way_out() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    heads = W[None, None]
+    for network, says in (
+        (lambda x: x * x.sum().item(), r"item.*x\.detach\(\)\.item"),
+        (lambda x: torch.tensor(x.tolist()), r"tolist.*x\.detach\(\)\.tolist"),
+        (lambda x: flex_attention(x, x, x), "flex_attention.*scaled_dot_product_attention"),
+    ):
+        with pytest.raises(MissingRuleError, match=says):
+            jvp(network, (heads,), (heads,))
+
+
+def test_einx_is_right_and_refused_by_dynamo() -> None:
+    def network(x: Any) -> Any:
+        return einx.dot("a b, b c -> a c", einx.sum("a (b [c])", x, c=2), W[:2])
+
+    assert torch.allclose(jvp(network, (W,), (2 * W,))[1], 2 * network(W))
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError)):
+        torch.compile(lambda x: jvp(network, (x,), (x,)), backend="eager", fullgraph=True)(W)
+
+
+def test_torch_tensor_makes_a_constant() -> None:
+    assert torch.equal(jvp(lambda x: torch.tensor(x) * x, (W,), (W,))[1], W * W)
 
 
 def test_einops_is_not_imported_for_its_sake() -> None:

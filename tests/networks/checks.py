@@ -150,3 +150,10 @@ def compiled(entry: Entry, backend: str = "aot_eager") -> float:
     eager = step(loss, entry, torch.float64)
     loss.compile(backend=backend)
     return max(relative(a, b) for a, b in zip(step(loss, entry, torch.float64), eager, strict=True))
+
+
+def compiled_alone(entry: Entry) -> Tensor:
+    """The network itself, on tensors: what does not compile so cannot as a Dual."""
+    torch._dynamo.reset()
+    net, (z, r, t, _) = build(entry), point(entry)
+    return torch.compile(net, backend="eager", fullgraph=True)(z, r, t)

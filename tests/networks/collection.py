@@ -25,17 +25,18 @@ TOKENS = (6, 16)
 class Entry:
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    quick: bool
+    quick: bool = False
+    compiles: bool = True  # as a plain network, whole
 
 
 NETWORKS: dict[str, Entry] = {}
 
 
 def entry(
-    name: str, shape: tuple[int, ...] = IMAGE, *, quick: bool = False
+    name: str, shape: tuple[int, ...] = IMAGE, *, quick: bool = False, compiles: bool = True
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     def add(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        NETWORKS[name] = Entry(build, shape, quick)
+        NETWORKS[name] = Entry(build, shape, quick, compiles)
         return build
 
     return add
@@ -236,7 +237,7 @@ def flux() -> nn.Module:
     )
 
 
-@entry("diffusers Lumina2Transformer2DModel", LATENT)
+@entry("diffusers Lumina2Transformer2DModel", LATENT, compiles=False)  # it branches on the values of a mask
 def lumina2() -> nn.Module:
     from diffusers import Lumina2Transformer2DModel
 
@@ -397,7 +398,7 @@ def cogvideox() -> nn.Module:
     return Conditioned(net, lambda net, z, r, t, text: net(z, text, 100 * t).sample, text=fixed(1, 5, 8))
 
 
-@entry("diffusers Transformer2DModel", LATENT)
+@entry("diffusers Transformer2DModel", LATENT, compiles=False)  # it warns that a class is deprecated
 def transformer2d() -> nn.Module:
     from diffusers import Transformer2DModel
 

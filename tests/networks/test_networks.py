@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch._dynamo
 
 from networks import checks
 from networks.collection import NETWORKS, Entry
@@ -37,4 +39,8 @@ def test_bf16_autocast_errs_as_little_as_that_of_torch_func(entry: Entry) -> Non
 
 @every_network
 def test_the_compiled_step_is_the_eager_one(entry: Entry) -> None:
-    assert checks.compiled(entry) < 1e-9
+    if not entry.compiles:
+        with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
+            checks.compiled_alone(entry)
+        return
+    assert checks.compiled(entry) < 1e-6  # several compute an embedding of the time in float32

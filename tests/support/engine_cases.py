@@ -1,4 +1,5 @@
-"""The problem that engines of all kinds are compared on: a small DiT with classes, guidance and a share of r < t."""
+"""The problem that engines of all kinds are compared on: a small DiT (or UNet) with classes, guidance and a share of
+r < t."""
 
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mmf_fast import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler
 from mmf_fast.config import Optimizer, Train
-from mmf_fast.models import DiT
+from mmf_fast.models import DiT, UNet
 from mmf_fast.objective import LossOutput
 from mmf_fast.training.engines.local import LocalEngine
 
@@ -29,9 +30,12 @@ class Scaled(MeanFlowLoss):
 
 def loss_function(case: dict) -> MeanFlowLoss:
     torch.manual_seed(0)
-    net = DiT(
-        4, channels=1, patch_size=2, width=16, depth=2, heads=2, num_classes=3, recompute=case.get("recompute", False)
-    )
+    common: dict[str, Any] = {"channels": 1, "heads": 2, "num_classes": 3, "recompute": case.get("recompute", False)}
+    net: nn.Module
+    if case.get("unet"):
+        net = UNet(4, base_channels=8, channel_mults=(1, 2), blocks=1, attention_resolutions=(2,), **common)
+    else:
+        net = DiT(4, patch_size=2, width=16, depth=2, **common)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -86,7 +86,8 @@ def total(xs: list[Tensor]) -> Tensor:
     lambda x: torch.cdist(x, x), lambda x: x.item(), lambda x: x.tolist(),
     lambda x: x.numpy(), lambda x: x.data, lambda x: x.grad, lambda x: x.backward(), lambda x: x.register_hook(print),
     lambda x: torch.nn.functional.linear_cross_entropy(x[0], x[0], torch.ones(4).long()), lambda x: bool(x),
-    nn.LSTM(4, 4), lambda x: x.scatter(0, (0 * x).long(), x, reduce="add"), lambda x: torch.normal(x, 1.0),
+    lambda x: nn.utils.rnn.pack_padded_sequence(x, [2, 2]),
+    lambda x: x.scatter(0, (0 * x).long(), x, reduce="add"), lambda x: torch.normal(x, 1.0),
     lambda x: x.scatter_reduce(0, (0 * x).long(), x, reduce="prod"),
     lambda x: F.embedding(torch.tensor([0]), x[0], max_norm=1.0), lambda x: F.grid_sample(torch.ones(1, 1, 2, 2), x),
     lambda x: nn.MultiheadAttention(4, 2, add_bias_kv=True)(x, x, x), lambda x: x.no_such_method(),
@@ -98,15 +99,12 @@ def test_what_has_no_rule_is_loud(function: Callable[[Any], Any]) -> None:
         function(X)
 
 
-@pytest.mark.parametrize("function", [torch.det, torch.linalg.solve, torch.linalg.cholesky, torch.linalg.eigh])
-def test_what_pytorch_differentiates_wrongly_in_the_graph_is_served_without_one_only(function: Callable) -> None:
+def test_what_pytorch_differentiates_wrongly_in_the_graph_is_served_without_one_only() -> None:
     x, dx = torch.eye(3, dtype=torch.float64) + 0.1, torch.ones(3, 3, dtype=torch.float64)
-    arguments = (x,) if function is torch.linalg.solve else ()
     with pytest.raises(MissingRuleError, match="tangent_grad=False"):
-        function(Dual(x, dx), *arguments)
-    out = function(DetachedDual(x, dx), *arguments)
-    dy = out[0].tangent if type(out) is not DetachedDual else out.tangent
-    assert torch.isfinite(dy).all() and not dy.requires_grad
+        torch.det(Dual(x, dx))
+    out = torch.det(DetachedDual(x, dx))
+    assert torch.isfinite(out.tangent).all() and not out.tangent.requires_grad
 
 
 @pytest.mark.parametrize("function", [

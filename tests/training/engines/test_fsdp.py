@@ -19,6 +19,7 @@ CASES = {
     "accumulated": {"zero": "fsdp", "lam": "curriculum", "paired": False, "steps": 10, "accumulate": 2},
     "recomputed": {"zero": "fsdp", "lam": 0.0, "paired": True, "steps": 5, "recompute": True},
     "scaled": {"zero": "fsdp", "lam": 0.5, "paired": True, "steps": 10, "scaled": True, "accumulate": 2},
+    "unet": {"zero": "fsdp", "lam": 0.5, "paired": True, "steps": 5, "unet": True},
     "bad": {"zero": "fsdp", "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
 }
 COMPILED = {"compiled": {"zero": "fsdp", "lam": 1.0, "paired": True, "steps": 5, "compile": "blocks"}}
