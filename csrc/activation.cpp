@@ -6,7 +6,7 @@ namespace {
 
 constexpr int64_t grain = 16384;
 
-// x without gaps in any order of dimensions, the others like it.
+// Checks that x has no gaps in memory, in any order of its dimensions, and that the others have its strides.
 void check(const char* op, const at::Tensor& x) {
   const Arguments arguments{op};
   arguments.like("x", x, x);

@@ -4,7 +4,7 @@
 namespace mmf {
 namespace {
 
-// Online softmax of one row. Sums of P (S' - mu) are about the mean mu of S' so far, so that nothing cancels.
+// Online softmax of one row. P (S' - mu) is summed with mu the mean of S' so far, so that no digits cancel.
 template <class A>
 struct Row {
   A m = -std::numeric_limits<A>::infinity(), l = 0, mu = 0;

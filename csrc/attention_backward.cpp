@@ -53,7 +53,7 @@ Six backward(const MaybeTensor& g, const MaybeTensor& h, const at::Tensor& q, co
   const int64_t parts = q.numel() && k.numel() ? parts_of(q.size(0) * q.size(1), q.size(2)) : 1;
   const auto none = at::empty({0}, q.options());
   const auto wide = q.options().dtype(at::toOpMathType(q.scalar_type()));
-  // Parts of a head's rows each have their own gradients of keys and values.
+  // Each thread of a head sums gradients of keys and values apart; they are added at the end.
   const auto of_keys = [&](const at::Tensor& x) {
     return parts == 1 ? empty_heads(x, x.size(3)) : at::empty({parts * x.size(0), x.size(1), x.size(2), x.size(3)}, wide);
   };
@@ -126,7 +126,7 @@ Six backward(const MaybeTensor& g, const MaybeTensor& h, const at::Tensor& q, co
                               lse.const_data_ptr<A>()[at + r], logits ? mu->const_data_ptr<A>()[at + r] : A(0), gam[r],
                               del[r]);
             }
-            // Here S is H, G is dS, U is dS'.
+            // By now the tile S holds H, the tile G holds dS, and U holds dS'.
             multiply<A>(rows, dp, keys, G, size, 1, ks + key * dp, dp, to_q, dp, true);
             if (has_dk) multiply<A>(rows, dp, keys, U, size, 1, dks + key * dp, dp, to_q, dp, true);
             if (has_dq) multiply<A>(rows, dp, keys, U, size, 1, ks + key * dp, dp, to_dq, dp, true);

@@ -64,7 +64,7 @@ void forward_rows(const T* x, const T* dx, const T* gain, const T* dgain, const 
   }
 }
 
-// The number of groups of rows, of arguments that fit.
+// Checks the arguments; returns the number of groups of rows.
 int64_t check(const char* op, const at::Tensor& x, const MaybeTensor& dx, const MaybeTensor& gain,
               const MaybeTensor& dgain, const MaybeTensor& bias, const MaybeTensor& dbias) {
   const Arguments arguments{op};
@@ -102,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const MaybeTenso
   return {y, dy};
 }
 
-// Sums over rows of what gain, dgain, bias and dbias receive: null where there is none.
+// Pointers to the sums over rows that gain, dgain, bias and dbias receive; null for an absent parameter.
 template <class A>
 struct Columns {
   A *gain, *dgain, *bias, *dbias;

@@ -104,7 +104,7 @@ def _keep(row: Row, path: Path) -> None:
 
 def _one_run(study: Study, setting: Setting, seed: int, quick: bool) -> Row:
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # a CPU may have other work to do
-    start = clock()
+    where, start = _where(), clock()  # files may change while it runs
     figures = study.run(setting, seed, quick)
     seconds = clock() - start
     return {
@@ -113,7 +113,7 @@ def _one_run(study: Study, setting: Setting, seed: int, quick: bool) -> Row:
         "figures": {name: round_(value) for name, value in figures.items()},
         "seconds": round(seconds, 1),
         "date": datetime.date.today().isoformat(),
-        **_where(),
+        **where,
     }
 
 
