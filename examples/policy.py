@@ -1,9 +1,10 @@
-"""A policy that plans in one evaluation: sequences of actions (B, horizon, 2), given start and goal as a condition.
+"""A policy that plans in one or two evaluations: sequences of actions (B, horizon, 2), given start and goal.
 
-    python examples/policy.py --steps 2000           a minute on two cores
+    python examples/policy.py --steps 2000           a minute or two on two cores
 
 The experts drive a point straight to its goal, easing in and out, around a pole in the middle: left or right of it,
-as they like. So there are two good plans, and their mean hits the pole.
+as they like. So there are two good plans, and their mean hits the pole. Of 1,000 plans 87 % succeed when they are drawn
+in one evaluation, 99 % in two.
 """
 
 import argparse
@@ -11,30 +12,35 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from mmf_fast import MeanFlowLoss, sample
+from mmf_fast import MeanFlowLoss, TimeSampler, sample
 
 HORIZON, POLE = 16, 0.4
 
 
 class PolicyNetwork(nn.Module):
-    """A 1-D convolutional network over the horizon; times, start and goal shift its channels."""
+    """A 1-D convolutional network over the horizon; times, start and goal shift its channels.
 
-    def __init__(self, width: int = 128) -> None:
+    z also goes past the convolutions, since u is close to z - x at t = 1: without that, 81 % of the plans succeed.
+    """
+
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.context = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width))
+        self.past = nn.Linear(width, 2)
         self.place = nn.Parameter(0.1 * torch.randn(width, HORIZON))
         self.first = nn.Conv1d(2, width, 5, padding=2)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv1d(width, width, 5, padding=2)) for _ in range(4)
         )
         self.last = nn.Conv1d(width, 2, 5, padding=2)
+        nn.init.zeros_(self.last.weight)
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, task: Tensor) -> Tensor:
-        c = self.context(torch.cat([task, t[:, None], (t - r)[:, None]], dim=1))[:, :, None]
+        c = self.context(torch.cat([task, t[:, None], (t - r)[:, None]], dim=1))
         x = self.first(z.transpose(1, 2)) + self.place
         for block in self.blocks:
-            x = x + block(x + c)
-        return self.last(x).transpose(1, 2)
+            x = x + block(x + c[:, :, None])
+        return self.last(x).transpose(1, 2) + self.past(c)[:, None] * z
 
 
 def experts(count: int) -> tuple[Tensor, Tensor]:
@@ -57,8 +63,8 @@ def success(plans: Tensor, tasks: Tensor) -> Tensor:
 def main(steps: int) -> None:
     torch.manual_seed(0)
     net = PolicyNetwork()
-    loss_fn = MeanFlowLoss(net, lam=0.1, paired=True, p=0.0)
-    optimizer = torch.optim.AdamW(loss_fn.parameters(), lr=1e-3)
+    loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.5), lam=0.1, paired=True, p=0.0)
+    optimizer = torch.optim.AdamW(loss_fn.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         plans, tasks = experts(256)
@@ -70,8 +76,9 @@ def main(steps: int) -> None:
         if step % 200 == 0:
             print(f"step {step}: error {out.metrics['mse']:.4f}")
     _, tasks = experts(1000)
-    plans = sample(net, (1000, HORIZON, 2), steps=1, seed=0, task=tasks)
-    print(f"success of plans drawn in one evaluation: {success(plans, tasks).float().mean():.1%}")
+    for evaluations in (1, 2):
+        plans = sample(net, (1000, HORIZON, 2), steps=evaluations, seed=0, task=tasks)
+        print(f"plans that succeed, with {evaluations} evaluation(s) each: {success(plans, tasks).float().mean():.1%}")
 
 
 if __name__ == "__main__":

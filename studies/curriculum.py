@@ -17,7 +17,7 @@ from mmf_fast import LambdaSchedule, MeanFlowLoss, Optimizer, TimeSampler
 from mmf_fast.models import MLP
 from mmf_fast.training.engines import StepResult, build_engine
 from studies.mixture import one_step_error, three_gaussians
-from studies.rows import Rows, Setting, Spread, compared, simplest, table
+from studies.rows import Rows, Setting, Spread, cheapest, compared, table
 from studies.runner import Study, main
 from studies.training import SGDEngine, train
 
@@ -33,7 +33,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "p = 1": {"p": 1.0},
     "by times": {"p": 1.0, "weight": "times"},
 }
-ORDER = ("p = 0", "by times", "p = 0.5", "p = 1")  # of equal ones that is taken which biases less
+ORDER = ("p = 0", "by times", "p = 0.5", "p = 1")  # of equally cheap ones
 BEST = ("p = 0", "by times")  # the weights that the variations are made with
 BASE = {"warmup": 0.5, "optimizer": "adam", "rate": RATE, "tangent": "paired", "clip": 0.0}
 RATES = {"adam": (3e-4, RATE, 3e-3, 1e-2, 3e-2), "sgd": (1e-2, 3e-2, 0.1, 0.3)}
@@ -118,7 +118,7 @@ def answer(rows: Rows) -> str:
         + ", ".join(f"{grid[0.0, weight]:.3f} ({weight})" for weight in WEIGHTS if grid[0.0, weight].seeds)
         + f". By times it is {compared(grid[0.0, 'by times'], grid[0.0, 'p = 0'])} with p = 0, and "
         f"{compared(grid[0.0, 'by times'], grid[0.0, 'p = 1'])} with p = 1." + "".join(
-            f" With {weight} the error of the full gradient (lambda 1), {grid[1.0, weight]:.3f}, is "
+            f" With the weight {weight} the error of the full gradient (lambda 1), {grid[1.0, weight]:.3f}, is "
             f"{compared(grid[1.0, weight], grid[0.0, weight])} that of lambda 0."
             for weight in WEIGHTS if grid[1.0, weight].seeds > 1
         ),
@@ -154,12 +154,12 @@ def answer(rows: Rows) -> str:
 
 def recommend(rows: Rows) -> str:
     lams = (*(lam for lam in LAMBDAS if lam not in CURVES), *CURVES)
-    grid = {(lam, weight): rows.spread("error", **setting(lam, weight)) for weight in ORDER for lam in lams}
-    if (chosen := simplest(grid)) is None:
+    grid = {(lam, weight): rows.spread("error", **setting(lam, weight)) for lam in lams for weight in ORDER}
+    if (chosen := cheapest(grid)) is None:
         return ""
     theirs = grid[0.0, "p = 1"]
     return (
-        f"in the plane, where u is known, lambda {chosen[0]} with the weight {chosen[1]} is the simplest that nothing "
+        f"in the plane, where u is known, lambda {chosen[0]} with the weight {chosen[1]} is the cheapest that nothing "
         f"beats beyond the error bars (error {grid[chosen]:.3f}; {theirs:.3f} with lambda 0 and p = 1)"
     )
 

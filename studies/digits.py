@@ -16,7 +16,7 @@ from mmf_fast.evaluation import evaluate
 from mmf_fast.models import DiT
 from mmf_fast.training.engines import StepResult
 from studies.noise import signal_to_noise
-from studies.rows import Rows, Setting, Spread, compared, simplest, table
+from studies.rows import Rows, Setting, Spread, cheapest, compared, table
 from studies.runner import Study, main
 from studies.training import train
 
@@ -111,10 +111,10 @@ def answer(rows: Rows) -> str:
 def recommend(rows: Rows) -> str:
     grid = {
         (lam, weight): rows.spread("frechet_1", **{**BASE, "weight": weight, "lam": lam})
-        for weight in ("p = 0", "by times", "p = 0.5", "p = 1")
         for lam in (0.0, 0.1, 1.0)
+        for weight in ("p = 0", "by times", "p = 0.5", "p = 1")
     }
-    if (chosen := simplest(grid)) is None:
+    if (chosen := cheapest(grid)) is None:
         return ""
     theirs = grid[0.0, "p = 1"]
     return (

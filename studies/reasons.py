@@ -151,8 +151,8 @@ def _rates(rows: Rows) -> str:
     )
     if ratios[0].below(equal) and ratios[2].seeds > 1 and not ratios[2].below(equal):
         text += (
-            " So there the learning rate decides: the full gradient is worth its noise where steps are too large for "
-            "lambda 0, and gains nothing beyond the error bars where they are not."
+            " So here the learning rate decides most of it: the full gradient is worth its noise where steps are too "
+            "large for lambda 0, and gains nothing beyond the error bars at the small rate."
         )
     return text
 

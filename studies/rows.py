@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-__all__ = ["Row", "Rows", "Setting", "Spread", "compared", "simplest", "table"]
+__all__ = ["Row", "Rows", "Setting", "Spread", "compared", "cheapest", "table"]
 
 Setting: TypeAlias = Mapping[str, Any]  # plain values: it is written as JSON
 Row: TypeAlias = Mapping[str, Any]  # {"setting", "seed", "figures", "seconds", ...}: one run
@@ -78,8 +78,8 @@ def table(corner: str, columns: Sequence[str], lines: Mapping[str, Sequence[Any]
     return "\n".join([head, *(f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items())])
 
 
-def simplest(found: Mapping[Any, Spread]) -> Any:
-    """Of settings in the order of their simplicity, the first that the best one is not below, beyond the error bars;
+def cheapest(found: Mapping[Any, Spread]) -> Any:
+    """Of settings in the order of their cost, the first that the best one is not below, beyond the error bars;
     of those with two seeds at least. None where there is none."""
     known = {name: spread for name, spread in found.items() if spread.seeds > 1 and math.isfinite(spread.mean)}
     best = min(known.values(), key=lambda spread: spread.mean, default=None)

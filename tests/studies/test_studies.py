@@ -13,7 +13,7 @@ import torch
 
 from studies import STUDIES, report
 from studies.mixture import one_step_error, three_gaussians
-from studies.rows import Rows, Setting, Spread, compared, simplest, table
+from studies.rows import Rows, Setting, Spread, cheapest, compared, table
 from studies.runner import Study, all_studies, go_on, main, missing, read, rehearse
 
 SETTINGS = [{"lam": 0.0}, {"lam": 1.0, "curve": "linear"}]
@@ -121,8 +121,8 @@ def test_spreads() -> None:
     assert (compared(low, high), compared(high, low)) == ("less than", "more than")
     assert compared(low, low) == "within the error bars of"
     assert low.below(Spread(math.inf, math.nan, 3))
-    assert simplest({"a": high, "b": Spread(1.5, 0.2, 3), "c": low, "d": Spread(0.5, math.nan, 1)}) == "b"
-    assert simplest({"a": Spread(0.5, math.nan, 1)}) is None
+    assert cheapest({"a": high, "b": Spread(1.5, 0.2, 3), "c": low, "d": Spread(0.5, math.nan, 1)}) == "b"
+    assert cheapest({"a": Spread(0.5, math.nan, 1)}) is None
     assert table("x", ["a"], {"y": [low]}) == "| x | a |\n|---|---|\n| y | 1.000 ± 0.400 |"
 
 
