@@ -29,7 +29,7 @@ _ACTIVATIONS = """
 """
 _REDUCTIONS = """
     var var_mean prod logsumexp max min amax amin aminmax median nanmedian mode kthvalue sort msort topk
-    cummax cummin cumprod nanmean nansum quantile nanquantile matrix_norm renorm
+    cummax cummin nanmean nansum quantile nanquantile matrix_norm renorm
     dist trapz trapezoid cumulative_trapezoid diff gradient corrcoef
 """
 _PRODUCTS = """

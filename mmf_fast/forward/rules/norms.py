@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmf_fast.forward.dual import DetachedDual, Dual, Value, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import (
+    DetachedDual,
+    Dual,
+    Value,
+    missing_rule_error,
+    primal,
+    register_rule,
+    tangent,
+    tangent_scope,
+)
 from mmf_fast.forward.rules.families import (
     add_tangents,
     as_autocast,
@@ -183,6 +192,8 @@ def batch_norm(
     """Batch statistics in training, running statistics (constants) in evaluation."""
     constant_arguments(F.batch_norm, (running_mean, running_var))
     x = primal(input)
+    if x.ndim < 2:
+        raise missing_rule_error(F.batch_norm, "a tensor without a dimension of channels has none, unsqueeze it")
     y = F.batch_norm(x, running_mean, running_var, primal(weight), primal(bias), training, momentum, eps)
     dims = (0, *range(2, x.ndim))
     with tangent_scope(input, weight, bias):

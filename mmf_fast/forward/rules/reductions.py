@@ -1,4 +1,4 @@
-"""Standard deviation and Euclidean norms, by hand because of the origin, where PyTorch's second derivative is nan.
+"""Standard deviation, norms and running products, by hand because of zeros, where PyTorch's second derivative is nan.
 
 There the tangent is 0, as autograd's gradient is, and so is the gradient through it.
 """
@@ -12,6 +12,17 @@ from torch import Tensor
 
 from mmf_fast.forward.dual import Value, register_rule, tangent_scope
 from mmf_fast.forward.rules.families import forward_derivative, rule
+
+
+@rule("cumprod")
+def cumprod(input: Value, dim: int, *, dtype: Any = None) -> Any:
+    """Products of twice as many entries in each step: no quotient, of which PyTorch's derivative at 0 is made."""
+    y = input.clone() if dtype is None else input.to(dtype, copy=True)
+    size, reach = (y.shape[dim] if y.ndim else 1), 1
+    while reach < size:
+        rest = y.narrow(dim, reach, size - reach) * y.narrow(dim, 0, size - reach)
+        y, reach = torch.cat([y.narrow(dim, 0, reach), rest], dim), 2 * reach
+    return y
 
 
 def _quotient(dy: Tensor, y: Tensor) -> Tensor:
