@@ -168,7 +168,7 @@ def draw(rows: Rows) -> Figure:
     axes.errorbar([each.mean for each in found.values()], range(len(found)), xerr=bars, fmt="o", capsize=3)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_ylim(max(len(found), 1) - 0.5, -0.5)
     axes.set(xlabel="error with lambda 1 over that with lambda 0")
     return figure
 

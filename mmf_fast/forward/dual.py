@@ -133,8 +133,10 @@ class Dual(NamedTuple):
             raise missing_rule_error(func, "a Dual cannot be written to out=; use the returned value")
         if "out" in kwargs:  # out=None, which functions written in Python pass on
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-        result = rule(*args, **kwargs)
-        return result if isinstance(result, Dual) else _wrap(cls, func, *result)
+        if tracing:
+            return _paired(cls, func, rule(*args, **kwargs))
+        with _unwatched():
+            return _paired(cls, func, rule(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         # Only names without a rule arrive here: methods with a rule are attributes of the class.
@@ -297,6 +299,35 @@ def _strip(x: Any) -> Any:
     if type(x) in (list, tuple):
         return type(x)(map(_strip, x))
     return x
+
+
+class _unwatched:
+    """The calls of a rule are not the network's: the mode that watches those would cost more than the rule."""
+
+    __slots__ = ("mode",)
+
+    def __init__(self) -> None:
+        self.mode = _watching()
+
+    def __enter__(self) -> None:
+        if self.mode is not None:
+            torch._C._pop_torch_function_stack()
+
+    def __exit__(self, *error: object) -> None:
+        if self.mode is not None:
+            torch._C._push_on_torch_function_stack(self.mode)
+
+
+def _watching() -> Any:
+    """The mode of interception.py, where it is the innermost one."""
+    depth = torch._C._len_torch_function_stack()
+    mode = torch._C._get_function_stack_at(depth - 1) if depth else None
+    return mode if getattr(mode, "leaves_rules_alone", False) else None
+
+
+def _paired(cls: type[Dual], func: Any, result: Any) -> Any:
+    """What a rule returned, as Duals; a rule that is made of others returns them itself."""
+    return result if isinstance(result, Dual) else _wrap(cls, func, *result)
 
 
 def _wrap(cls: type[Dual], func: Any, y: Any, dy: Any) -> Any:

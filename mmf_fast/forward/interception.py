@@ -64,6 +64,8 @@ def intercepted(primals: Sequence[Any] = (), buffers: Buffers | None = None) -> 
 class Interception(TorchFunctionMode):
     """Sees every function of torch that the network calls, before anything else does."""
 
+    leaves_rules_alone = True
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if LIVE or func in WRITES or func in _ALSO_WATCHED or torch.compiler.is_dynamo_compiling():
             return _call(func, types, args, kwargs or {})
