@@ -27,16 +27,24 @@ class Entry:
     shape: tuple[int, ...]
     quick: bool = False
     compiles: bool = True  # as a plain network, whole
+    float32_parts: bool = (
+        False  # it computes some values in float32, such as an embedding of the time
+    )
 
 
 NETWORKS: dict[str, Entry] = {}
 
 
 def entry(
-    name: str, shape: tuple[int, ...] = IMAGE, *, quick: bool = False, compiles: bool = True
+    name: str,
+    shape: tuple[int, ...] = IMAGE,
+    *,
+    quick: bool = False,
+    compiles: bool = True,
+    float32_parts: bool = False,
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     def add(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        NETWORKS[name] = Entry(build, shape, quick, compiles)
+        NETWORKS[name] = Entry(build, shape, quick, compiles, float32_parts)
         return build
 
     return add
@@ -262,7 +270,7 @@ def lumina2() -> nn.Module:
     )
 
 
-@entry("diffusers WanTransformer3DModel", (4, 2, 4, 4))
+@entry("diffusers WanTransformer3DModel", (4, 2, 4, 4), float32_parts=True)
 def wan() -> nn.Module:
     from diffusers import WanTransformer3DModel
 
@@ -324,7 +332,7 @@ def sana() -> nn.Module:
     return Conditioned(net, lambda net, z, r, t, text: net(z, text, 100 * t).sample, text=fixed(1, 5, 8))
 
 
-@entry("diffusers AuraFlowTransformer2DModel", LATENT)
+@entry("diffusers AuraFlowTransformer2DModel", LATENT, float32_parts=True)
 def auraflow() -> nn.Module:
     from diffusers import AuraFlowTransformer2DModel
 
@@ -344,7 +352,7 @@ def auraflow() -> nn.Module:
     return Conditioned(net, lambda net, z, r, t, text: net(z, text, t).sample, text=fixed(1, 5, 12))
 
 
-@entry("diffusers HunyuanDiT2DModel", LATENT)
+@entry("diffusers HunyuanDiT2DModel", LATENT, float32_parts=True)
 def hunyuan() -> nn.Module:
     from diffusers import HunyuanDiT2DModel
 
