@@ -27,9 +27,7 @@ class Entry:
     shape: tuple[int, ...]
     quick: bool = False
     compiles: bool = True  # as a plain network, whole
-    float32_parts: bool = (
-        False  # it computes some values in float32, such as an embedding of the time
-    )
+    float32_parts: bool = False  # it computes some values in float32, such as an embedding of the time
 
 
 NETWORKS: dict[str, Entry] = {}
