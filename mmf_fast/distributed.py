@@ -5,6 +5,7 @@ A process without a group is rank 0 of 1.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import threading
@@ -22,6 +23,11 @@ __all__ = ["RankError", "agree", "ending_together", "gather", "join", "rank_and_
 
 _Result = TypeVar("_Result")
 
+# Seconds between the last collective and the interpreter's end. A thread of gloo frees the tensors of a collective, for
+# which it needs the interpreter's lock: one that asks for it too late aborts the process (pytorch issue 190489).
+# destroy_process_group() does not wait for these threads while anything, as FSDP2 does, holds the group.
+_LET_GO = 0.2
+
 
 def join(name: str) -> torch.device:
     """Joins the processes of the launcher, or starts a group of one, and takes the device of that name; on CUDA this
@@ -37,6 +43,8 @@ def join(name: str) -> torch.device:
         else:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if backend == "gloo":
+            atexit.register(time.sleep, _LET_GO)
     return device
 
 
