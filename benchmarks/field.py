@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmf_fast import TimeSampler
+from mmf_fast.contract import per_sample
 from mmf_fast.objective.draws import BatchShare, Points, arrange, column, draw_kinds, given_kinds
 from mmf_fast.objective.loss import LossOutput
 from mmf_fast.objective.streams import GlobalStream
@@ -31,7 +32,7 @@ STEP = 0.005  # of the finite differences, TiM's
 
 def forward_mode(u: Velocity, z: Tensor, t: Tensor, v: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     with sdpa_kernel(SDPBackend.MATH):
-        value, derivative = torch.func.jvp(u, (z, t), (v, torch.ones_like(t)))
+        value, derivative = torch.func.jvp(u, (z, t), (v, torch.ones_like(t)))  # type: ignore[misc]  # two without has_aux
     return value, derivative if exact else derivative.detach()
 
 
@@ -64,7 +65,7 @@ WAYS: dict[str, Callable[[Velocity, Tensor, Tensor, Tensor, bool], tuple[Tensor,
 
 
 class FieldLoss(nn.Module):
-    """The MeanFlow loss of net(z, r, t) by one of WAYS, called as MeanFlowLoss is.
+    """The MeanFlow loss of net(z, r, t, y=None) by one of WAYS, called as MeanFlowLoss is.
 
     exact: whether gradients flow through du/dt (lambda = 1) or not (lambda = 0).  p, c: as in MeanFlowLoss.
     """
@@ -75,8 +76,9 @@ class FieldLoss(nn.Module):
         super().__init__()
         self.net, self.pair, self.times, self.exact, self.p, self.c = net, WAYS[way], times, exact, p, c
 
-    def forward(self, x: Tensor, *, step: int = 0, **given: Any) -> LossOutput:
+    def forward(self, x: Tensor, *, step: int = 0, y: Tensor | None = None, **given: Any) -> LossOutput:
         """given: noise and times, drawn when absent."""
+        cond = {} if y is None else {"y": y}
         stream = GlobalStream(len(x), x.device, x.dtype, x.shape[1:])
         if given.get("times") is None:
             kinds = draw_kinds(len(x), BatchShare(), step, self.times.intervals(len(x)), 0, paired=False)
@@ -85,15 +87,15 @@ class FieldLoss(nn.Module):
             r, t = given["times"]
             kinds = given_kinds(r, t, 0, paired=False)
         noise = stream.noise() if given.get("noise") is None else given["noise"]
-        d, _ = arrange(x, noise, r, t, {}, (), kinds)
-        per_sample = self._compute(*d.on_path())
-        return LossOutput(per_sample.mean(), per_sample.detach(), {})
+        d, _ = arrange(x, noise, r, t, cond, per_sample(cond, len(x)), kinds)
+        losses = self._compute(*d.on_path())
+        return LossOutput(losses.mean(), losses.detach(), {})
 
     def compile(self, **kwargs: Any) -> None:
         self._compute = torch.compile(self._compute, dynamic=False, **kwargs)  # type: ignore[method-assign]
 
     def _compute(self, points: Points, v: Tensor) -> Tensor:
-        z, r, t = points[:3]
-        u, du = self.pair(lambda z, t: self.net(z, r, t), z, t, v, self.exact)
+        z, r, t, cond = points[:4]
+        u, du = self.pair(lambda z, t: self.net(z, r, t, **cond), z, t, v, self.exact)
         square = (u + column(t - r, u) * du - v).square().flatten(1).sum(1)
         return square * (square.detach() + self.c) ** -self.p

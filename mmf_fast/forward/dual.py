@@ -43,6 +43,7 @@ __all__ = [
     "register_rule",
     "tangent",
     "tangent_scope",
+    "unwatched",
 ]
 
 Value: TypeAlias = Any  # a Tensor or a Dual: which of the two is known when a rule is called, not before
@@ -135,7 +136,7 @@ class Dual(NamedTuple):
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if tracing:
             return _paired(cls, func, rule(*args, **kwargs))
-        with _unwatched():
+        with unwatched():
             return _paired(cls, func, rule(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
@@ -301,7 +302,7 @@ def _strip(x: Any) -> Any:
     return x
 
 
-class _unwatched:
+class unwatched:
     """The calls of a rule are not the network's: the mode that watches those would cost more than the rule."""
 
     __slots__ = ("mode",)

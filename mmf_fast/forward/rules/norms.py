@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmf_fast.forward.buffers import LIVE
 from mmf_fast.forward.dual import (
     DetachedDual,
     Dual,
@@ -26,6 +27,7 @@ from mmf_fast.forward.dual import (
     register_rule,
     tangent,
     tangent_scope,
+    unwatched,
 )
 from mmf_fast.forward.rules.families import (
     add_tangents,
@@ -106,12 +108,15 @@ def _fused_layer_norm(
 def fused_modulated_norm(norm: Any, x: Value, shift: Value, scale: Value) -> Any:
     """norm(x) (1 + scale) + shift in one operator, for a layer norm without parameters over the last dimension.
 
-    None where it does not apply: another norm, no Dual, torch.compile (which fuses by itself).
+    None where it does not apply: another norm, no Dual, torch.compile (which fuses by itself), and while plain tensors
+    have tangents, which only functions of torch know.
     """
     plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and len(norm.normalized_shape) == 1
-    if not plain or not any(isinstance(a, Dual) for a in (x, shift, scale)):
+    if not plain or torch.compiler.is_compiling() or LIVE or not any(isinstance(a, Dual) for a in (x, shift, scale)):
         return None
-    pair = _fused_layer_norm(x, 1 + scale, shift, norm.eps)
+    gain = 1 + scale
+    with unwatched():
+        pair = _fused_layer_norm(x, gain, shift, norm.eps)
     kind = Dual if keeps_tangent(x, shift, scale) else DetachedDual
     return None if pair is None else kind(*pair)
 
