@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SOURCE = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
-MINUTES = 12  # of one core, for the steps of a run
+MINUTES = 8  # of one core, for the steps of a run
 EVALUATIONS = (1, 2, 16)
 COUNT = 2000  # samples judged
 METHODS: dict[str, dict[str, Any]] = {

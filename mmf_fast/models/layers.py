@@ -84,9 +84,9 @@ class Conditioning(nn.Module):
         self.frequencies, self.num_classes = frequencies, num_classes
         self.fc_in = nn.Linear(4 * frequencies, width)
         self.fc_out = nn.Linear(width, width)
+        # Its weights have deviation 1, as in ADM. DiT's 0.02 is hardly heard beside the times: after 500 steps on the
+        # digits one-step samples then have the class asked for in 56 % of cases, for 97 %.
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
-        if self.label is not None:
-            nn.init.normal_(self.label.weight, std=0.02)
         self.context_dim = context_dim
         given = (nn.Linear(context_dim, width), nn.SiLU(), nn.Linear(width, width)) if context_dim else ()
         self.context = nn.Sequential(*given)
