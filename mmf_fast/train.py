@@ -21,20 +21,29 @@ from mmf_fast.training.run_folder import seed_everything
 __all__ = ["build_loss", "build_trainer", "main"]
 
 
+# By the axes of a sample, points (D,), sequences (T, C) or images (C, Y, X): arguments by which a network says so.
+_SAYS = {1: {"dim"}, 2: {"dims"}, 3: {"channels", "input_size"}}
+
+
+def _arguments_of(shape: tuple[int, ...]) -> dict[str, Any]:
+    """What such arguments are for samples of this shape."""
+    if len(shape) == 1:
+        return {"dim": shape[0]}
+    if len(shape) == 2:
+        return {"input_size": shape[0], "channels": shape[1], "dims": 1}
+    return {"channels": shape[0], "input_size": shape[-1]}
+
+
 def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
     """Network and loss of a configuration; shape and class count come from the data where the model has none.
 
     Raises ConfigError where the model's contradict the data.
     """
-    shape, points = dataset.shape, len(dataset.shape) == 1
-    implied: dict[str, Any] = {"num_classes": dataset.num_classes}
-    implied |= {"dim": shape[0]} if points else {"channels": shape[0], "input_size": shape[-1]}
+    shape = dataset.shape
+    implied = {"num_classes": dataset.num_classes} | _arguments_of(shape)
     name = config.model["name"]
     accepted, _ = parameters_of(models.NETWORKS.find(name))
-    own, other = {"channels", "input_size"}, {"dim"}  # by which a network of images says so, and one of points
-    if points:
-        own, other = other, own
-    if not accepted.keys() & own and accepted.keys() & other:
+    if not accepted.keys() & _SAYS.get(len(shape), set()) and accepted.keys() & set().union(*_SAYS.values()):
         raise ConfigError(
             f"model.name={name} does not take samples of shape {shape} (data.name={dataset.name}); choose another model"
         )

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mmf_fast import config, models
 from mmf_fast.config import Config, ConfigError
+from mmf_fast.data import as_dataset
 from mmf_fast.data.prepare import prepare
 from mmf_fast.sampling import sample
-from mmf_fast.train import build_trainer
+from mmf_fast.train import build_loss, build_trainer
 from mmf_fast.training import CheckpointError, NonFiniteError, RunFolderError
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.record import read as read_metrics
@@ -315,6 +316,16 @@ def test_shapes_and_classes_come_from_the_data(tmp_path: Path) -> None:
         assert trainer.fit()
     net, _ = models.load_pretrained(tmp_path / "run")
     assert (net.shape, net.num_classes) == ((1, 8, 8), 10)
+
+
+def test_sequences_become_a_transformer_of_one_dimension() -> None:
+    dataset = as_dataset(torch.randn(20, 6, 2))
+    small = ["model.patch_size=2", "model.width=16", "model.depth=1"]
+    loss_fn = build_loss(config.load("digits", small), dataset)
+    assert loss_fn.net.shape == (6, 2)
+    assert loss_fn(dataset.batch(0, 4)[0], step=0).loss.isfinite()
+    with pytest.raises(ValueError, match=r"model\.name=unet does not take samples of shape \(6, 2\)"):
+        build_loss(config.load("fashion"), dataset)
 
 
 def test_two_rates_of_the_same_seed_differ_only_where_they_should(tmp_path: Path) -> None:
