@@ -2,7 +2,8 @@
 
 dual.py          the Dual, and how a function finds its rule
 rules/           the rules, one file per family of functions
-interception.py  what does not reach a Dual by itself: Dynamo's spellings, isinstance, checkpoints, einops
+interception.py  what does not reach a Dual by itself: isinstance, checkpoints, tensors that receive one
+teaching.py      what Dynamo, einops and flex_attention are told of Duals
 buffers.py       plain tensors that receive a Dual
 replay.py        the same random numbers again
 functional.py    `jvp`: Duals, torch.func.jvp made right, finite differences

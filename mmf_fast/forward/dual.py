@@ -34,6 +34,7 @@ __all__ = [
     "DetachedDual",
     "Dual",
     "MissingRuleError",
+    "duals_in",
     "known_functions",
     "laid_out_like",
     "missing_rule_error",
@@ -202,6 +203,17 @@ def primal(x: Any) -> Any:
 def tangent(x: Any) -> Tensor | None:
     """The tangent of a Dual; None (a symbolic zero) for anything else."""
     return x.tangent if isinstance(x, Dual) else None
+
+
+def duals_in(args: Any) -> list[Dual]:
+    """The Duals among the arguments of a function of torch, which may hold sequences of tensors."""
+    found = []
+    for x in args:
+        if isinstance(x, Dual):
+            found.append(x)
+        elif type(x) in (list, tuple):
+            found += duals_in(x)
+    return found
 
 
 def tangent_scope(*args: Any) -> contextlib.AbstractContextManager:

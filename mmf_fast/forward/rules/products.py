@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmf_fast.forward.dual import Dual, Value, missing_rule_error, primal, register_rule, tangent, tangent_scope
-from mmf_fast.forward.interception import operands_keep_their_order
 from mmf_fast.forward.rules.families import add_tangents, rule, spellings
+from mmf_fast.forward.teaching import operands_keep_their_order
 
 
 def multilinear(function: Callable[..., Tensor], *factors: Value) -> tuple[Any, Any]:

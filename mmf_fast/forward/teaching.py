@@ -1,0 +1,126 @@
+"""What other libraries are told of Duals, because they ask nobody: Dynamo, einops and flex_attention."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmf_fast.forward.dual import (
+    LOOK_INTO_TUPLES,
+    DetachedDual,
+    Dual,
+    duals_in,
+    known_functions,
+    missing_rule_error,
+)
+from mmf_fast.ops.dispatch import constant_to_dynamo
+
+__all__ = ["operands_keep_their_order", "teach"]
+
+
+@constant_to_dynamo
+def teach() -> bool:
+    """Tells the libraries that are loaded what a Dual is; runs while Dynamo traces, too. Each is told once per
+    process."""
+    if "torch._dynamo" in sys.modules:
+        _teach_dynamo()
+    if "einops" in sys.modules:
+        _teach_einops()
+    if "torch.nn.attention.flex_attention" in sys.modules:
+        _teach_flex_attention()
+    return True
+
+
+def _teach_dynamo() -> None:
+    """`@` of what is not a tensor, which Dynamo lacks before PyTorch 2.14, which functions can be overridden, that a
+    Dual is a tensor to networks, and which tensors share their memory."""
+    from torch._dynamo.variables import builtin, tensor
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    def call_matmul(self: Any, tx: Any, a: Any, b: Any) -> Any:  # dual @ dual
+        return a.call_method(tx, "__matmul__", [b], {})
+
+    for product in (operator.matmul, operator.imatmul):
+        if not hasattr(builtin.BuiltinVariable, f"call_{product.__name__}"):
+            setattr(builtin.BuiltinVariable, f"call_{product.__name__}", call_matmul)
+            builtin.BuiltinVariable.call_function_handler_cache.clear()  # it remembers what it could not do
+        # dual @ tensor; without this entry Dynamo swaps the operands and still says Tensor.matmul
+        builtin.BUILTIN_TO_TENSOR_RFN_MAP.setdefault(product, Tensor.__rmatmul__)
+    get_overridable_functions().update(known_functions())
+    if builtin.BuiltinVariable.call_isinstance.__module__ != __name__:
+        _teach_isinstance(builtin.BuiltinVariable)
+        _teach_memory(tensor.UntypedStorageVariable, tensor.TensorVariable)
+
+
+def _teach_isinstance(variable: Any) -> None:
+    original = variable.call_isinstance
+
+    def call_isinstance(self: Any, tx: Any, arg: Any, kinds: Any) -> Any:
+        kind = getattr(arg, "tuple_cls", None)
+        if kind in (Dual, DetachedDual) and tx.f_globals.get("__name__", "").split(".")[0] not in LOOK_INTO_TUPLES:
+            named = kinds.as_python_constant()
+            is_one = issubclass(Tensor, named) or (issubclass(kind, named) and not issubclass(tuple, named))
+            return type(arg).build(tx, is_one)
+        return original(self, tx, arg, kinds)
+
+    variable.call_isinstance = call_isinstance
+    variable.call_function_handler_cache.clear()
+
+
+def _teach_memory(storage: Any, tensor: Any) -> None:
+    original = storage.var_getattr
+
+    def var_getattr(self: Any, tx: Any, name: str) -> Any:
+        return self.build(tx, self.example_value._cdata) if name == "_cdata" else original(self, tx, name)
+
+    def storage_offset(self: Any, tx: Any) -> Any:
+        offset = self.as_proxy().node.meta["example_value"].storage_offset()
+        return self.build(tx, offset) if isinstance(offset, int) else None  # None: as without this
+
+    storage.var_getattr, tensor.method_storage_offset = var_getattr, storage_offset
+
+
+@constant_to_dynamo
+def operands_keep_their_order() -> bool:
+    """Whether Dynamo tells dual @ tensor from tensor @ dual, which it does once it was taught."""
+    from torch._dynamo.variables import builtin
+
+    return operator.matmul in builtin.BUILTIN_TO_TENSOR_RFN_MAP
+
+
+def _teach_einops() -> None:
+    """einops finds its backend by the type of a tensor. The name under which it remembers ours must not be "torch":
+    plain tensors would be served by it, and no longer be known, in the whole process."""
+    backends: Any = sys.modules["einops._backends"]
+    if "mmf_fast" in backends._loaded_backends:
+        return
+
+    class DualBackend(backends.TorchBackend):
+        framework_name = "mmf_fast"
+
+        def is_appropriate_type(self, tensor: Any) -> bool:
+            return isinstance(tensor, Dual)
+
+    backends._loaded_backends[DualBackend.framework_name] = DualBackend()
+    for kind in (Dual, DetachedDual):  # now, since Dynamo cannot trace the search
+        backends.get_backend(kind(torch.empty(0), None))
+
+
+def _teach_flex_attention() -> None:
+    """Its refusal would come out of a compilation of its own, without a name."""
+    module: Any = sys.modules["torch.nn.attention.flex_attention"]
+    original = module._validate_sdpa_input
+    if original.__module__ == __name__:
+        return
+
+    def validate(*args: Any, **kwargs: Any) -> Any:
+        if duals_in([*args, *kwargs.values()]):
+            fix = "use F.scaled_dot_product_attention, with what score_mod adds as its attn_mask"
+            raise missing_rule_error(module.flex_attention, fix)
+        return original(*args, **kwargs)
+
+    module._validate_sdpa_input = validate
