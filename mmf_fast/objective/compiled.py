@@ -63,13 +63,13 @@ def blocks_of(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return [block for block in found if block not in inner]
 
 
-def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+def compile_blocks(blocks: Sequence[nn.Module], **options: Any) -> None:
     """Compiles the forward of each in place (fullgraph). Blocks that are alike share their graphs: one on tensors, one
-    on duals with a graph, one without, whatever the depth."""
+    on duals with a graph, one without, whatever the depth. options: of torch.compile."""
     limit = GRAPHS + 8 * len(blocks)  # the graphs of all blocks of a class count together
     torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, **options)
 
 
 def better_by_block(blocks: Sequence[nn.Module]) -> bool:

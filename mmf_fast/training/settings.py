@@ -8,7 +8,7 @@ import math
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 __all__ = [
     "FREE",
@@ -31,6 +31,8 @@ class ConfigError(ValueError):
 # A field so marked may differ between a run and its resumption: it says how long and where to run and what to record,
 # and no training step depends on it. An argument of a network says the same by Annotated[type, "free"].
 FREE = {"free": True}
+
+CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,9 @@ class Train:
     # true: the whole loss as one graph; blocks: each block of the network, two graphs whatever its depth; auto: blocks
     # where a network has many large ones that are alike, else true.
     compile: bool | Literal["auto", "blocks"] = field(default=False, metadata=FREE)
+    # What torch.compile may spend: max-autotune tries other kernels for products, minutes long; reduce-overhead replays
+    # CUDA graphs, so that a step has few launches; max-autotune does both, unless -no-cudagraphs is added.
+    compile_mode: CompileMode = field(default="default", metadata=FREE)
     blocks: tuple[str, ...] = field(default=("blocks",), metadata=FREE)  # names in the network
     log_every: int = field(default=10, metadata=FREE)
     sample_every: int = field(default=500, metadata=FREE)  # 0: only at the end

@@ -44,6 +44,7 @@ class Engine:
 
     rank = 0
     world_size = 1
+    cuda_graphs = False  # whether the loss is replayed: then each pass writes its results where the last one did
     gathers = False  # whether it fetches weights between the blocks of the network, so that no graph can hold them all
 
     def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, device: torch.device, seed: int) -> None:
@@ -71,11 +72,12 @@ class Engine:
             self._compile(loss_fn, train)
 
     def _compile(self, loss_fn: Any, train: Train) -> None:
-        blocks = blocks_of(self.net, train.blocks)
+        blocks, mode = blocks_of(self.net, train.blocks), train.compile_mode
+        self.cuda_graphs = self.device.type == "cuda" and mode in ("reduce-overhead", "max-autotune")
         if train.compile is True or (train.compile == "auto" and not self.gathers and not better_by_block(blocks)):
-            loss_fn.compile()
+            loss_fn.compile(mode=mode)
         elif blocks:
-            compile_blocks(blocks)
+            compile_blocks(blocks, mode=mode)
         else:
             raise ConfigError(
                 f"train.compile={train.compile}: {type(self.net).__name__} has no {' or '.join(train.blocks)}; name "
@@ -101,9 +103,12 @@ class Engine:
             group["lr"] = lr
         found: list[dict[str, Tensor]] = []
         for part, rows in parts(len(x), self.accumulate, self.rank, self.world_size, self.seed):
+            if self.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             with self.phases("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 output = self.model(x[rows], step=step, part=part, **take(cond, rows, paths))
-            found.append({**output.metrics, "loss": output.loss.detach()})
+            metrics = {**output.metrics, "loss": output.loss.detach()}
+            found.append({key: value.clone() for key, value in metrics.items()} if self.cuda_graphs else metrics)
             with self.phases("backward"):
                 self.backward(output.loss, last=len(found) == self.accumulate)
         with self.phases("optimizer"):

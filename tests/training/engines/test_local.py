@@ -1,5 +1,6 @@
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -253,3 +254,34 @@ def test_auto_compiles_the_whole_loss_of_a_small_network(monkeypatch: pytest.Mon
         LocalEngine(loss_fn, OPTIMIZER, Train(batch=16, device="cpu", compile="auto"))
         assert (loss_fn.compiled is None) == gathers
         assert all(("forward" in vars(block)) == gathers for block in loss_fn.net.blocks)
+
+
+@pytest.mark.parametrize("compile", [True, "blocks"])
+def test_the_mode_of_compilation_reaches_torch(compile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def record(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        seen.append(options["mode"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", record)
+    train = Train(batch=16, device="cpu", compile=compile, compile_mode="max-autotune")
+    LocalEngine(MeanFlowLoss(MLP(2, width=8, depth=3)), OPTIMIZER, train)
+    assert seen and set(seen) == {"max-autotune"}
+
+
+def test_metrics_survive_a_pass_that_writes_where_the_last_one_did() -> None:
+    """As CUDA graphs do: the loss of each part is kept before the next part is computed."""
+
+    class Replayed(Regression):
+        memory = torch.zeros(())
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            self.memory.copy_(output.loss.detach())
+            return output._replace(metrics={"copied": self.memory})
+
+    engine = LocalEngine(Replayed(make_net()), OPTIMIZER, Train(batch=8, accumulate=2, device="cpu"))
+    engine.cuda_graphs = True
+    metrics = engine.step(step=0, **batch(0)).metrics
+    assert metrics["copied"] == metrics["loss"]
