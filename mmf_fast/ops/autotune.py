@@ -39,6 +39,7 @@ class Call(NamedTuple):
 
 _chosen: dict[Any, Config] = {}
 _INTERPRETED = Config(32, 16, 4, 1)
+_SMALL = Config(16, 16, 4, 1)  # fits every chip
 
 
 def blocks(config: Config, kernel: Any) -> dict[str, int]:
@@ -53,7 +54,25 @@ def run(call: Call) -> None:
     if device.type != "cuda":
         return _launch(call, _INTERPRETED)
     with torch.cuda.device(device):
-        _launch(call, _choice(call, device))
+        _launch_what_fits(call, device)
+
+
+def _launch_what_fits(call: Call, device: torch.device) -> None:
+    """With the choice; where its tiles are too large for a chip that has less shared memory than its kin (8.6 and 8.9
+    have 99 KiB, 8.0 has 163), with the next smaller ones, from then on."""
+    chosen = _choice(call, device)
+    configs = call.configs(chip(torch.cuda.get_device_capability(device)))
+    smaller = [config for config in (*configs, *(c._replace(stages=1) for c in configs), _SMALL) if config != chosen]
+    for config in (chosen, *smaller):
+        try:
+            _launch(call, config)
+        except triton.runtime.errors.OutOfResources:
+            if config == _SMALL:
+                raise
+            continue
+        if config != chosen:
+            _chosen[_key(call, device)] = config
+        return
 
 
 def chip(capability: tuple[int, int]) -> int:
@@ -61,9 +80,13 @@ def chip(capability: tuple[int, int]) -> int:
     return {9: 90, 10: 100}.get(capability[0], 80)
 
 
-def _choice(call: Call, device: torch.device) -> Config:
+def _key(call: Call, device: torch.device) -> tuple[Any, ...]:
     dtypes = tuple(x.dtype for x in call.arguments.values() if isinstance(x, Tensor))
-    key = (call.kernel.__name__, device, dtypes, tuple(call.constants.items()), call.sizes)
+    return call.kernel.__name__, device, dtypes, tuple(call.constants.items()), call.sizes
+
+
+def _choice(call: Call, device: torch.device) -> Config:
+    key = _key(call, device)
     if key in _chosen:
         return _chosen[key]
     configs = call.configs(chip(torch.cuda.get_device_capability(device)))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from support.clean_server import processes
 
-from mmf_fast.ops import autotune
+from mmf_fast.ops import autotune, gpu
 from mmf_fast.ops.autotune import Call, chip
 from mmf_fast.ops.tiles import TILES, Config, choices
 
@@ -52,6 +52,27 @@ def test_nothing_is_timed_where_results_must_repeat_or_the_user_says_so(timed, m
     torch.use_deterministic_algorithms(False)
     monkeypatch.setenv("MMF_FAST_AUTOTUNE", "0")
     assert choose(256) == CONFIGS[0] and not timed
+
+
+def test_tiles_too_large_for_a_chip_give_way_to_smaller_ones(timed, monkeypatch):
+    """Without timing, as on several ranks; the choice is kept."""
+    launched = []
+
+    def launch(call, config):
+        launched.append(config)
+        if config.block_m * config.stages > 32:
+            raise gpu.triton.runtime.errors.OutOfResources(128, 99, "shared memory")
+
+    def kernel(): ...
+
+    monkeypatch.setattr(autotune, "_launch", launch)
+    monkeypatch.setenv("MMF_FAST_AUTOTUNE", "0")
+    call = Call(kernel, lambda c: 1, {"x": torch.zeros(1)}, {"D": 64}, {90: CONFIGS[:2]}.__getitem__, (256,))
+    autotune._launch_what_fits(call, "cuda:0")
+    fits = Config(32, 32, 4, 1)
+    assert launched == [*CONFIGS[:2], Config(64, 32, 4, 1), fits]
+    autotune._launch_what_fits(call, "cuda:0")
+    assert launched[4:] == [fits] and not timed
 
 
 def test_ranks_take_the_same_tiles_and_wait_for_nobody(tmp_path):
