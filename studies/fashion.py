@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lambda 0.1": {"loss.lam.value": 0.1},
     "lambda 1": {"loss.lam.value": 1},
 }
-FIRST = ("lambda 0.1", "flow matching", "lambda 0", "lambda 1")  # the order of the runs
+FIRST = ("flow matching", "lambda 0.1", "lambda 0", "lambda 1")  # the order of the runs
 
 
 @functools.cache
