@@ -131,9 +131,18 @@ def _parameters(net: Any) -> list[inspect.Parameter]:
     net = bare(net)
     try:
         own = isinstance(net, nn.Module) and not hasattr(net, "__signature__")
-        return list(inspect.signature(net.forward if own else net).parameters.values())
+        call = net.forward if own else net
+        if inspect.ismethod(call):
+            return _parameters_of_function(call.__func__)[1:]
+        return list(inspect.signature(call).parameters.values())
     except (TypeError, ValueError):  # a builtin
         return []
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters_of_function(function: Any) -> list[inspect.Parameter]:
+    """Kept, as every call of the sampler asks; of a function, so that no network is kept alive."""
+    return list(inspect.signature(function).parameters.values())
 
 
 def _name(net: Any) -> str:

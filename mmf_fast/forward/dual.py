@@ -135,10 +135,14 @@ class Dual(NamedTuple):
             raise missing_rule_error(func, "a Dual cannot be written to out=; use the returned value")
         if "out" in kwargs:  # out=None, which functions written in Python pass on
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
-        if tracing:
+        mode = None if tracing else _watching()
+        if mode is None:
             return _paired(cls, func, rule(*args, **kwargs))
-        with unwatched():
+        torch._C._pop_torch_function_stack()  # `unwatched`, written out, since every call comes here
+        try:
             return _paired(cls, func, rule(*args, **kwargs))
+        finally:
+            torch._C._push_on_torch_function_stack(mode)
 
     def __getattr__(self, name: str) -> Any:
         # Only names without a rule arrive here: methods with a rule are attributes of the class.
@@ -361,7 +365,8 @@ def _wrap(cls: type[Dual], func: Any, y: Any, dy: Any) -> Any:
 def laid_out_like(y: Tensor, dy: Tensor) -> Tensor:
     """dy in the shape and strides of y, so that reshape, contiguous and their kin view both or copy both."""
     dy = dy if dy.shape == y.shape else dy.expand(y.shape)
-    if any(a != b and n > 1 for a, b, n in zip(y.stride(), dy.stride(), y.shape, strict=True)):
+    strides = y.stride(), dy.stride()
+    if strides[0] != strides[1] and any(a != b and n > 1 for a, b, n in zip(*strides, y.shape, strict=True)):
         dy = torch.empty_like(y).copy_(dy)
     return dy
 

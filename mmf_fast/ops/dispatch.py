@@ -78,25 +78,27 @@ def serve(name: str, *args: Any) -> str | None:
     (an operator there would lose its tangent), and while torch.compile traces, unless the kernel is faster than what
     inductor makes of the composition.
     """
-    flat = [x for arg in args for x in _parts(arg)]
-    tensors = [x for x in flat if isinstance(x, Tensor)]
-    first = next((x for x in tensors if x.is_floating_point()), None)
+    flat: list[Any] = []
+    for arg in args:
+        is_dual = isinstance(arg, tuple)
+        flat += (arg.primal, arg.tangent) if is_dual else (arg,)
+    first, ordinary = None, True
+    for x in flat:
+        if isinstance(x, Tensor):
+            if x.layout is not torch.strided:
+                return None
+            ordinary = ordinary and type(x) in (Tensor, torch.nn.Parameter)
+            first = x if first is None and x.is_floating_point() else first
     if first is None:
         return None
     kind = _kind(name, first.device.type, first.dtype)
-    if kind == "reference" or any(x.layout != torch.strided for x in tensors):
+    if kind == "reference":
         return None
     if torch.compiler.is_compiling():
         allowed = (name, kind) in BEATS_INDUCTOR
     else:
-        inside_functorch = torch._C._functorch.peek_interpreter_stack() is not None
-        allowed = not inside_functorch and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        allowed = ordinary and torch._C._functorch.peek_interpreter_stack() is None
     return kind if allowed and OPERATORS[name].takes(kind, *flat) else None
-
-
-def _parts(arg: Any) -> tuple[Any, ...]:
-    is_dual = isinstance(arg, tuple)
-    return (arg.primal, arg.tangent) if is_dual else (arg,)
 
 
 @constant_to_dynamo
