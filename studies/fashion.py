@@ -135,7 +135,6 @@ def answer(rows: Rows) -> str:
     share = rows.spread(lambda figures: figures["agreement_1"] / figures["agreement_test"], method="lambda 0.1")
     return "\n\n".join(
         [
-            table("trained as, with", ["Frechet distance", "class agreement", "precision", "recall"], lines),
             f"In one evaluation, at lambda 0.1: a Frechet distance of {one:.1f}, where {EVALUATIONS[-1]} evaluations "
             f"of flow matching reach {many:.1f} in as much training time and one evaluation of it "
             f"{figure('frechet_1', 'flow matching'):.1f}; the classifier agrees with the label asked for {share:.3f} "
@@ -143,6 +142,7 @@ def answer(rows: Rows) -> str:
             f"0.1, lambda 0 is {compared(figure('frechet_1', 'lambda 0'), one)} it. The median distance of a sample to "
             f"the nearest training image is {figure('nearest_1', 'lambda 0.1'):.2f}, of a test image "
             f"{rows.spread('nearest_test'):.2f}: none is copied.",
+            table("trained as, with", ["Frechet distance", "class agreement", "precision", "recall"], lines),
         ]
     )
 
