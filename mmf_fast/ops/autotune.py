@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -61,18 +62,18 @@ def _launch_what_fits(call: Call, device: torch.device) -> None:
     """With the choice; where its tiles are too large for a chip that has less shared memory than its kin (8.6 and 8.9
     have 99 KiB, 8.0 has 163), with the next smaller ones, from then on."""
     chosen = _choice(call, device)
+    try:
+        return _launch(call, chosen)
+    except triton.runtime.errors.OutOfResources as error:
+        too_large = error
     configs = call.configs(chip(torch.cuda.get_device_capability(device)))
-    smaller = [config for config in (*configs, *(c._replace(stages=1) for c in configs), _SMALL) if config != chosen]
-    for config in (chosen, *smaller):
-        try:
-            _launch(call, config)
-        except triton.runtime.errors.OutOfResources:
-            if config == _SMALL:
-                raise
-            continue
+    for config in (*configs, *(c._replace(stages=1) for c in configs), _SMALL):
         if config != chosen:
-            _chosen[_key(call, device)] = config
-        return
+            with suppress(triton.runtime.errors.OutOfResources):
+                _launch(call, config)
+                _chosen[_key(call, device)] = config
+                return
+    raise too_large
 
 
 def chip(capability: tuple[int, int]) -> int:
