@@ -39,7 +39,11 @@ def _teach_dynamo() -> None:
     """`@` of what is not a tensor, which Dynamo lacks before PyTorch 2.14, which functions can be overridden, that a
     Dual is a tensor to networks, and which tensors share their memory."""
     from torch._dynamo.variables import builtin, tensor
-    from torch._dynamo.variables.torch import get_overridable_functions
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, get_overridable_functions
+
+    # Dynamo notes PyTorch's functions when it first traces. In a pass, where a network compiles a part of itself, it
+    # would note what replaces `torch.is_tensor` there, and know the original no more.
+    TorchInGraphFunctionVariable._get_handlers()
 
     def call_matmul(self: Any, tx: Any, a: Any, b: Any) -> Any:  # dual @ dual
         return a.call_method(tx, "__matmul__", [b], {})

@@ -120,6 +120,16 @@ def test_outside_a_pass_the_process_is_as_it_was() -> None:
     assert torch.equal(einops.rearrange(W, "a b -> b a"), W.T)
 
 
+def test_a_pass_in_which_dynamo_first_traces_leaves_it_the_functions_of_torch() -> None:
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    TorchInGraphFunctionVariable._get_handlers.cache_clear()  # as in a new process
+    torch._dynamo.reset()
+    jvp(COMPILED, (W,), (W,))
+    asks = torch.compile(lambda x: 2 * x if torch.is_tensor(x) else x, fullgraph=True, backend="eager")
+    assert torch.equal(asks(W), 2 * W)
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

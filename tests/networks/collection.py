@@ -602,7 +602,7 @@ def k_image() -> nn.Module:
     return Adapter(net, lambda net, z, r, t: net(z, t + 0.5))
 
 
-@entry("k-diffusion ImageTransformerDenoiserModelV1")
+@entry("k-diffusion ImageTransformerDenoiserModelV1", compiles=False)  # it tries to import flash_attn in its forward
 def k_transformer() -> nn.Module:
     with stubs.installed():
         from k_diffusion.models import ImageTransformerDenoiserModelV1
