@@ -11,7 +11,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,10 +30,12 @@ from studies.runner import Study, main
 from studies.training import train
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SOURCE = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 MINUTES = 8  # of one core, for the steps of a run
+SHORTER = (2, 4)  # minutes, of the two that are looked at over time
 EVALUATIONS = (1, 2, 16)
 COUNT = 2000  # samples judged
 METHODS: dict[str, dict[str, Any]] = {
@@ -42,7 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lambda 0.1": {"loss.lam.value": 0.1},
     "lambda 1": {"loss.lam.value": 1},
 }
-FIRST = ("flow matching", "lambda 0.1", "lambda 0", "lambda 1")  # the order of the runs
+OVER_TIME = ("flow matching", "lambda 0.1")
+FIRST = (*OVER_TIME, "lambda 0", "lambda 1")  # the order of the runs
 
 
 @functools.cache
@@ -122,8 +125,8 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
 
 
 def answer(rows: Rows) -> str:
-    def figure(name: str, method: str) -> Spread:
-        return rows.spread(name, method=method)
+    def figure(name: str | Callable[[Mapping[str, float]], float], method: str) -> Spread:
+        return rows.spread(name, method=method, minutes=MINUTES)
 
     lines: dict[str, list[Spread]] = {}
     for method in METHODS:
@@ -132,7 +135,17 @@ def answer(rows: Rows) -> str:
             lines[f"{method}, {k} evaluation{'s' if k > 1 else ''}"] = [figure(name, method) for name in names]
     lines["test images"] = [rows.spread(f"{name}_test") for name in ("frechet", "agreement", "precision", "recall")]
     one, many = figure("frechet_1", "lambda 0.1"), figure(f"frechet_{EVALUATIONS[-1]}", "flow matching")
-    share = rows.spread(lambda figures: figures["agreement_1"] / figures["agreement_test"], method="lambda 0.1")
+    share = figure(lambda figures: figures["agreement_1"] / figures["agreement_test"], "lambda 0.1")
+    many_over, ours = ({"method": method} for method in OVER_TIME)
+    over_time: dict[str, list[Spread]] = {}
+    for minutes in (*SHORTER, MINUTES):
+        at = {"minutes": minutes}
+        over_time[f"{minutes}"] = [
+            rows.spread("frechet_1", **ours, **at),
+            rows.spread(f"frechet_{EVALUATIONS[-1]}", **many_over, **at),
+            rows.ratio("frechet_1", {**ours, **at}, {**many_over, **at}, over=f"frechet_{EVALUATIONS[-1]}"),
+            rows.spread("agreement_1", **ours, **at),
+        ]
     return "\n\n".join(
         [
             f"In one evaluation, at lambda 0.1: a Frechet distance of {one:.1f}, where {EVALUATIONS[-1]} evaluations "
@@ -143,27 +156,42 @@ def answer(rows: Rows) -> str:
             f"the nearest training image is {figure('nearest_1', 'lambda 0.1'):.2f}, of a test image "
             f"{rows.spread('nearest_test'):.2f}: none is copied.",
             table("trained as, with", ["Frechet distance", "class agreement", "precision", "recall"], lines),
+            table(
+                "minutes of training",
+                ["one evaluation at lambda 0.1", f"{EVALUATIONS[-1]} of flow matching", "ratio", "agreement in one"],
+                over_time, ".2f",
+            ),
         ]
-    )
+    )  # fmt: skip
 
 
 def draw(rows: Rows) -> Figure:
     from matplotlib.figure import Figure
 
-    result = Figure(figsize=(7, 4), layout="constrained")
-    axes = result.subplots()
+    result = Figure(figsize=(9, 4), layout="constrained")
+    axes, over_time = result.subplots(1, 2, sharey=True)
+
+    def curve(on: Axes, places: Sequence[float], found: Sequence[Spread], label: str) -> None:
+        on.errorbar(places, [each.mean for each in found], [each.deviation for each in found], fmt="o-", capsize=3,
+                    label=label)  # fmt: skip
+
     for number, method in enumerate(METHODS):
-        found = [rows.spread(f"frechet_{k}", method=method) for k in EVALUATIONS]
         places = [k * 1.05 ** (number - 1.5) for k in EVALUATIONS]
-        axes.errorbar(places, [each.mean for each in found], [each.deviation for each in found], fmt="o-", capsize=3,
-                      label=method)  # fmt: skip
-    axes.axhline(rows.spread("frechet_test").mean, color="0.5", linestyle=":", label="test images")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(EVALUATIONS, [str(k) for k in EVALUATIONS])
-    axes.minorticks_off()
+        found = [rows.spread(f"frechet_{k}", method=method, minutes=MINUTES) for k in EVALUATIONS]
+        curve(axes, places, found, method)
+    minutes = (*SHORTER, MINUTES)
+    for method, k in (("lambda 0.1", 1), ("flow matching", 1), ("flow matching", EVALUATIONS[-1])):
+        found = [rows.spread(f"frechet_{k}", method=method, minutes=each) for each in minutes]
+        curve(over_time, minutes, found, f"{method}, {k} evaluation{'s' if k > 1 else ''}")
+    for on, ticks in ((axes, EVALUATIONS), (over_time, minutes)):
+        on.axhline(rows.spread("frechet_test").mean, color="0.5", linestyle=":", label="test images")
+        on.set_xscale("log")
+        on.set_yscale("log")
+        on.set_xticks(ticks, [str(each) for each in ticks])
+        on.minorticks_off()
+        on.legend(fontsize=8)
     axes.set(xlabel="evaluations of the network for a sample", ylabel="Frechet distance")
-    axes.legend()
+    over_time.set(xlabel="minutes of training")
     return result
 
 
@@ -171,12 +199,16 @@ STUDY = Study(
     name="fashion",
     title="Real images: Fashion-MNIST in one step",
     question="How near does one evaluation come to many steps of flow matching, on real images, trained as long?",
-    settings=[{"method": method, "minutes": MINUTES} for method in FIRST],
+    settings=[
+        *({"method": method, "minutes": MINUTES} for method in FIRST),
+        *({"method": method, "minutes": minutes} for minutes in SHORTER for method in OVER_TIME),
+    ],
     run=run,
     seconds=lambda setting: 60.0 * setting["minutes"] + 240,
     method=f"Fashion-MNIST (60,000 training images of 28x28, 10 classes), the network and settings of "
-    f"configs/fashion.yaml, {MINUTES} minutes of one core for the steps of each run, whatever the method. Judged are "
-    f"{COUNT:,} samples, in the features of a classifier of the training images, beside as many test images.",
+    f"configs/fashion.yaml, {MINUTES} minutes of one core for the steps of each run, whatever the method, or fewer for "
+    f"the curves over time, each with a schedule of its own. Judged are {COUNT:,} samples, in the features of a "
+    f"classifier of the training images, beside as many test images.",
     draw=draw,
     answer=answer,
     doubt="A longer training: none of these runs has converged, and more evaluations gain most where it has.",

@@ -50,9 +50,12 @@ class Rows(list[Row]):
                  for row in self.where(**setting)]  # fmt: skip
         return _spread(found)
 
-    def ratio(self, figure: str, one: Setting, other: Setting) -> Spread:
-        """Of a figure with one setting over that with another, seed by seed."""
-        first, second = ({row["seed"]: row["figures"][figure] for row in self.where(**each)} for each in (one, other))
+    def ratio(self, figure: str, one: Setting, other: Setting, over: str | None = None) -> Spread:
+        """Of a figure with one setting over that with another, or over the figure `over`, seed by seed."""
+        first, second = (
+            {row["seed"]: row["figures"][name] for row in self.where(**each)}
+            for name, each in ((figure, one), (over or figure, other))
+        )
         found = [
             first[seed] / second[seed] if None not in (first[seed], second[seed]) else math.inf
             for seed in first.keys() & second.keys()
