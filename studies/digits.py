@@ -23,7 +23,7 @@ from studies.training import train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS, WIDTH, DEPTH = 1000, 96, 2
+STEPS, DEPTH = 1000, 2
 EVALUATIONS = (1, 2, 4)
 WEIGHTS: dict[str, dict[str, Any]] = {
     "p = 0": {"p": 0.0},
@@ -31,7 +31,10 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "p = 1": {"p": 1.0},
     "by times": {"p": 1.0, "weight": "times"},
 }
-BASE = {"weight": "p = 0", "steps": STEPS, "batch": 128, "rate": 1e-3, "clip": 1.0, "schedule": "constant"}
+BASE: dict[str, Any] = {
+    **{"weight": "p = 0", "steps": STEPS, "batch": 128, "rate": 1e-3, "clip": 1.0, "schedule": "constant"},
+    "width": 96,
+}
 GRID = [{**BASE, "weight": weight, "lam": lam} for weight in WEIGHTS for lam in (0.0, 1.0, 0.1)]
 CHANGES: list[dict[str, Any]] = [
     {"rate": 3e-4},
@@ -40,6 +43,8 @@ CHANGES: list[dict[str, Any]] = [
     {"clip": 0.0},
     {"schedule": "cosine"},
     {"steps": 4 * STEPS},
+    {"width": 32},
+    {"width": 192},
 ]
 SETTINGS = [*GRID, *({**BASE, **change, "lam": lam} for change in CHANGES for lam in (0.0, 1.0))]
 
@@ -48,7 +53,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     steps = 6 if quick else setting["steps"]
     torch.manual_seed(seed)
     data = load("digits", seed=seed)
-    net = DiT(8, channels=1, patch_size=4, width=WIDTH, depth=DEPTH, heads=4, num_classes=10)
+    net = DiT(8, channels=1, patch_size=4, width=setting["width"], depth=DEPTH, heads=4, num_classes=10)
     times = TimeSampler(share=0.25)
     loss_fn = MeanFlowLoss(net, times=times, lam=setting["lam"], paired=True, **WEIGHTS[setting["weight"]])
     figures: dict[str, float] = {}
@@ -146,8 +151,8 @@ STUDY = Study(
     question="Which lambda and weight draw the best 8x8 digits at equal steps, and what changes that?",
     settings=SETTINGS,
     run=run,
-    seconds=lambda setting: 20.0 * setting["steps"] / STEPS * setting["batch"] / BASE["batch"],
-    method=f"The 8x8 digits with a DiT of width {WIDTH} and {DEPTH} blocks of 4 tokens, {STEPS:,} steps of "
+    seconds=lambda setting: 20.0 * setting["steps"] / STEPS * setting["batch"] / BASE["batch"] * setting["width"] / 96,
+    method=f"The 8x8 digits with a DiT of width {BASE['width']} and {DEPTH} blocks of 4 tokens, {STEPS:,} steps of "
     f"{BASE['batch']}, a quarter of the rows with r < t (r uniform), paired, Adam at {BASE['rate']:g}, gradients "
     f"clipped to {BASE['clip']:g}, weights averaged. Frechet distance in the features of a classifier of the training "
     f"split, of samples in one, two and four steps, to the training split. Left out of the full grid, for their cost: "

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -63,6 +64,8 @@ class Interception(TorchFunctionMode):
 
 def _call(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
     buffers, tracing = CURRENT.buffers, torch.compiler.is_dynamo_compiling()
+    if func is tag_activation_checkpoint:
+        return _traced_checkpoint(*args, **kwargs)
     if func in WRITES:
         _receive(buffers, args, kwargs)
     elif func in _OF_SEQUENCES and args and isinstance(args[0], Dual):
@@ -154,6 +157,28 @@ def _recomputing(function: Any, *args: Any, **kwargs: Any) -> Any:
             return function(*inputs, **named)
 
     return _CHECKPOINT(again, *args, **kwargs)
+
+
+def _traced_checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A checkpoint under Dynamo, which takes and gives tensors, tuples and dictionaries of them, but no Duals."""
+
+    def apart(x: Any) -> Any:
+        if isinstance(x, Dual):
+            return {"detached": isinstance(x, DetachedDual), "primal": x.primal, "tangent": x.tangent}
+        return x
+
+    def together(x: Any) -> Any:
+        if isinstance(x, dict) and "detached" in x:
+            return (DetachedDual if x["detached"] else Dual)(x["primal"], x["tangent"])
+        return x
+
+    def again(*inputs: Any, **named: Any) -> Any:
+        with Interception():
+            out = function(*[together(x) for x in inputs], **{name: together(x) for name, x in named.items()})
+        return tuple([apart(x) for x in out]) if type(out) in (tuple, list) else apart(out)
+
+    out = tag_activation_checkpoint(again, *[apart(x) for x in args], **{name: apart(x) for name, x in kwargs.items()})
+    return tuple([together(x) for x in out]) if type(out) in (tuple, list) else together(out)
 
 
 def _is_tensor(obj: Any) -> bool:
