@@ -6,7 +6,6 @@ python -m studies.curriculum [--list | --quick | --minutes M]
 from __future__ import annotations
 
 import itertools
-import statistics
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -93,10 +92,11 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
         optimizer=Optimizer(lr=setting["rate"], clip=setting["clip"], ema=0.995),
         make_engine=SGDEngine if setting["optimizer"] == "sgd" else build_engine,
     )  # fmt: skip
+    found = torch.tensor(squares, dtype=torch.float64)  # infinite, perhaps, where a run diverges: statistics refuses it
     return {
         "error": one_step_error(net, data),
         "error_without_average": one_step_error(loss_fn.net, data),
-        "loss_deviation": statistics.stdev(squares) / statistics.fmean(squares),
+        "loss_deviation": float(found.std() / found.mean()),
     }
 
 
