@@ -176,7 +176,7 @@ def draw(rows: Rows) -> Figure:
         axes.errorbar(places, means, bars, fmt="o", capsize=3, label=weight, color=f"C{number}")
     axes.set_xticks(range(len(LAMBDAS)), [str(lam) for lam in LAMBDAS])
     axes.set(xlabel="lambda", ylabel="error of u(z, 0, 1)", ylim=(0, None))
-    axes.legend(title="weight")
+    figure.legend(loc="outside upper center", ncols=len(WEIGHTS), title="weight")
     return figure
 
 

@@ -151,11 +151,11 @@ def answer(rows: Rows) -> str:
             f"In one evaluation, at lambda 0: a Frechet distance of {one:.1f}, where {EVALUATIONS[-1]} evaluations "
             f"of flow matching reach {many:.1f} in as much training time and one evaluation of it "
             f"{figure('frechet_1', 'flow matching'):.1f}; the classifier agrees with the label asked for {share:.3f} "
-            f"times as often as on test images. Lambda 0.1 has {compared(figure('frechet_1', 'lambda 0.1'), one)} "
-            f"that, lambda 1 {compared(figure('frechet_1', 'lambda 1'), one)} it. A sample is "
+            f"times as often as on test images. At lambda 0.1 it is {compared(figure('frechet_1', 'lambda 0.1'), one)} "
+            f"this, at lambda 1 {compared(figure('frechet_1', 'lambda 1'), one)} this. A sample is "
             f"{figure('nearest_1', 'lambda 0'):.2f} from the nearest training image, in the median, a test image "
             f"{rows.spread('nearest_test'):.2f}: none is copied.",
-            table("trained as, with", ["Frechet distance", "class agreement", "precision", "recall"], lines),
+            table("trained as, with", ["Frechet distance", "class agreement", "precision", "recall"], lines, ".2f"),
             table(
                 "minutes of training",
                 ["one evaluation at lambda 0", f"{EVALUATIONS[-1]} of flow matching", "ratio", "agreement in one"],
