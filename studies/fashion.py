@@ -134,17 +134,17 @@ def answer(rows: Rows) -> str:
             names = (f"frechet_{k}", f"agreement_{k}", f"precision_{k}", f"recall_{k}")
             lines[f"{method}, {k} evaluation{'s' if k > 1 else ''}"] = [figure(name, method) for name in names]
     lines["test images"] = [rows.spread(f"{name}_test") for name in ("frechet", "agreement", "precision", "recall")]
-    one, many = figure("frechet_1", "lambda 0"), figure(f"frechet_{EVALUATIONS[-1]}", "flow matching")
+    most = f"frechet_{EVALUATIONS[-1]}"
+    one, many = figure("frechet_1", "lambda 0"), figure(most, "flow matching")
     share = figure(lambda figures: figures["agreement_1"] / figures["agreement_test"], "lambda 0")
-    many_over, ours = ({"method": method} for method in OVER_TIME)
     over_time: dict[str, list[Spread]] = {}
     for minutes in (*SHORTER, MINUTES):
-        at = {"minutes": minutes}
+        flow, ours = ({"method": method, "minutes": minutes} for method in OVER_TIME)
         over_time[f"{minutes}"] = [
-            rows.spread("frechet_1", **ours, **at),
-            rows.spread(f"frechet_{EVALUATIONS[-1]}", **many_over, **at),
-            rows.ratio("frechet_1", {**ours, **at}, {**many_over, **at}, over=f"frechet_{EVALUATIONS[-1]}"),
-            rows.spread("agreement_1", **ours, **at),
+            rows.spread("frechet_1", **ours),
+            rows.spread(most, **flow),
+            rows.ratio("frechet_1", ours, flow, over=most),
+            rows.spread("agreement_1", **ours),
         ]
     return "\n\n".join(
         [

@@ -244,10 +244,10 @@ class Blocks(nn.Module):
         for layer in self.layers:
             if self.use_reentrant is None:
                 x, scale = self.block(layer, x, scale)
+            elif self.use_reentrant:  # it takes nothing by name
+                x, scale = checkpoint.checkpoint(self.block, layer, x, scale, use_reentrant=True)
             else:
-                named = {"scale": scale} if not self.use_reentrant else {}
-                inputs = [layer, x] if named else [layer, x, scale]
-                x, scale = checkpoint.checkpoint(self.block, *inputs, use_reentrant=self.use_reentrant, **named)
+                x, scale = checkpoint.checkpoint(self.block, layer, x, scale=scale, use_reentrant=False)
         return x * scale
 
 
