@@ -160,25 +160,34 @@ def _recomputing(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _traced_checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A checkpoint under Dynamo, which takes and gives tensors, tuples and dictionaries of them, but no Duals."""
-
-    def apart(x: Any) -> Any:
-        if isinstance(x, Dual):
-            return {"detached": isinstance(x, DetachedDual), "primal": x.primal, "tangent": x.tangent}
-        return x
-
-    def together(x: Any) -> Any:
-        if isinstance(x, dict) and "detached" in x:
-            return (DetachedDual if x["detached"] else Dual)(x["primal"], x["tangent"])
-        return x
+    """A checkpoint under Dynamo, which takes and gives tensors in lists, tuples and dictionaries, but no Duals."""
 
     def again(*inputs: Any, **named: Any) -> Any:
         with Interception():
-            out = function(*[together(x) for x in inputs], **{name: together(x) for name, x in named.items()})
-        return tuple([apart(x) for x in out]) if type(out) in (tuple, list) else apart(out)
+            return _apart(function(*_together(inputs), **_together(named)))
 
-    out = tag_activation_checkpoint(again, *[apart(x) for x in args], **{name: apart(x) for name, x in kwargs.items()})
-    return tuple([together(x) for x in out]) if type(out) in (tuple, list) else together(out)
+    return _together(tag_activation_checkpoint(again, *_apart(args), **_apart(kwargs)))
+
+
+def _apart(x: Any) -> Any:
+    if isinstance(x, Dual):
+        return {_DETACHED: isinstance(x, DetachedDual), "primal": x.primal, "tangent": x.tangent}
+    return _within(_apart, x)
+
+
+def _together(x: Any) -> Any:
+    if type(x) is dict and _DETACHED in x:
+        return (DetachedDual if x[_DETACHED] else Dual)(x["primal"], x["tangent"])
+    return _within(_together, x)
+
+
+def _within(change: Any, x: Any) -> Any:
+    if type(x) in (list, tuple):
+        return type(x)([change(part) for part in x])
+    return {name: change(part) for name, part in x.items()} if type(x) is dict else x
+
+
+_DETACHED = "a Dual taken apart: is it detached?"
 
 
 def _is_tensor(obj: Any) -> bool:

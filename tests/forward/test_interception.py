@@ -239,6 +239,10 @@ class Blocks(nn.Module):
             y[:, :2] = some  # type: ignore[index]
         return x + y * scale, scale * 2
 
+    def nested(self, layer: nn.Module, x: Any, more: Any) -> list[Any]:
+        x, scale = self.block(layer, x, *more["scales"])
+        return [x, {"scales": (scale,)}]
+
     def forward(self, x: Any) -> Any:
         scale = x.sum().cos()
         for layer in self.layers:
@@ -247,7 +251,8 @@ class Blocks(nn.Module):
             elif self.use_reentrant:  # it takes nothing by name
                 x, scale = checkpoint.checkpoint(self.block, layer, x, scale, use_reentrant=True)
             else:
-                x, scale = checkpoint.checkpoint(self.block, layer, x, scale=scale, use_reentrant=False)
+                x, more = checkpoint.checkpoint(self.nested, layer, x, more={"scales": (scale,)}, use_reentrant=False)
+                (scale,) = more["scales"]
         return x * scale
 
 
