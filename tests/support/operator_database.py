@@ -62,7 +62,7 @@ class Sample:
         for i, x in zip(self.moving, xs, strict=False):
             leaves[i] = x
         (input, args, kwargs) = tree_unflatten(leaves, self.spec)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed formats a traceback for each kind of accelerator
         function = function or self.op.op
         if getattr(Tensor, getattr(function, "__name__", ""), None) is function and isinstance(input, Dual):
             function = getattr(type(input), function.__name__)  # a method of Tensor is looked up on the Dual
@@ -73,7 +73,7 @@ class Sample:
 
 
 def samples(op: Any, dtype: torch.dtype, limit: int | None) -> Iterator[Sample]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     found = op.sample_inputs("cpu", dtype, requires_grad=False)
     for sample in itertools.islice(found, limit):
         leaves, spec = tree_flatten((sample.input, tuple(sample.args), sample.kwargs))
