@@ -39,10 +39,10 @@ SHORTER = (2, 4)  # minutes, of the two that are looked at over time
 EVALUATIONS = (1, 2, 16)
 COUNT = 2000  # samples judged
 METHODS: dict[str, dict[str, Any]] = {
-    "flow matching": {"loss.times.share": 0, "loss.lam.value": 0},
-    "lambda 0": {"loss.lam.value": 0},
-    "lambda 0.1": {"loss.lam.value": 0.1},
-    "lambda 1": {"loss.lam.value": 1},
+    "flow matching": {"loss.lam": 0, "loss.times.share": 0},
+    "lambda 0": {"loss.lam": 0},
+    "lambda 0.1": {"loss.lam": "{kind: linear, value: 0.1, warmup: 1000}"},
+    "lambda 1": {"loss.lam": "{kind: linear, value: 1, warmup: 1000}"},
 }
 OVER_TIME = ("flow matching", "lambda 0")
 FIRST = (*OVER_TIME, "lambda 0.1", "lambda 1")  # the order of the runs

@@ -132,13 +132,13 @@ def _replacing() -> Iterator[None]:
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Function.apply would take a Dual for a constant and give a tuple; here it needs a rule: register_rule(cls)."""
     if not LIVE and not kwargs and _MAY_HOLD_DUALS.isdisjoint(map(type, args)):
-        return _APPLY.__func__(cls, *args)
+        return _APPLY.__get__(None, cls)(*args)
     buffers = CURRENT.buffers
     if buffers.tangents:
         args, kwargs = buffers.moving(args), buffers.moving_by_name(kwargs)
     duals = [x for x in duals_in([*args, *kwargs.values()]) if x.tangent is not None]
     if not duals:
-        return _APPLY.__func__(cls, *map(primal, args), **kwargs)
+        return _APPLY.__get__(None, cls)(*map(primal, args), **kwargs)
     if cls is checkpoint.CheckpointFunction:  # use_reentrant=True, whose results are those of the other form
         function, preserve, *inputs = args
         return checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=preserve)
