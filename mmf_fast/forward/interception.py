@@ -205,10 +205,12 @@ def _isinstance(obj: Any, kinds: Any) -> bool:
 
 _ISINSTANCE = isinstance
 _APPLY: Any = torch.autograd.Function.__dict__["apply"]
-_CHECKPOINT: Any = checkpoint._checkpoint_without_reentrant_generator
+_RECOMPUTING = "_checkpoint_without_reentrant_generator"
+_RECOMPUTING += "_impl" * hasattr(checkpoint, f"{_RECOMPUTING}_impl")  # its name since PyTorch 2.14
+_CHECKPOINT: Any = getattr(checkpoint, _RECOMPUTING)
 _REPLACED: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch, "is_tensor", torch.is_tensor, _is_tensor),
     (builtins, "isinstance", isinstance, _isinstance),
     (torch.autograd.Function, "apply", _APPLY, classmethod(_apply)),
-    (checkpoint, "_checkpoint_without_reentrant_generator", _CHECKPOINT, _recomputing),
+    (checkpoint, _RECOMPUTING, _CHECKPOINT, _recomputing),
 )

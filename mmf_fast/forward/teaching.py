@@ -58,6 +58,8 @@ def _teach_dynamo() -> None:
     if builtin.BuiltinVariable.call_isinstance.__module__ != __name__:
         _teach_isinstance(builtin.BuiltinVariable)
         _teach_memory(tensor.UntypedStorageVariable, tensor.TensorVariable)
+        if hasattr(tensor.TensorVariable, "mp_ass_subscript_impl"):
+            _teach_assignment(tensor.TensorVariable)
 
 
 def _teach_isinstance(variable: Any) -> None:
@@ -76,16 +78,33 @@ def _teach_isinstance(variable: Any) -> None:
 
 
 def _teach_memory(storage: Any, tensor: Any) -> None:
-    original = storage.var_getattr
+    def cdata(self: Any, tx: Any) -> Any:
+        return self.build(tx, self.example_value._cdata)
 
-    def var_getattr(self: Any, tx: Any, name: str) -> Any:
-        return self.build(tx, self.example_value._cdata) if name == "_cdata" else original(self, tx, name)
-
-    def storage_offset(self: Any, tx: Any) -> Any:
+    def storage_offset(self: Any, tx: Any, *_: Any) -> Any:
         offset = self.as_proxy().node.meta["example_value"].storage_offset()
         return self.build(tx, offset) if isinstance(offset, int) else None  # None: as without this
 
-    storage.var_getattr, tensor.method_storage_offset = var_getattr, storage_offset
+    if hasattr(storage, "tp_getset"):  # tables, since PyTorch 2.14
+        base: Any = sys.modules["torch._dynamo.variables.base"]
+        storage.tp_getset = storage.tp_getset | {"_cdata": base.GetSet(cdata)}
+        tensor.tp_methods = tensor.tp_methods | {"storage_offset": base.Method(storage_offset)}
+    else:
+        original = storage.var_getattr
+        storage.var_getattr = lambda self, tx, name: cdata(self, tx) if name == "_cdata" else original(self, tx, name)
+        tensor.method_storage_offset = storage_offset
+
+
+def _teach_assignment(tensor: Any) -> None:
+    """x[...] = dual, which asks no mode since PyTorch 2.14; other methods of x do."""
+    original = tensor.mp_ass_subscript_impl
+
+    def assign(self: Any, tx: Any, key: Any, value: Any) -> Any:
+        if getattr(value, "tuple_cls", None) in (Dual, DetachedDual):
+            return self.call_method(tx, "__setitem__", [key, value], {})
+        return original(self, tx, key, value)
+
+    tensor.mp_ass_subscript_impl = assign
 
 
 @constant_to_dynamo
