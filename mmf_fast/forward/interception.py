@@ -131,7 +131,7 @@ def _replacing() -> Iterator[None]:
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Function.apply would take a Dual for a constant and give a tuple; here it needs a rule: register_rule(cls)."""
-    keeps = cls.__name__ == "_NoopSaveInputs"  # in which a checkpoint keeps its inputs, in PyTorch 2.11
+    keeps = cls is getattr(checkpoint, "_NoopSaveInputs", _apply)  # of a checkpoint, in PyTorch 2.11
     if keeps or (not LIVE and not kwargs and _MAY_HOLD_DUALS.isdisjoint(map(type, args))):
         return _APPLY.__get__(None, cls)(*args)
     buffers = CURRENT.buffers
