@@ -38,6 +38,7 @@ _OF_SEQUENCES = {
 
 _CONVERSIONS = {torch.as_tensor, torch.asarray, torch.tensor}  # they would take a Dual for a sequence of numbers
 _ALSO_WATCHED = _OF_SEQUENCES | _CONVERSIONS | set(DETACH)
+_KINDS = {Dual, DetachedDual}
 
 
 @contextlib.contextmanager
@@ -59,6 +60,8 @@ class Interception(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if LIVE or func in WRITES or func in _ALSO_WATCHED or torch.compiler.is_dynamo_compiling():
             return _call(func, types, args, kwargs or {})
+        if len(types) == 1 and types[0] in _KINDS:  # whom torch would ask next, by a longer way
+            return types[0].__torch_function__(func, types, args, kwargs)
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -100,7 +103,7 @@ def _receive(buffers: Buffers, args: tuple, kwargs: dict) -> None:
         buffers.receive(args[0], kind_of(duals))
 
 
-_MAY_HOLD_DUALS = {Dual, DetachedDual, list, tuple}
+_MAY_HOLD_DUALS = _KINDS | {list, tuple}
 _passes = 0
 _lock = threading.Lock()
 
@@ -131,8 +134,7 @@ def _replacing() -> Iterator[None]:
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Function.apply would take a Dual for a constant and give a tuple; here it needs a rule: register_rule(cls)."""
-    keeps = cls is getattr(checkpoint, "_NoopSaveInputs", _apply)  # of a checkpoint, in PyTorch 2.11
-    if keeps or (not LIVE and not kwargs and _MAY_HOLD_DUALS.isdisjoint(map(type, args))):
+    if cls is _KEEPS or (not LIVE and not kwargs and _MAY_HOLD_DUALS.isdisjoint(map(type, args))):
         return _APPLY.__get__(None, cls)(*args)
     buffers = CURRENT.buffers
     if buffers.tangents:
@@ -206,6 +208,7 @@ def _isinstance(obj: Any, kinds: Any) -> bool:
 
 _ISINSTANCE = isinstance
 _APPLY: Any = torch.autograd.Function.__dict__["apply"]
+_KEEPS = getattr(checkpoint, "_NoopSaveInputs", None)  # the inputs of a checkpoint, in PyTorch 2.11
 _RECOMPUTING = "_checkpoint_without_reentrant_generator"
 _RECOMPUTING += "_impl" * hasattr(checkpoint, f"{_RECOMPUTING}_impl")  # its name since PyTorch 2.14
 _CHECKPOINT: Any = getattr(checkpoint, _RECOMPUTING)

@@ -93,10 +93,9 @@ def draw_kinds(rows: int, part: BatchShare, step: int, intervals: int, graphs: i
     intervals = min(intervals, whole)
     graphs = min(graphs, intervals)
     phases = part.phases(step)
-    unit_number = torch.arange(part.index * own, (part.index + 1) * own)
-    number, chosen = _spread(unit_number, intervals, whole, phases[0])
-    _, keeps = _spread(number[chosen], graphs, intervals, phases[1])
+    earlier, chosen = _spread(part.index * own, own, intervals, whole, phases[0])
     later = chosen.nonzero()[:, 0] * unit + unit - 1
+    _, keeps = _spread(earlier, len(later), graphs, intervals, phases[1])
     instant = torch.ones(rows, dtype=torch.bool)
     instant[later] = False
     later = torch.cat([later[keeps], later[~keeps]])
@@ -105,11 +104,12 @@ def draw_kinds(rows: int, part: BatchShare, step: int, intervals: int, graphs: i
     return Kinds(instant.nonzero()[:, 0], later[:kept], later[kept:], partners, intervals, graphs)
 
 
-def _spread(places: Tensor, count: int, whole: int, phase: float) -> tuple[Tensor, Tensor]:
-    """`count` of `whole` places, evenly spread: how many are chosen before each of `places`, and whether it is."""
+def _spread(start: int, places: int, count: int, whole: int, phase: float) -> tuple[int, Tensor]:
+    """`count` of `whole` places, evenly spread: how many come before place `start`, and which of the places from there
+    on are chosen."""
     shift = math.floor(phase * whole)
-    before, after = ((n * count + shift) // max(whole, 1) for n in (places, places + 1))
-    return before, after > before
+    before = (torch.arange(start, start + places + 1) * count + shift) // max(whole, 1)
+    return int(before[0]), before[1:] > before[:-1]
 
 
 def given_kinds(r: Tensor, t: Tensor, graphs: int, paired: bool) -> Kinds:

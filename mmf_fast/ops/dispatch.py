@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -44,6 +44,7 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # as the C++ kernel (benchmarks/LOG.md). The others it fuses with their surroundings.
 BEATS_INDUCTOR = {("attention", "native"), ("attention", "triton"), ("group_norm_silu", "native")}
 
+_ORDINARY = {Tensor, torch.nn.Parameter, type(None)}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 _library = torch.library.Library("mmf_fast", "FRAGMENT")
@@ -80,25 +81,31 @@ def serve(name: str, *args: Any) -> str | None:
     """
     flat: list[Any] = []
     for arg in args:
-        is_dual = isinstance(arg, tuple)
-        flat += (arg.primal, arg.tangent) if is_dual else (arg,)
-    first, ordinary = None, True
-    for x in flat:
+        if isinstance(arg, tuple):
+            flat += (arg.primal, arg.tangent)  # type: ignore[attr-defined]
+        else:
+            flat.append(arg)
+    if torch.compiler.is_compiling():
+        kind = _kernel(name, flat)
+        return kind if (name, kind) in BEATS_INDUCTOR else None
+    if torch._C._functorch.peek_interpreter_stack() is not None or not _ORDINARY.issuperset(map(type, flat)):
+        return None
+    return _kernel(name, flat)
+
+
+def _kernel(name: str, args: Sequence[Any]) -> str | None:
+    """The kind of kernel that takes these arguments, if any does."""
+    first = None
+    for x in args:
         if isinstance(x, Tensor):
             if x.layout is not torch.strided:
                 return None
-            ordinary = ordinary and type(x) in (Tensor, torch.nn.Parameter)
-            first = x if first is None and x.is_floating_point() else first
+            if first is None and x.is_floating_point():
+                first = x
     if first is None:
         return None
     kind = _kind(name, first.device.type, first.dtype)
-    if kind == "reference":
-        return None
-    if torch.compiler.is_compiling():
-        allowed = (name, kind) in BEATS_INDUCTOR
-    else:
-        allowed = ordinary and torch._C._functorch.peek_interpreter_stack() is None
-    return kind if allowed and OPERATORS[name].takes(kind, *flat) else None
+    return kind if kind != "reference" and OPERATORS[name].takes(kind, *args) else None
 
 
 @constant_to_dynamo
@@ -172,7 +179,7 @@ def define(
     _library.define(schema)
 
     def run(*args: Any) -> Any:
-        return implementation(name, serve(name, *args) or "reference")(*args)
+        return implementation(name, _kernel(name, args) or "reference")(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmf_fast::{name}", fake, lib=_library)
