@@ -38,7 +38,7 @@ def teach() -> bool:
 def _teach_dynamo() -> None:
     """`@` of what is not a tensor, which Dynamo lacks before PyTorch 2.14, which functions can be overridden, that a
     Dual is a tensor to networks, and which tensors share their memory."""
-    from torch._dynamo.variables import builtin, tensor
+    from torch._dynamo.variables import builtin, tensor, user_defined
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, get_overridable_functions
 
     # Dynamo notes PyTorch's functions when it first traces. In a pass, where a network compiles a part of itself, it
@@ -57,6 +57,7 @@ def _teach_dynamo() -> None:
     get_overridable_functions().update(known_functions())
     if builtin.BuiltinVariable.call_isinstance.__module__ != __name__:
         _teach_isinstance(builtin.BuiltinVariable)
+        _teach_hasattr(user_defined.UserDefinedClassVariable)
         _teach_memory(tensor.UntypedStorageVariable, tensor.TensorVariable)
         if hasattr(tensor.TensorVariable, "mp_ass_subscript_impl"):
             _teach_assignment(tensor.TensorVariable)
@@ -75,6 +76,18 @@ def _teach_isinstance(variable: Any) -> None:
 
     variable.call_isinstance = call_isinstance
     variable.call_function_handler_cache.clear()
+
+
+def _teach_hasattr(variable: Any) -> None:
+    """hasattr(type(x), name), by which functions of torch written in Python look for `__torch_function__` when one of
+    their arguments is a Dual; Dynamo of PyTorch 2.11 answers for no class that it met as the type of a value."""
+    original = variable.call_obj_hasattr
+
+    def call_obj_hasattr(self: Any, tx: Any, name: str) -> Any:
+        known = self.value in (Dual, DetachedDual, torch.nn.Parameter)
+        return self.build(tx, hasattr(self.value, name)) if known else original(self, tx, name)
+
+    variable.call_obj_hasattr = call_obj_hasattr
 
 
 def _teach_memory(storage: Any, tensor: Any) -> None:
@@ -131,6 +144,18 @@ def _teach_einops() -> None:
     backends._loaded_backends[DualBackend.framework_name] = DualBackend()
     for kind in (Dual, DetachedDual):  # now, since Dynamo cannot trace the search
         backends.get_backend(kind(torch.empty(0), None))
+    if torch.__version__ < "2.13":
+        _trace_einops(sys.modules["einops"])
+
+
+def _trace_einops(einops: Any) -> None:
+    """Dynamo of PyTorch 2.11 puts the functions of einops into the graph as a whole, and a Dual with them, although it
+    can trace them."""
+    from torch._dynamo import trace_rules
+
+    trace_rules._maybe_init_lazy_module(einops.rearrange)  # or it would do so later, and allow them again
+    for function in (einops.rearrange, einops.reduce, einops.repeat, einops.einsum, einops.pack, einops.unpack):
+        trace_rules._allowed_callable_ids.remove(id(function))
 
 
 def _teach_flex_attention() -> None:
