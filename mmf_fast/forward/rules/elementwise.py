@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import Value, no_tangent
+from mmf_fast.forward.dual import no_tangent
 from mmf_fast.forward.rules.families import pointwise, spellings
 
 # f'(x), given x and y = f(x), of what networks call in every block; the others are in by_pytorch.py.
@@ -27,26 +27,6 @@ _DERIVATIVES = {
 
 for _name, _derivative in _DERIVATIVES.items():
     pointwise(_name)(lambda dx, x, y, f=_derivative: dx * f(x, y))
-
-
-@pointwise("clamp", "clip")
-def clamp(dx: Tensor, x: Tensor, y: Tensor, min: Value = None, max: Value = None) -> Tensor:
-    inside = torch.ones_like(x, dtype=torch.bool)
-    if min is not None:
-        inside = inside & (x >= min)
-    if max is not None:
-        inside = inside & (x <= max)
-    return torch.where(inside, dx, 0.0)
-
-
-@pointwise("clamp_min")
-def clamp_min(dx: Tensor, x: Tensor, y: Tensor, min: Value) -> Tensor:
-    return torch.where(x >= min, dx, 0.0)
-
-
-@pointwise("clamp_max")
-def clamp_max(dx: Tensor, x: Tensor, y: Tensor, max: Value) -> Tensor:
-    return torch.where(x <= max, dx, 0.0)
 
 
 @pointwise("sinc")

@@ -75,7 +75,8 @@ def linalg_norm(A: Value, ord: Any = None, dim: Any = None, keepdim: bool = Fals
 
 @rule("normalize")
 def normalize(input: Value, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
-    return input / torch.linalg.vector_norm(input, p, dim, keepdim=True).clamp_min(eps)
+    size = torch.linalg.vector_norm(input, p, dim, keepdim=True)
+    return input / torch.where(size < eps, eps, size)
 
 
 @rule("cosine_similarity")
@@ -84,7 +85,8 @@ def cosine_similarity(x1: Value, x2: Value, dim: int = 1, eps: float = 1e-8) -> 
     x1, x2 = torch.broadcast_tensors(x1, x2)
 
     def size(x: Value) -> Any:
-        return torch.linalg.vector_norm(x, 2, dim).clamp_min(eps)
+        norm = torch.linalg.vector_norm(x, 2, dim)
+        return torch.where(norm < eps, eps, norm)
 
     return (x1 * x2).sum(dim) / (size(x1) * size(x2))
 
