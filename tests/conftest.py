@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.versions import DIFFERENCES
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -22,3 +23,11 @@ def seeded() -> Iterator[None]:
 def float64() -> None:
     """Tensors and modules made in the test are float64."""
     torch.set_default_dtype(torch.float64)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = [(start, why) for concerned, start, why in DIFFERENCES if concerned]
+    for item in items:
+        for start, why in here:
+            if item.nodeid.startswith(start):
+                item.add_marker(pytest.mark.xfail(reason=f"PyTorch {torch.__version__}: {why}", strict=True))
