@@ -26,5 +26,6 @@ DIFFERENCES = [
     (OLD, "tests/forward/test_dual.py::test_operators_compile[number dual-ge", _ORDER),
     (OLD, "tests/forward/test_interception.py::test_a_pass_sees_it_eager_and_compiled[as_tensor]",
      "Dynamo does not show us torch.as_tensor of a Dual"),
-    (OLD or NEW, "tests/ops/test_compile_gate.py::test_every_kernel_compiles_for_every_chip_and_fits[defaults]", _SPILLS),
+    (OLD or NEW, "tests/ops/test_compile_gate.py::test_every_kernel_compiles_for_every_chip_and_fits[defaults]",
+     _SPILLS),
 ]  # fmt: skip
