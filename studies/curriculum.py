@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from mmf_fast import LambdaSchedule, MeanFlowLoss, Optimizer, TimeSampler
 from mmf_fast.models import MLP
@@ -34,6 +35,11 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 }
 ORDER = ("p = 0", "by times", "p = 0.5", "p = 1")  # of equally cheap ones
 BEST = ("p = 0", "by times")  # the weights that the variations are made with
+LENGTHS: dict[str, Callable[[Tensor], Tensor]] = {  # lambda of an interval from its length s = t - r
+    "s": lambda s: s,
+    "1 - s": lambda s: 1 - s,
+    "1 / (1 + 25 s^2)": lambda s: 1 / (1 + 25 * s.square()),
+}
 BASE = {"warmup": 0.5, "optimizer": "adam", "rate": RATE, "tangent": "paired", "clip": 0.0}
 RATES = {"adam": (3e-4, RATE, 3e-3, 1e-2, 3e-2), "sgd": (1e-2, 3e-2, 0.1, 0.3)}
 
@@ -57,7 +63,21 @@ VARIATIONS = [
         if (name, rate) != ("adam", RATE)
     ),
     *(setting(lam, weight, clip=1.0) for weight in BEST for lam in (0.0, 1.0)),
+    *(setting(lam, weight) for weight in BEST for lam in LENGTHS),
 ]
+
+
+class ByLength(MeanFlowLoss):
+    """Each interval takes the share lambda(t - r) of the gradient through du/dt. An option of the loss once it wins."""
+
+    def __init__(self, net: nn.Module, of_length: Callable[[Tensor], Tensor], **options: Any) -> None:
+        super().__init__(net, lam=1.0, **options)
+        self.of_length = of_length
+
+    def _average(self, points: Any, w: Tensor, tangent_grad: bool) -> tuple[Any, Any]:
+        u, du = super()._average(points, w, tangent_grad)
+        share = self.of_length(points.t - points.r)[:, None]
+        return u, share * du + (1 - share) * du.detach()
 
 
 def schedule(lam: float | str, warmup: float, steps: int) -> LambdaSchedule:
@@ -73,29 +93,32 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     torch.manual_seed(seed)
     data = three_gaussians(seed=seed)
     warnings.filterwarnings("ignore", "conditional tangents")  # they are here to show it
-    loss_fn = MeanFlowLoss(
-        MLP(dim=2, width=WIDTH, depth=DEPTH),
-        times=TimeSampler(share=0.5),
-        lam=schedule(setting["lam"], setting["warmup"], steps),
-        tangent="conditional" if setting["tangent"] == "conditional" else "predicted",
-        paired=setting["tangent"] == "paired",
+    net = MLP(dim=2, width=WIDTH, depth=DEPTH)
+    options: dict[str, Any] = {
+        "times": TimeSampler(share=0.5),
+        "tangent": "conditional" if setting["tangent"] == "conditional" else "predicted",
+        "paired": setting["tangent"] == "paired",
         **WEIGHTS[setting["weight"]],
-    )
+    }
+    if setting["lam"] in LENGTHS:
+        loss_fn: MeanFlowLoss = ByLength(net, LENGTHS[setting["lam"]], **options)
+    else:
+        loss_fn = MeanFlowLoss(net, lam=schedule(setting["lam"], setting["warmup"], steps), **options)
     squares: list[float] = []  # of the last quarter
 
     def watch(step: int, result: StepResult) -> None:
         if step >= 3 * steps // 4:
             squares.append(float(result.metrics["mse_interval"]))
 
-    net = train(
+    averaged = train(
         loss_fn, data, steps=steps, batch=BATCH, seed=seed, watch=watch,
         optimizer=Optimizer(lr=setting["rate"], clip=setting["clip"], ema=0.995),
         make_engine=SGDEngine if setting["optimizer"] == "sgd" else build_engine,
     )  # fmt: skip
     found = torch.tensor(squares, dtype=torch.float64)  # infinite, perhaps, where a run diverges: statistics refuses it
     return {
-        "error": one_step_error(net, data),
-        "error_without_average": one_step_error(loss_fn.net, data),
+        "error": one_step_error(averaged, data),
+        "error_without_average": one_step_error(net, data),
         "loss_deviation": float(found.std() / found.mean()),
     }
 
@@ -126,6 +149,10 @@ def answer(rows: Rows) -> str:
         table(
             "curve, p = 0: share of the steps to lambda 1", ["0.1", "0.25", "0.5", "1"],
             {"linear": [error("linear", "p = 0", warmup=share) for share in (0.1, 0.25, 0.5, 1.0)]},
+        ),
+        table(
+            "lambda of an interval from its length s = t - r", list(BEST),
+            {lam: [error(lam, weight) for weight in BEST] for lam in LENGTHS},
         ),
         table(
             "tangents, p = 0", ["lambda 0", "lambda 0.3", "lambda 1"],
