@@ -135,6 +135,16 @@ def answer(rows: Rows) -> str:
     (lam, weight), best = min(
         known.items(), key=lambda item: item[1].mean, default=((0.0, "p = 0"), grid[0.0, "p = 0"])
     )
+    lengths = [spread for lam, weight in itertools.product(LENGTHS, BEST) if (spread := error(lam, weight)).seeds > 1]
+    least = min(lengths, key=lambda spread: spread.mean, default=None)
+    by_length = (
+        ""
+        if least is None
+        else (
+            f" A lambda of its own for each interval, by its length, has at best {least:.3f}, {compared(least, best)} "
+            "that least error."
+        )
+    )
     parts = [
         f"The least error is {best:.3f}, with lambda {lam} and the weight {weight}; with MeanFlow's own setting "
         f"(lambda 0, p = 1) it is {grid[0.0, 'p = 1']:.3f}. At lambda 0 the weights have "
@@ -144,7 +154,7 @@ def answer(rows: Rows) -> str:
             f" With the weight {weight} the error of the full gradient (lambda 1), {grid[1.0, weight]:.3f}, is "
             f"{compared(grid[1.0, weight], grid[0.0, weight])} that of lambda 0."
             for weight in WEIGHTS if grid[1.0, weight].seeds > 1
-        ),
+        ) + by_length,
         table("lambda", list(WEIGHTS), {str(lam): [grid[lam, weight] for weight in WEIGHTS] for lam in LAMBDAS}),
         table(
             "curve, p = 0: share of the steps to lambda 1", ["0.1", "0.25", "0.5", "1"],
