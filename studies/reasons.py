@@ -5,6 +5,7 @@ python -m studies.reasons [--list | --quick | --minutes M]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ BASE = {
     "optimizer": "adam",
 }  # fmt: skip
 HIGH = {**BASE, "dim": 16}
+DIMENSIONS = [HIGH, {**BASE, "dim": 8}, {**BASE, "dim": 64}]
 FACTORS: list[dict[str, Any]] = [
     BASE,
     {**BASE, "rate": 3e-4},
@@ -44,8 +46,7 @@ FACTORS: list[dict[str, Any]] = [
     {**HIGH, "count": 100},
     {**HIGH, "count": 1797},
     {**BASE, "optimizer": "sgd", "rate": 0.1},
-    {**BASE, "dim": 8},
-    {**BASE, "dim": 64},
+    *DIMENSIONS[1:],
 ]
 
 
@@ -115,7 +116,7 @@ def answer(rows: Rows) -> str:
     curve = {named(case, BASE): [ratio(rows, case, look) for look in LOOKS] for case in FACTORS}
     return "\n\n".join(
         [
-            _rates(rows),
+            _rates(rows) + _dimensions(rows),
             f"Beyond the error bars lambda 1 is better than lambda 0 in: {_cases(rows, better=True)}. It is worse in: "
             f"{_cases(rows, better=False)}. The signal is the norm of the mean gradient over the deviation of a "
             "batch's gradient, after 250 steps with lambda 0, at the same weights for both lambdas.",
@@ -127,7 +128,7 @@ def answer(rows: Rows) -> str:
 
 def _cases(rows: Rows, better: bool) -> str:
     equal = Spread(1.0, 0.0, 9)
-    found = {named(case, BASE): ratio(rows, case) for case in FACTORS}
+    found = {named(case, BASE): each for case in FACTORS if math.isfinite((each := ratio(rows, case)).mean)}
     chosen = [name for name, each in found.items() if (each.below(equal) if better else equal.below(each))]
     return "; ".join(chosen) or "no case"
 
@@ -155,6 +156,18 @@ def _rates(rows: Rows) -> str:
             "large for lambda 0, and gains nothing beyond the error bars at the small rate."
         )
     return text
+
+
+def _dimensions(rows: Rows) -> str:
+    ratios = {case["dim"]: each for case in (BASE, *DIMENSIONS) if (each := ratio(rows, case)).seeds > 1}
+    if len(ratios) < 2:
+        return ""
+    listed = ", ".join(f"{each:.2f} in {dim}" for dim, each in sorted(ratios.items()))
+    nearly_equal = all(abs(each.mean - 1) < 0.1 for dim, each in ratios.items() if dim > 2)
+    return (
+        f" By dimension, at the rate {BASE['rate']:g}, the error with lambda 1 over that with lambda 0 is {listed}"
+        + (": with more dimensions than two little is left of the gain." if nearly_equal else ".")
+    )
 
 
 def draw(rows: Rows) -> Figure:
