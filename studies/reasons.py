@@ -31,7 +31,7 @@ BASE = {
     "optimizer": "adam",
 }  # fmt: skip
 HIGH = {**BASE, "dim": 16}
-DIMENSIONS = [HIGH, {**BASE, "dim": 8}, {**BASE, "dim": 64}]
+DIMENSIONS: list[dict[str, Any]] = [HIGH, {**BASE, "dim": 8}, {**BASE, "dim": 64}]
 FACTORS: list[dict[str, Any]] = [
     BASE,
     {**BASE, "rate": 3e-4},
@@ -159,7 +159,8 @@ def _rates(rows: Rows) -> str:
 
 
 def _dimensions(rows: Rows) -> str:
-    ratios = {case["dim"]: each for case in (BASE, *DIMENSIONS) if (each := ratio(rows, case)).seeds > 1}
+    found = {case["dim"]: ratio(rows, case) for case in (BASE, *DIMENSIONS)}
+    ratios = {dim: each for dim, each in found.items() if each.seeds > 1}
     if len(ratios) < 2:
         return ""
     listed = ", ".join(f"{each:.2f} in {dim}" for dim, each in sorted(ratios.items()))
