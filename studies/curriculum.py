@@ -136,15 +136,13 @@ def answer(rows: Rows) -> str:
         known.items(), key=lambda item: item[1].mean, default=((0.0, "p = 0"), grid[0.0, "p = 0"])
     )
     lengths = [spread for lam, weight in itertools.product(LENGTHS, BEST) if (spread := error(lam, weight)).seeds > 1]
-    least = min(lengths, key=lambda spread: spread.mean, default=None)
-    by_length = (
-        ""
-        if least is None
-        else (
+    by_length = ""
+    if lengths:
+        least = min(lengths, key=lambda spread: spread.mean)
+        by_length = (
             f" A lambda of its own for each interval, by its length, has at best {least:.3f}, {compared(least, best)} "
             "that least error."
         )
-    )
     parts = [
         f"The least error is {best:.3f}, with lambda {lam} and the weight {weight}; with MeanFlow's own setting "
         f"(lambda 0, p = 1) it is {grid[0.0, 'p = 1']:.3f}. At lambda 0 the weights have "

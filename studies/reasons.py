@@ -31,12 +31,11 @@ BASE = {
     "optimizer": "adam",
 }  # fmt: skip
 HIGH = {**BASE, "dim": 16}
-RATES = (BASE, {**BASE, "schedule": "cosine"}, {**BASE, "rate": 3e-4})  # in the plane
-DIMENSIONS: list[dict[str, Any]] = [HIGH, {**BASE, "dim": 8}, {**BASE, "dim": 64}]
+SLOW, DECAYS = {**BASE, "rate": 3e-4}, {**BASE, "schedule": "cosine"}
 FACTORS: list[dict[str, Any]] = [
     BASE,
-    RATES[2],
-    RATES[1],
+    SLOW,
+    DECAYS,
     HIGH,
     {**BASE, "batch": 64},
     {**BASE, "frequency": 16.0},
@@ -47,7 +46,8 @@ FACTORS: list[dict[str, Any]] = [
     {**HIGH, "count": 100},
     {**HIGH, "count": 1797},
     {**BASE, "optimizer": "sgd", "rate": 0.1},
-    *DIMENSIONS[1:],
+    {**BASE, "dim": 8},
+    {**BASE, "dim": 64},
 ]
 
 
@@ -139,11 +139,11 @@ def _rates(rows: Rows) -> str:
     best = [_at_its_best_rate(rows, lam) for lam in (0.0, 1.0)]
     if min(each.seeds for each in best) < 2:
         return "The learning rate in the plane has not been varied yet."
-    ratios, slow, equal = [ratio(rows, case) for case in RATES], RATES[-1], Spread(1.0, 0.0, 9)
+    ratios, equal = [ratio(rows, case) for case in (BASE, DECAYS, SLOW)], Spread(1.0, 0.0, 9)
     text = (
         f"In the plane the error with lambda 1 is {ratios[0]:.2f} of that with lambda 0 at the constant learning rate "
         f"{BASE['rate']:g}, {ratios[1]:.2f} where the rate decays to 0 (cosine), and {ratios[2]:.2f} at "
-        f"{slow['rate']:g}. Each with the best of these, lambda 1 ({best[1]:.3f}) is {compared(best[1], best[0])} "
+        f"{SLOW['rate']:g}. Each with the best of these, lambda 1 ({best[1]:.3f}) is {compared(best[1], best[0])} "
         f"lambda 0 ({best[0]:.3f})."
     )
     if ratios[0].below(equal) and ratios[2].seeds > 1 and not ratios[2].below(equal):
@@ -155,7 +155,7 @@ def _rates(rows: Rows) -> str:
 
 
 def _at_its_best_rate(rows: Rows, lam: float) -> Spread:
-    ends = [rows.spread(f"error_{LOOKS[-1]}", **case, lam=lam) for case in RATES]
+    ends = [rows.spread(f"error_{LOOKS[-1]}", **case, lam=lam) for case in (BASE, DECAYS, SLOW)]
     return min((end for end in ends if end.seeds > 1), key=lambda end: end.mean, default=ends[0])
 
 
@@ -170,7 +170,7 @@ def recommend(rows: Rows) -> str:
 
 
 def _dimensions(rows: Rows) -> str:
-    found = {case["dim"]: ratio(rows, case) for case in (BASE, *DIMENSIONS)}
+    found = {case["dim"]: ratio(rows, case) for case in FACTORS if {**case, "dim": BASE["dim"]} == BASE}
     ratios = {dim: each for dim, each in found.items() if each.seeds > 1}
     if len(ratios) < 2:
         return ""

@@ -75,8 +75,7 @@ def linalg_norm(A: Value, ord: Any = None, dim: Any = None, keepdim: bool = Fals
 
 @rule("normalize")
 def normalize(input: Value, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
-    size = torch.linalg.vector_norm(input, p, dim, keepdim=True)
-    return input / torch.where(size < eps, eps, size)
+    return input / _at_least(eps, torch.linalg.vector_norm(input, p, dim, keepdim=True))
 
 
 @rule("cosine_similarity")
@@ -84,11 +83,13 @@ def cosine_similarity(x1: Value, x2: Value, dim: int = 1, eps: float = 1e-8) -> 
     """sum(x1 x2) / (max(||x1||, eps) max(||x2||, eps))."""
     x1, x2 = torch.broadcast_tensors(x1, x2)
 
-    def size(x: Value) -> Any:
-        norm = torch.linalg.vector_norm(x, 2, dim)
-        return torch.where(norm < eps, eps, norm)
+    sizes = [_at_least(eps, torch.linalg.vector_norm(x, 2, dim)) for x in (x1, x2)]
+    return (x1 * x2).sum(dim) / (sizes[0] * sizes[1])
 
-    return (x1 * x2).sum(dim) / (size(x1) * size(x2))
+
+def _at_least(eps: float, size: Any) -> Any:
+    """max(size, eps), nan where size is; in eager mode quicker than clamp_min, whose rule is PyTorch's."""
+    return torch.where(size < eps, eps, size)
 
 
 @rule("pairwise_distance")
