@@ -1,6 +1,7 @@
 """Wheels for a machine without network: python -m benchmarks.gpu.wheels FOLDER [--python 3.12] (make wheels)
 
-What an image with CUDA and PyTorch may lack: all of them together take less than 64 MB, most are pure Python.
+What an image with CUDA and PyTorch may lack: all of them together take less than 64 MB, most are pure Python. They are
+installed there by what is among them: of Python's packages nothing but pip is needed.
 """
 
 from __future__ import annotations
@@ -8,28 +9,34 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 BINARY = [
     *("omegaconf", "pyyaml", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     *("typing-extensions", "py-cpuinfo", "msgpack", "einops", "ninja", "nvtx", "packaging", "tqdm", "psutil"),
-    *("pytest", "pytest-timeout", "pytest-xdist", "execnet", "iniconfig", "pluggy", "hypothesis", "sortedcontainers"),
-    *("safetensors", "tensorboard", "tensorboard-data-server", "absl-py", "grpcio", "markdown", "protobuf", "werkzeug"),
-    *("markupsafe", "pillow"),
+    *("pytest", "pytest-timeout", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments", "hypothesis"),
+    *("sortedcontainers", "safetensors", "tensorboard", "tensorboard-data-server", "absl-py", "grpcio", "markdown"),
+    *("protobuf", "werkzeug", "markupsafe", "pillow"),
 ]
 # Published without a wheel; its operators are left out, we use none of them. The range is that of pyproject.toml.
 SOURCES = ["deepspeed>=0.19,<0.20"]
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+WITH_TORCH = {"torch", "numpy", "setuptools"}  # an image with PyTorch has them
 
 
 def fetch(folder: Path, python: str) -> None:
-    """Downloads the wheels, and builds those that are published as sources only."""
+    """Downloads the wheels, and builds those that are published as sources only.
+
+    Raises ValueError where one of them needs what is not among them.
+    """
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     platforms = [f"--platform={name}" for name in PLATFORMS]
     target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *platforms]
@@ -39,8 +46,17 @@ def fetch(folder: Path, python: str) -> None:
         env=os.environ | {"DS_BUILD_OPS": "0"},
         check=True,
     )
-    size = sum(path.stat().st_size for path in folder.glob("*.whl"))
-    print(f"{folder}: {len(list(folder.glob('*.whl')))} wheels, {size / 1e6:.0f} MB")
+    wheels = wheels_of(folder)
+    needed = {_canonical(need.name) for path in wheels.values() for need in _needs(path, python)}
+    if absent := needed - wheels.keys() - WITH_TORCH:
+        raise ValueError(f"{folder}: others there need {', '.join(sorted(absent))}; add them to BINARY")
+    size = sum(path.stat().st_size for path in wheels.values())
+    print(f"{folder}: {len(wheels)} wheels, {size / 1e6:.0f} MB")
+
+
+def wheels_of(folder: Path) -> dict[str, Path]:
+    """The wheels of a folder by the names of their packages."""
+    return {_canonical(path.name.partition("-")[0]): path for path in sorted(folder.glob("*.whl"))}
 
 
 def install(folder: Path, target: Path) -> list[str]:
@@ -49,14 +65,17 @@ def install(folder: Path, target: Path) -> list[str]:
 
     Raises ValueError for a folder without wheels.
     """
-    wheels = {str(parse_wheel_filename(path.name)[0]): path for path in sorted(folder.glob("*.whl"))}
+    wheels = wheels_of(folder)
     if not wheels:
         raise ValueError(f"--wheels {folder}: no wheels there; make wheels")
-    wanted = [name for name in wheels if _version(name) is None]
+    here = {name: _version(name) for name in wheels}
+    wanted = [name for name, version in here.items() if version is None]
+    if "packaging" in wanted:
+        sys.path.append(str(wheels["packaging"]))  # a wheel can be imported as it is: what reads requirements below
     for name in wanted:  # it grows
         for needed in _needs(wheels[name]):
-            other = canonicalize_name(needed.name)
-            if other in wheels and other not in wanted and not needed.specifier.contains(str(_version(other)), True):
+            other = _canonical(needed.name)
+            if other in wheels and other not in wanted and not needed.specifier.contains(str(here[other]), True):
                 wanted.append(other)
     if wanted:
         options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", f"--target={target}"]
@@ -73,13 +92,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _needs(wheel: Path) -> list[Requirement]:
-    """What a wheel says it requires here, without extras."""
+def _canonical(name: str) -> str:
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def _needs(wheel: Path, python: str | None = None) -> list[Requirement]:
+    """What a wheel says it requires, without extras: here, or on the Python of that version."""
+    from packaging.requirements import Requirement
+
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
     found = [Requirement(line.partition(":")[2].strip()) for line in lines if line.startswith("Requires-Dist:")]
-    return [needed for needed in found if needed.marker is None or needed.marker.evaluate({"extra": ""})]
+    there = {"extra": ""} | ({"python_version": python} if python else {})
+    return [needed for needed in found if needed.marker is None or needed.marker.evaluate(there)]
 
 
 if __name__ == "__main__":

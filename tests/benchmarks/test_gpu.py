@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import packaging
 import pytest
 
 from benchmarks.gpu import PARTS, report, wheels
@@ -156,6 +157,30 @@ def test_wheels_are_for_what_is_missing_and_what_that_needs_newer(tmp_path, monk
     for name in ("numpy", "pillow", "packaging"):
         wheel(tmp_path, name, "99.1")
     assert sorted(wheels.install(tmp_path, tmp_path)) == ["nor-here", "not-here", "numpy"]
+
+
+def test_wheels_are_installed_where_there_is_nothing_but_pip(tmp_path):
+    """Not even what reads the requirements of a wheel: it is taken from the wheel itself."""
+    installed = Path(packaging.__file__).parent
+    wheel(tmp_path, "packaging", "99.1")
+    with zipfile.ZipFile(tmp_path / "packaging-99.1-py3-none-any.whl", "a") as archive:
+        for path in installed.glob("**/*.py"):
+            archive.write(path, path.relative_to(installed.parent))
+    wheel(tmp_path, "not_here", "1.0", "packaging>=1")
+    code = "import pathlib, subprocess; from benchmarks.gpu import wheels; subprocess.run = lambda command, check: 0; "
+    code += f"print(wheels.install(pathlib.Path({str(tmp_path)!r}), pathlib.Path()))"
+    bare = [sys.executable, "-S", "-c", code]  # without site-packages
+    done = subprocess.run(bare, cwd=ROOT, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['not-here', 'packaging']"
+
+
+def test_wheels_that_need_others_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    wheel(tmp_path, "one", "1.0", "torch", "other", 'older; python_version < "3.12"', "far.away>=2")
+    wheel(tmp_path, "other", "1.0", "One")
+    with pytest.raises(ValueError, match="others there need far-away; add them"):
+        wheels.fetch(tmp_path, "3.12")
 
 
 def test_a_folder_without_wheels_is_named(tmp_path):
