@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         path = Path(tiles.__file__)
         path.write_text(rewritten(path.read_text(), merged(tiles.TILES, found)))
+        print(f"written: {path}; pytest tests/ops/test_compile_gate.py says whether they fit every chip")
     return 0
 
 
