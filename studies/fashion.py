@@ -181,18 +181,25 @@ def draw(rows: Rows) -> Figure:
     result = Figure(figsize=(9, 4), layout="constrained")
     axes, over_time = result.subplots(1, 2, sharey=True)
 
-    def curve(on: Axes, places: Sequence[float], found: Sequence[Spread], label: str) -> None:
-        on.errorbar(places, [each.mean for each in found], [each.deviation for each in found], fmt="o-", capsize=3,
-                    label=label)  # fmt: skip
+    colors = {method: f"C{number}" for number, method in enumerate(METHODS)}
+
+    def curve(on: Axes, places: Sequence[float], found: Sequence[Spread], label: str, style: str = "o-") -> None:
+        color = colors[label.partition(",")[0]]
+        on.errorbar(places, [each.mean for each in found], [each.deviation for each in found], fmt=style, capsize=3,
+                    color=color, label=label)  # fmt: skip
 
     for number, method in enumerate(METHODS):
         places = [k * 1.05 ** (number - 1.5) for k in EVALUATIONS]
         found = [rows.spread(f"frechet_{k}", method=method, minutes=MINUTES) for k in EVALUATIONS]
         curve(axes, places, found, method)
     minutes = (*SHORTER, MINUTES)
-    for method, k in (("lambda 0", 1), ("flow matching", 1), ("flow matching", EVALUATIONS[-1])):
+    for method, k, style in (
+        ("lambda 0", 1, "o-"),
+        ("flow matching", 1, "o-"),
+        ("flow matching", EVALUATIONS[-1], "s:"),
+    ):
         found = [rows.spread(f"frechet_{k}", method=method, minutes=each) for each in minutes]
-        curve(over_time, minutes, found, f"{method}, {k} evaluation{'s' if k > 1 else ''}")
+        curve(over_time, minutes, found, f"{method}, {k} evaluation{'s' if k > 1 else ''}", style)
     for on, ticks in ((axes, EVALUATIONS), (over_time, minutes)):
         on.axhline(rows.spread("frechet_test").mean, color="0.5", linestyle=":", label="test images")
         on.set_xscale("log")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SECONDS = (15, 30, 60, 120)  # of one core, for steps alone
 BATCH = 128
+HEIGHTS = (4, 6, 10, 20, 40, 60)  # that the figure names
 OURS: list[dict[str, Any]] = [{"method": "mmf_fast", "lam": lam} for lam in (0.0, 0.1)]
 ALIKE: dict[str, Any] = {"method": "mmf_fast, conditional tangent", "lam": 0.0}  # the loss of the field's ways
 FIELD: list[dict[str, Any]] = [
@@ -109,14 +110,17 @@ def answer(rows: Rows) -> str:
         for k in evaluations(setting):
             several = f", {k} evaluations" if k > 1 else ""
             lines[named(setting) + several] = [*distances(setting, k), f"{rows.spread('steps', **setting):.0f}"]
-    ours = {setting["lam"]: distances(setting)[-1] for setting in OURS}
+    ours = {lam: distances({"method": "mmf_fast", "lam": lam})[-1] for lam in (0.0, 0.1, 1.0)}
+    full = distances({"method": "torch.func.jvp", "lam": 1.0})[-1]
     alike, usual = (distances(each)[-1] for each in (ALIKE, {"method": "torch.func.jvp", "lam": 0.0}))
     return "\n\n".join(
         [
             f"After {limits[-1]:g} seconds of training by torch.func.jvp at lambda 0, as MeanFlow is trained, one "
             f"evaluation has a Frechet distance of {usual:.2f}; after as many of the same loss by mmf_fast, which does "
             f"more steps in them, {alike:.2f}, {compared(alike, usual)} that. Paired rows, with the predicted tangent, "
-            f"have {ours[0.0]:.2f} at lambda 0, {compared(ours[0.0], usual)} that, and {ours[0.1]:.2f} at lambda 0.1.",
+            f"have {ours[0.0]:.2f} at lambda 0, {compared(ours[0.0], usual)} that, and {ours[0.1]:.2f} at lambda 0.1. "
+            f"With the full gradient (lambda 1) the conditional tangent, which biases the minimiser there, has "
+            f"{full:.2f} by torch.func.jvp, the predicted one {ours[1.0]:.2f} by mmf_fast.",
             table("trained by", [*(f"{limit:g} s" for limit in limits), "steps"], lines, ".2f"),
         ]
     )
@@ -125,7 +129,7 @@ def answer(rows: Rows) -> str:
 def draw(rows: Rows) -> Figure:
     from matplotlib.figure import Figure
 
-    result = Figure(figsize=(7, 4.5), layout="constrained")
+    result = Figure(figsize=(9, 4.5), layout="constrained")
     axes = result.subplots()
     limits = limits_of(rows)
     for setting in SETTINGS:
@@ -140,8 +144,9 @@ def draw(rows: Rows) -> Figure:
     axes.set_yscale("log")
     axes.set_xticks(limits, [f"{limit:g}" for limit in limits])
     axes.minorticks_off()
+    axes.set_yticks(HEIGHTS, [f"{height}" for height in HEIGHTS])
     axes.set(xlabel="seconds of one core", ylabel="Frechet distance, one evaluation unless said")
-    axes.legend(fontsize=8)
+    result.legend(loc="outside right center", fontsize=8)
     return result
 
 
