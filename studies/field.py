@@ -147,9 +147,9 @@ def answer(rows: Rows) -> str:
             f"Trained by torch.func.jvp at lambda 0, as MeanFlow is, for as long as {limits[-1]:g} steps of flow "
             f"matching take, one evaluation has a Frechet distance of {usual:.2f}; by mmf_fast, with the same loss, as "
             f"long and so for more steps, {alike:.2f}, {compared(alike, usual)} that. Paired rows, with the predicted "
-            f"tangent, have {ours[0.0]:.2f} at lambda 0, {compared(ours[0.0], usual)} that, and "
-            f"{ours[0.1]:.2f} at lambda 0.1. With the full gradient (lambda 1) the conditional tangent, which biases the minimiser there, has "
-            f"{full:.2f} by torch.func.jvp, the predicted one {ours[1.0]:.2f} by mmf_fast.",
+            f"tangent, have {ours[0.0]:.2f} at lambda 0, {compared(ours[0.0], usual)} that, and {ours[0.1]:.2f} at "
+            f"lambda 0.1. With the full gradient (lambda 1) the conditional tangent, which biases the minimiser there, "
+            f"has {full:.2f} by torch.func.jvp, the predicted one {ours[1.0]:.2f} by mmf_fast.",
             table("trained by", [*(f"{limit:g}" for limit in limits), "time of a step"], lines, ".2f"),
         ]
     )
