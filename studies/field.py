@@ -141,7 +141,7 @@ def answer(rows: Rows) -> str:
             lines[named(setting) + several] = [*distances(setting, k), rows.spread("cost", **setting)]
     ours = {lam: distances({"method": "mmf_fast", "lam": lam})[-1] for lam in (0.0, 0.1, 1.0)}
     full = distances({"method": "torch.func.jvp", "lam": 1.0})[-1]
-    alike, usual = (distances(each)[-1] for each in (ALIKE, {"method": "torch.func.jvp", "lam": 0.0}))
+    alike, usual = (distances(each)[-1] for each in (ALIKE, FIELD[0]))
     return "\n\n".join(
         [
             f"Trained by torch.func.jvp at lambda 0, as MeanFlow is, for as long as {limits[-1]:g} steps of flow "
