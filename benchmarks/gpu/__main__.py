@@ -61,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.wheels:
             from benchmarks.gpu.wheels import install
 
-            install(options.wheels, Path(folder))
+            try:
+                install(options.wheels, Path(folder))
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
         return max([supervise(part, options, environment) for part in options.part or PARTS])
 
 

@@ -113,4 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12", help="version of the machine they are for (3.12)")
     options = parser.parse_args()
-    fetch(options.folder, options.python)
+    try:
+        fetch(options.folder, options.python)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

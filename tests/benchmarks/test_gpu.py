@@ -186,3 +186,5 @@ def test_wheels_that_need_others_are_named(tmp_path, monkeypatch):
 def test_a_folder_without_wheels_is_named(tmp_path):
     with pytest.raises(ValueError, match="make wheels"):
         wheels.install(tmp_path, tmp_path)
+    done = rehearse(tmp_path, "--part=tests", f"--wheels={tmp_path}")
+    assert (done.returncode, done.stderr) == (2, f"error: --wheels {tmp_path}: no wheels there; make wheels\n")
