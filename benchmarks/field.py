@@ -81,7 +81,7 @@ class FieldLoss(nn.Module):
         cond = {} if y is None else {"y": y}
         stream = GlobalStream(len(x), x.device, x.dtype, x.shape[1:])
         if given.get("times") is None:
-            kinds = draw_kinds(len(x), BatchShare(), step, self.times.intervals(len(x)), 0, paired=False)
+            kinds = draw_kinds(len(x), BatchShare(), step, self.times.intervals(len(x), step), 0, paired=False)
             r, t = self.times.draw(stream)
         else:
             r, t = given["times"]

@@ -126,7 +126,7 @@ def job(settings: config.Config, lam: float) -> Job:
     net: Any = loss_fn.net
     forwards = loss_fn.forwards(train.batch) / train.batch
     if getattr(net, "config", {}).get("recompute"):  # in backward: the primals again, at lambda > 0 the tangents too
-        forwards += 1 + (lam > 0) * loss_fn.times.intervals(train.batch) / train.batch
+        forwards += 1 + (lam > 0) * loss_fn.times.intervals(train.batch, 0) / train.batch
     counted = _Calls(net)
     with _Launches() as launched:
         _on_meta(loss_fn, shape, train.batch)
@@ -172,7 +172,9 @@ def _loss(settings: config.Config, lam: float) -> tuple[MeanFlowLoss, tuple[int,
     loss = {**settings.loss, "lam": LambdaSchedule(value=lam)}
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a lambda that the configuration does not have
-        return build_loss(dataclasses.replace(settings, loss=loss), dataset).train(), tuple(dataset.shape)
+        loss_fn = build_loss(dataclasses.replace(settings, loss=loss), dataset).train()
+    loss_fn.times = dataclasses.replace(loss_fn.times, start=0)  # a step with intervals needs the most
+    return loss_fn, tuple(dataset.shape)
 
 
 def _on_meta(loss_fn: MeanFlowLoss, shape: tuple[int, ...], rows: int) -> None:

@@ -100,6 +100,8 @@ def test_the_step_is_counted_in_forwards_of_the_network() -> None:
         assert step.flops == pytest.approx(forwards * net.flops(32))
         assert step.parameters == sum(parameter.numel() for parameter in net.parameters())
         assert step.calls == (2, 2)
+    later = tree(train={"batch": 32}, loss={"times": {"share": 0.25, "start": 1000}})
+    assert planning.job(later, 0.0).forwards == pytest.approx(0.75 * 3 + 0.25 * 4)  # of a step with intervals
     again = tree(train={"batch": 32}, loss={"times": {"share": 0.25}}, model={"recompute": True})
     assert planning.job(again, 0.0).forwards == pytest.approx(0.75 * 4 + 0.25 * 5)
     assert planning.job(again, 0.5).forwards == pytest.approx(0.75 * 4 + 0.25 * 8)

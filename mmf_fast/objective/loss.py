@@ -175,12 +175,14 @@ class MeanFlowLoss(nn.Module):
         stand for [-1, 1]).
 
         step: decides lambda and, where the share of the rows is a fraction, how many are intervals at this step
-        (without it lambda is that of step 0, and chance decides). noise: like x; times: (r, t), each (B,),
-        0 <= r <= t <= 1. Both are drawn when absent. part: which rows of a global batch x is; by default all, drawn
-        from torch's generators.
+        (without it lambda is that of step 0, and chance decides). Where intervals begin later (`times.start`) it must be
+        given. noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. part: which rows
+        of a global batch x is; by default all, drawn from torch's generators.
         cond: passed to the network; leaves with B rows follow their samples, through dicts, lists and tuples.
         Raises ValueError for shapes or times that do not fit.
         """
+        if step is None and times is None and self.times.start:
+            raise ValueError(f"times.start is {self.times.start}: pass step=, which says whether intervals have begun")
         if self.ambiguous:
             given = {"step": step, "noise": noise, "times": times, "part": None if part is WHOLE_BATCH else part}
             check_cond(self.net, given, "loss_fn")
@@ -192,7 +194,7 @@ class MeanFlowLoss(nn.Module):
             cond = self._drop_labels(cond, self.guidance, stream.uniform())
         if times is None:
             chance = _chance(told, part)
-            intervals = self._intervals(rows, part.count, chance[0])
+            intervals = self._intervals(rows, part.count, step, chance[0])
             lam, graphs = self._graphs(intervals, step, chance[1])
             kinds = draw_kinds(rows, part, step, intervals, graphs, self.paired)
             r, t = self.times.draw(stream)
@@ -235,7 +237,7 @@ class MeanFlowLoss(nn.Module):
         stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
         differences evaluate each r < t once more, with a backward where lam > 0.
         """
-        intervals = self._intervals(batch, 1, _even(step)[0])
+        intervals = self._intervals(batch, 1, step, _even(step)[0])
         _, graphs = self._graphs(intervals, step, _even(step)[1])
         needs_u = self.tangent == "predicted" or self._guided_by_class
         cost = 3 * (batch - intervals) + 4 * intervals + 2 * graphs
@@ -243,9 +245,9 @@ class MeanFlowLoss(nn.Module):
         cost += intervals + 2 * graphs if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
         return cost + (batch if self.guidance is not None and self.guidance.active else 0)
 
-    def _intervals(self, rows: int, parts: int, chance: float) -> int:
+    def _intervals(self, rows: int, parts: int, step: int, chance: float) -> int:
         """How many rows of a global batch of `parts` parts are intervals."""
-        found = self.times.intervals(rows * parts, chance)
+        found = self.times.intervals(rows * parts, step, chance)
         return min(found, max(1, rows // 2) * parts) if self.paired else found
 
     def _graphs(self, intervals: int, step: int, chance: float) -> tuple[float, int]:
@@ -260,7 +262,7 @@ class MeanFlowLoss(nn.Module):
     def _called_elsewhere(self, step: int) -> tuple[bool, bool, bool]:
         """Which kinds of rows another rank may have at this step. All must call the network alike, for ZeRO-3 and FSDP
         gather its weights at each call, so a rank without such a row evaluates one for nothing."""
-        share, lam = self.times.share, self.lam(step)
+        share, lam = self.times.share_at(step), self.lam(step)
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return False, False, False
         return share < 1, share > 0 and lam > 0, share > 0 and (lam == 0 or (self.stochastic and lam < 1))

@@ -21,13 +21,16 @@ class TimeSampler:
     """The law of (r, t). The number of rows with r < t is a count, not a chance, so that shapes are static.
 
     share: the share of rows with r < t, in [0, 1]. MeanFlow (arXiv 2505.13447) uses 0.25, py-meanflow on CIFAR-10 0.75.
+    start: the first step with such rows. Before it the network learns velocities alone, which is flow matching: average
+        velocities are made of them (a curriculum after alpha-Flow, arXiv 2510.20771).
     t: "uniform" on [0, 1], or "logit_normal": sigmoid(t_mean + t_std * normal).
     r: "uniform" on [0, t]; "sorted": r and t are the smaller and larger of two draws from the law of t (MeanFlow);
         "logit_normal": its own draw sigmoid(r_mean + r_std * normal), then sorted with t; "zero": r = 0 (consistency).
-    Raises ValueError for a share outside [0, 1], a negative spread or an unknown law.
+    Raises ValueError for a share outside [0, 1], a negative start or spread, or an unknown law.
     """
 
     share: float = 0.25
+    start: int = 0
     t: str = "uniform"
     t_mean: float = -0.4
     t_std: float = 1.0
@@ -38,6 +41,8 @@ class TimeSampler:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError(f"times.share is {self.share}: the share of r < t must lie in [0, 1]")
+        if self.start < 0:
+            raise ValueError(f"times.start is {self.start}: it is the number of a step, from 0")
         if self.t_std < 0 or self.r_std < 0:
             raise ValueError(
                 f"times.t_std and times.r_std are {self.t_std} and {self.r_std}: they must not be negative"
@@ -47,10 +52,14 @@ class TimeSampler:
         if self.r not in _R_LAWS:
             raise ValueError(f"times.r is {self.r!r}: choose one of {', '.join(_R_LAWS)}")
 
-    def intervals(self, batch: int, uniform: float = 0.5) -> int:
+    def share_at(self, step: int) -> float:
+        """The share of rows with r < t at a training step."""
+        return self.share if step >= self.start else 0.0
+
+    def intervals(self, batch: int, step: int, uniform: float = 0.5) -> int:
         """How many of `batch` rows have r < t: share * batch, a fraction rounded up with that chance if `uniform` is a
         draw in (0, 1), so that over the steps the share holds for any batch."""
-        return min(batch, math.floor(round(self.share * batch, 9) + uniform))
+        return min(batch, math.floor(round(self.share_at(step) * batch, 9) + uniform))
 
     def draw(self, stream: GlobalStream | NumberedStream) -> tuple[Tensor, Tensor]:
         """(r, t) with r < t, each (rows,), for every row of the stream; a row of r = t takes its t alone."""

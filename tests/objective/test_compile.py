@@ -40,6 +40,17 @@ def test_nothing_recompiles_when_lambda_step_or_times_change(kind: str, paired: 
     assert frames == [1, 1, 1, 2, 2, 2]  # lambda = 0 up to step 2
 
 
+def test_flow_matching_first_is_one_graph_more() -> None:
+    counter = CompileCounter()
+    loss_fn = MeanFlowLoss(network("mlp").float(), times=TimeSampler(share=0.5, start=2), lam=0.0, paired=True)
+    loss_fn.compile(backend=counter)
+    frames = []
+    for step in range(5):
+        loss_fn(torch.randn(8, 3), step=step).loss.backward()
+        frames.append(counter.frame_count)
+    assert frames == [1, 1, 2, 2, 2]
+
+
 def test_stochastic_lambda_compiles_few_graphs() -> None:
     net = network("mlp").float()
     loss_fn = MeanFlowLoss(

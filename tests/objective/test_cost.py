@@ -59,3 +59,5 @@ def test_the_curriculum_decides_step_by_step() -> None:
     schedule = LambdaSchedule(kind="linear", start=2, warmup=10)
     loss_fn = MeanFlowLoss(MLP(2, width=8, depth=1), times=TimeSampler(share=0.5), lam=schedule, paired=True)
     assert [loss_fn.forwards(8, step) for step in range(5)] == [28, 28, 28, 36, 36]
+    loss_fn.times = TimeSampler(share=0.5, start=1)
+    assert [loss_fn.forwards(8, step) for step in range(5)] == [24, 28, 28, 36, 36]

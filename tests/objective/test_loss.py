@@ -159,6 +159,19 @@ def test_r_equal_t_is_flow_matching(kind: str, lam: float) -> None:
     assert close(ours, theirs, 1e-13)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_before_their_start_intervals_are_instants(paired: bool) -> None:
+    """The loss of flow matching up to the step before, and that of the same law without a start from there on."""
+    net, x = network("mlp"), batch("mlp", size=8)[0]
+
+    def loss(times: TimeSampler, step: int) -> Tensor:
+        return MeanFlowLoss(net, times=times, lam=1.0, paired=paired)(x, step=step, part=BatchShare(seed=5)).loss
+
+    first, always, never = TimeSampler(share=0.5, start=3), TimeSampler(share=0.5), TimeSampler(share=0.0)
+    assert loss(first, 2) == loss(never, 2) != loss(always, 2)
+    assert loss(first, 3) == loss(always, 3) != loss(never, 3)
+
+
 def test_the_value_does_not_depend_on_lambda() -> None:
     net = network("dit")
     x, noise, times = batch("dit")
@@ -423,6 +436,9 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "jvp": (lambda: MeanFlowLoss(network("mlp"), jvp="magic"), "dual, func"),
     "paired conditional": (lambda: MeanFlowLoss(network("mlp"), tangent="conditional", paired=True), "predicted"),
     "too many pairs": (lambda: MeanFlowLoss(network("mlp"), times=TimeSampler(share=0.6), paired=True), "partner"),
+    "no step": (
+        lambda: MeanFlowLoss(network("mlp"), times=TimeSampler(start=10))(torch.zeros(2, 3)), "pass step=",
+    ),
     "negative p": (lambda: MeanFlowLoss(network("mlp"), p=-1.0), "negative"),
     "objective": (lambda: preset("rectified"), "meanflow, mmf"),
 }  # fmt: skip

@@ -24,6 +24,10 @@ CASES = (
         f"{wrapper}-times": {"wrapper": wrapper, "lam": 1.0, "paired": True, "weight": "times"}
         for wrapper in ("ddp", "fsdp2")
     }
+    | {
+        f"{wrapper}-start": {"wrapper": wrapper, "lam": 1.0, "paired": False, "start": 1}
+        for wrapper in ("ddp", "fsdp2")
+    }
 )
 
 

@@ -28,9 +28,16 @@ def test_counts_and_ranges(t: str, r: str, batch: int, share: float) -> None:
     r_, t_ = sampler.draw(GlobalStream(batch))
     assert r_.shape == t_.shape == (batch,) and r_.dtype == torch.float32
     assert bool(((r_ >= 0) & (r_ < t_) & (t_ <= 1)).all())
-    found = [sampler.intervals(batch, (k + 0.5) / 100) for k in range(100)]
+    found = [sampler.intervals(batch, 0, (k + 0.5) / 100) for k in range(100)]
     assert {math.floor(share * batch), math.ceil(share * batch)} >= set(found)
     assert sum(found) == pytest.approx(100 * share * batch, abs=1)
+
+
+def test_intervals_begin_at_start() -> None:
+    sampler = TimeSampler(share=0.5, start=3)
+    assert [sampler.intervals(8, step) for step in range(6)] == [0, 0, 0, 4, 4, 4]
+    with pytest.raises(ValueError, match=r"times\.start is -1"):
+        TimeSampler(start=-1)
 
 
 def test_uniform_law() -> None:
