@@ -175,9 +175,9 @@ class MeanFlowLoss(nn.Module):
         stand for [-1, 1]).
 
         step: decides lambda and, where the share of the rows is a fraction, how many are intervals at this step
-        (without it lambda is that of step 0, and chance decides). Where intervals begin later (`times.start`) it must be
-        given. noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. part: which rows
-        of a global batch x is; by default all, drawn from torch's generators.
+        (without it lambda is that of step 0, and chance decides). It must be given where intervals begin later
+        (`times.start`). noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. part:
+        which rows of a global batch x is; by default all, drawn from torch's generators.
         cond: passed to the network; leaves with B rows follow their samples, through dicts, lists and tuples.
         Raises ValueError for shapes or times that do not fit.
         """

@@ -41,8 +41,8 @@ def loss_function(case: dict) -> MeanFlowLoss:
             parameter.add_(0.1 * torch.randn_like(parameter))
     lam = LambdaSchedule(kind="linear", warmup=10) if case["lam"] == "curriculum" else case["lam"]
     return (Scaled if case.get("scaled") else MeanFlowLoss)(
-        net, times=TimeSampler(share=0.25, start=case.get("start", 0)), lam=lam, paired=case["paired"], p=0.5, guidance=Guidance(omega=1.5),
-        weight=case.get("weight", "sample"),
+        net, times=TimeSampler(share=0.25, start=case.get("start", 0)), lam=lam, paired=case["paired"], p=0.5,
+        guidance=Guidance(omega=1.5), weight=case.get("weight", "sample"),
     )  # fmt: skip
 
 
