@@ -40,7 +40,8 @@ LENGTHS: dict[str, Callable[[Tensor], Tensor]] = {  # lambda of an interval from
     "1 - s": lambda s: 1 - s,
     "1 / (1 + 25 s^2)": lambda s: 1 / (1 + 25 * s.square()),
 }
-BASE = {"warmup": 0.5, "optimizer": "adam", "rate": RATE, "tangent": "paired", "clip": 0.0}
+STARTS = (0.25, 0.5)  # of the steps, before which no row is an interval
+BASE = {"warmup": 0.5, "optimizer": "adam", "rate": RATE, "tangent": "paired", "clip": 0.0, "start": 0.0}
 RATES = {"adam": (3e-4, RATE, 3e-3, 1e-2, 3e-2), "sgd": (1e-2, 3e-2, 0.1, 0.3)}
 
 
@@ -64,6 +65,7 @@ VARIATIONS = [
     ),
     *(setting(lam, weight, clip=1.0) for weight in BEST for lam in (0.0, 1.0)),
     *(setting(lam, weight) for weight in BEST for lam in LENGTHS),
+    *(setting(lam, "p = 0", start=share) for share in STARTS for lam in (0.0, 0.3, 1.0)),
 ]
 
 
@@ -95,7 +97,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     warnings.filterwarnings("ignore", "conditional tangents")  # they are here to show it
     net = MLP(dim=2, width=WIDTH, depth=DEPTH)
     options: dict[str, Any] = {
-        "times": TimeSampler(share=0.5),
+        "times": TimeSampler(share=0.5, start=round(setting["start"] * steps)),
         "tangent": "conditional" if setting["tangent"] == "conditional" else "predicted",
         "paired": setting["tangent"] == "paired",
         **WEIGHTS[setting["weight"]],
@@ -166,6 +168,11 @@ def answer(rows: Rows) -> str:
             "tangents, p = 0", ["lambda 0", "lambda 0.3", "lambda 1"],
             {kind: [error(lam, "p = 0", tangent=kind) for lam in (0.0, 0.3, 1.0)]
              for kind in ("paired", "predicted", "conditional")},
+        ),
+        table(
+            "flow matching first, p = 0", ["lambda 0", "lambda 0.3", "lambda 1"],
+            {f"in {share:g} of the steps": [error(lam, "p = 0", start=share) for lam in (0.0, 0.3, 1.0)]
+             for share in (0.0, *STARTS)},
         ),
         table(
             "learning rate, p = 0", ["lambda 0", "lambda 0.1", "lambda 1"],

@@ -33,7 +33,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 }
 BASE: dict[str, Any] = {
     **{"weight": "p = 0", "steps": STEPS, "batch": 128, "rate": 1e-3, "clip": 1.0, "schedule": "constant"},
-    "width": 96,
+    **{"width": 96, "start": 0.0},
 }
 GRID = [{**BASE, "weight": weight, "lam": lam} for weight in WEIGHTS for lam in (0.0, 1.0, 0.1)]
 CHANGES: list[dict[str, Any]] = [
@@ -45,6 +45,7 @@ CHANGES: list[dict[str, Any]] = [
     {"steps": 4 * STEPS},
     {"width": 32},
     {"width": 192},
+    {"start": 0.5},  # of the steps, before which no row is an interval
 ]
 SETTINGS = [*GRID, *({**BASE, **change, "lam": lam} for change in CHANGES for lam in (0.0, 1.0))]
 
@@ -54,7 +55,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     torch.manual_seed(seed)
     data = load("digits", seed=seed)
     net = DiT(8, channels=1, patch_size=4, width=setting["width"], depth=DEPTH, heads=4, num_classes=10)
-    times = TimeSampler(share=0.25)
+    times = TimeSampler(share=0.25, start=round(setting["start"] * steps))
     loss_fn = MeanFlowLoss(net, times=times, lam=setting["lam"], paired=True, **WEIGHTS[setting["weight"]])
     figures: dict[str, float] = {}
 
