@@ -6,6 +6,7 @@ python -m studies.digits [--list | --quick | --minutes M]
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +63,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     def watch(step: int, result: StepResult) -> None:
         if step + 1 == max(1, steps // 4):
             for lam in (0.0, 1.0):
-                other = MeanFlowLoss(net, times=times, lam=lam, paired=True, p=0.0)
+                other = MeanFlowLoss(net, times=replace(times, start=0), lam=lam, paired=True, p=0.0)
                 figures[f"signal_{lam:g}"] = signal_to_noise(other, data, setting["batch"], 3 if quick else 16)
 
     averaged = train(
