@@ -145,6 +145,13 @@ def answer(rows: Rows) -> str:
             f" A lambda of its own for each interval, by its length, has at best {least:.3f}, {compared(least, best)} "
             "that least error."
         )
+    first, without = (error(0.0, "p = 0", start=share) for share in (STARTS[0], 0.0))
+    flow_first = (
+        f" With flow matching alone in the first {STARTS[0]:.0%} of the steps, that of lambda 0 is {first:.3f}, "
+        f"{compared(first, without)} without, and {compared(first, best)} that least error."
+        if first.seeds > 1
+        else ""
+    )
     parts = [
         f"The least error is {best:.3f}, with lambda {lam} and the weight {weight}; with MeanFlow's own setting "
         f"(lambda 0, p = 1) it is {grid[0.0, 'p = 1']:.3f}. At lambda 0 the weights have "
@@ -154,7 +161,7 @@ def answer(rows: Rows) -> str:
             f" With the weight {weight} the error of the full gradient (lambda 1), {grid[1.0, weight]:.3f}, is "
             f"{compared(grid[1.0, weight], grid[0.0, weight])} that of lambda 0."
             for weight in WEIGHTS if grid[1.0, weight].seeds > 1
-        ) + by_length,
+        ) + by_length + flow_first,
         table("lambda", list(WEIGHTS), {str(lam): [grid[lam, weight] for weight in WEIGHTS] for lam in LAMBDAS}),
         table(
             "curve, p = 0: share of the steps to lambda 1", ["0.1", "0.25", "0.5", "1"],

@@ -158,7 +158,8 @@ STUDY = Study(
     f"{BASE['batch']}, a quarter of the rows with r < t (r uniform), paired, Adam at {BASE['rate']:g}, gradients "
     f"clipped to {BASE['clip']:g}, weights averaged. Frechet distance in the features of a classifier of the training "
     f"split, of samples in one, two and four steps, to the training split. Left out of the full grid, for their cost: "
-    f"the curves of lambda, the lambdas between, and the recipe's larger network.",
+    f"the curves of lambda, the lambdas between, and the recipe's larger network. start: the share of the steps before "
+    f"which no row is an interval.",
     recommend=recommend,
     rehearsal=[{**BASE, "weight": "by times", "lam": 1.0}],
     draw=draw,
