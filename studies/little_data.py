@@ -20,7 +20,7 @@ from mmf_fast.evaluation.distances import frechet_distance, nearest
 from mmf_fast.models import UNet
 from mmf_fast.sampling import sample_in_chunks
 from studies.fashion import dataset as fashion
-from studies.rows import Rows, Setting, compared, table
+from studies.rows import Rows, Setting, Spread, table
 from studies.runner import Study, main
 from studies.training import train
 
@@ -107,23 +107,34 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
 
 
 def answer(rows: Rows) -> str:
+    def figure(name: str, count: int, lam: float = LAMBDAS[0]) -> Spread:
+        return rows.spread(name, images=count, lam=lam)
+
     def line(count: int, lam: float) -> list[Any]:
-        names = ("frechet_1", "frechet_4", "agreement_1", "repeated_1", "repeated_4")
-        return [rows.spread(name, images=count, lam=lam) for name in names]
+        names = ("frechet_1", "frechet_4", "frechet_training", "agreement_1", "repeated_1", "repeated_4")
+        return [figure(name, count, lam) for name in names]
 
-    def sentence(count: int) -> str:
-        zero, some = (rows.spread("frechet_1", images=count, lam=lam) for lam in LAMBDAS)
-        return f"with {count:,} images lambda {LAMBDAS[1]:g} is {compared(some, zero)} lambda 0"
+    def named(counts: list[int]) -> str:
+        return " and ".join(f"{count:,}" for count in counts) or "none"
 
+    zero, some = ({count: figure("frechet_1", count, lam) for count in COUNTS} for lam in LAMBDAS)
+    poorer = [count for count in COUNTS if zero[COUNTS[-1]].below(zero[count])]
+    worse, better = (
+        [count for count in COUNTS if one[count].below(other[count])] for one, other in ((zero, some), (some, zero))
+    )
+    pairs = [(f"repeated_{k}", count, lam) for k in (1, 4) for count in COUNTS for lam in LAMBDAS]
+    repeated = max((spread.mean for pair in pairs if (spread := figure(*pair)).seeds), default=0.0)
     return "\n\n".join(
         [
-            "In one evaluation "
-            + "; ".join(sentence(count) for count in COUNTS if rows.where(images=count)) + " (Frechet "
-            "distance to the test images). Images repeated are those nearer to a training image than a third of the "
-            "distance to the next.",
+            "At lambda 0 one evaluation has a Frechet distance to the test images of "
+            + ", ".join(f"{spread:.2f} with {count:,} images" for count, spread in zero.items() if spread.seeds)
+            + f". Beyond the error bars {COUNTS[-1]:,} images are better than fewer: {named(poorer)}; lambda "
+            f"{LAMBDAS[1]:g} is worse than lambda 0 with these numbers of images: {named(worse)}; better with: "
+            f"{named(better)}. Repeated are samples that are nearer to a training image than a third of the distance "
+            f"to the next one: {repeated:.1%} of them at most, in one or four evaluations.",
             table(
                 "images, lambda",
-                ["one evaluation", "four", "class agreement in one", "repeated in one", "repeated in four"],
+                ["one evaluation", "four", "the images", "class agreement in one", "repeated in one", "repeated in four"],
                 {f"{count:,}, {lam:g}": line(count, lam) for count in COUNTS for lam in LAMBDAS}, ".2f",
             ),
         ]
