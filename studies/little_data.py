@@ -134,7 +134,7 @@ def answer(rows: Rows) -> str:
             f"to the next one: {repeated:.1%} of them at most, in one or four evaluations.",
             table(
                 "images, lambda",
-                ["one evaluation", "four", "the images", "class agreement in one", "repeated in one", "repeated in four"],
+                ["one evaluation", "four", "the images", "agreement in one", "repeated in one", "repeated in four"],
                 {f"{count:,}, {lam:g}": line(count, lam) for count in COUNTS for lam in LAMBDAS}, ".2f",
             ),
         ]
