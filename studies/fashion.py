@@ -140,13 +140,14 @@ def answer(rows: Rows) -> str:
             lines[f"{method}, {k} evaluation{'s' if k > 1 else ''}"] = [figure(name, method) for name in names]
     lines["test images"] = [rows.spread(f"{name}_test") for name in ("frechet", "agreement", "precision", "recall")]
     most = f"frechet_{EVALUATIONS[-1]}"
-    best = chosen(rows) or "lambda 0"
-    one, many = figure("frechet_1", best), figure(most, "flow matching")
+    found = in_one(rows)
+    best = cheapest(found) or "lambda 0"
+    one, many = found[best], figure(most, "flow matching")
     share = figure(lambda figures: figures["agreement_1"] / figures["agreement_test"], best)
     others = "; ".join(
         f"{method}: {other:.1f}, {compared(other, one)} this"
-        for method in OURS
-        if method != best and (other := figure("frechet_1", method)).seeds
+        for method, other in found.items()
+        if method != best and other.seeds
     )
     over_time: dict[str, list[Spread]] = {}
     for minutes in (*SHORTER, MINUTES):
@@ -179,16 +180,15 @@ def answer(rows: Rows) -> str:
     )  # fmt: skip
 
 
-def chosen(rows: Rows) -> str | None:
-    """The cheapest method of ours that nothing beats beyond the error bars."""
-    return cheapest({method: rows.spread("frechet_1", method=method, minutes=MINUTES) for method in OURS})
+def in_one(rows: Rows) -> dict[str, Spread]:
+    """The Frechet distance of one evaluation by every method of ours."""
+    return {method: rows.spread("frechet_1", method=method, minutes=MINUTES) for method in OURS}
 
 
 def recommend(rows: Rows) -> str:
-    best = chosen(rows)
-    if best is None:
+    found = in_one(rows)
+    if (best := cheapest(found)) is None:
         return ""
-    found = {method: rows.spread("frechet_1", method=method, minutes=MINUTES) for method in OURS}
     others = ", ".join(
         f"{spread:.1f} with {method}" for method, spread in found.items() if method != best and spread.seeds
     )

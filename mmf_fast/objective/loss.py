@@ -179,7 +179,7 @@ class MeanFlowLoss(nn.Module):
         (`times.start`). noise: like x; times: (r, t), each (B,), 0 <= r <= t <= 1. Both are drawn when absent. part:
         which rows of a global batch x is; by default all, drawn from torch's generators.
         cond: passed to the network; leaves with B rows follow their samples, through dicts, lists and tuples.
-        Raises ValueError for shapes or times that do not fit.
+        Raises ValueError for shapes or times that do not fit, and for a step that must be given.
         """
         if step is None and times is None and self.times.start:
             raise ValueError(f"times.start is {self.times.start}: pass step=, which says whether intervals have begun")
