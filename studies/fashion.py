@@ -8,9 +8,8 @@ The originals are where Debian's package dataset-fashion-mnist puts them; FASHIO
 from __future__ import annotations
 
 import functools
+import json
 import os
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,36 +17,39 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from mmf_fast import data
-from mmf_fast.config import load
+from mmf_fast import MeanFlowLoss, data
+from mmf_fast.config import Config, load
 from mmf_fast.data.prepare import prepare
 from mmf_fast.evaluation.classifier import Classifier, train_classifier
 from mmf_fast.evaluation.distances import frechet_distance, nearest, precision_recall
 from mmf_fast.sampling import sample_in_chunks
 from mmf_fast.train import build_loss
+from mmf_fast.training.engines import Engine, build_engine
 from studies.rows import Rows, Setting, Spread, cheapest, compared, table
 from studies.runner import Study, main
-from studies.training import train
+from studies.training import relative_cost, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SOURCE = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
-MINUTES = 8  # of one core, for the steps of a run
+A_MINUTE = 140  # steps of flow matching, as one core of the first rows' computer makes them
+MINUTES = 8  # for the steps of a run
 SHORTER = (2, 4)  # minutes, of those that are looked at over time
+ROUNDS = 20  # of a step beside one of flow matching
 EVALUATIONS = (1, 2, 16)
 COUNT = 2000  # samples judged
-THIRD = "a third"  # of the steps of the run
-TO_DATA = {"loss.lam": 0, "loss.tangent": "conditional", "loss.paired": "false", "loss.times.share": 0.5,
-           "loss.times.r": "zero"}  # fmt: skip
-METHODS: dict[str, dict[str, Any]] = {  # in the order of the cost of a step
-    "flow matching": {"loss.lam": 0, "loss.times.share": 0},
-    "r = 0 after flow matching": {**TO_DATA, "loss.times.start": THIRD},
+A_THIRD = 1 / 3  # of the steps of a run come before the first intervals
+ALL_ENDS = {"objective": "mmf", "times": {"share": 0.25, "r": "logit_normal", "r_mean": -2.0, "r_std": 2.0}}
+TO_DATA = {"objective": "meanflow", "times": {"share": 0.5, "r": "zero"}}
+METHODS: dict[str, dict[str, Any]] = {  # the loss, in the order of the cost of a step
+    "flow matching": {"objective": "flow_matching"},
+    "r = 0 after flow matching": TO_DATA,
     "r = 0": TO_DATA,
-    "lambda 0": {"loss.lam": 0},
-    "lambda 0.1": {"loss.lam": "{kind: linear, value: 0.1, warmup: 1000}"},
-    "lambda 1": {"loss.lam": "{kind: linear, value: 1, warmup: 1000}"},
+    "lambda 0": {**ALL_ENDS, "lam": 0},
+    "lambda 0.1": {**ALL_ENDS, "lam": {"kind": "linear", "value": 0.1, "warmup": 1000}},
+    "lambda 1": {**ALL_ENDS, "lam": {"kind": "linear", "value": 1, "warmup": 1000}},
 }
 OURS = [method for method in METHODS if method != "flow matching"]
 OVER_TIME = ("flow matching", "r = 0 after flow matching", "lambda 0")
@@ -85,33 +87,38 @@ def figures(images: Any, x: Tensor, y: Tensor, name: str) -> dict[str, float]:
     }
 
 
+def loss_of(method: str, images: Any, seed: int, quick: bool, start: int = 0) -> tuple[MeanFlowLoss, Config]:
+    """Of the network of the recipe, whose optimizer and batch are everybody's; the first intervals at step `start`."""
+    smaller = ["model.base_channels=4", "train.batch=8"] if quick else []
+    loss = {**METHODS[method], "p": 0.5}
+    if start:
+        loss["times"] = {**loss["times"], "start": start}
+    config = load("fashion", [f"loss={json.dumps(loss)}", *smaller])
+    torch.manual_seed(seed)
+    return build_loss(config, images), config
+
+
+def steps_of(method: str, minutes: int, images: Any, seed: int, quick: bool) -> tuple[int, int]:
+    """How many steps take the time, and how many of them come before the first intervals."""
+
+    def engine_of(method: str) -> Engine:
+        loss_fn, config = loss_of(method, images, seed, quick)
+        return build_engine(loss_fn, config.optimizer, config.train, seed)
+
+    rounds, batch = (2, 8) if quick else (ROUNDS, load("fashion").train.batch)
+    cost = relative_cost(engine_of(method), engine_of("flow matching"), images, batch, rounds)
+    first = A_THIRD if "after flow matching" in method else 0.0
+    count = round((4 if quick else A_MINUTE * minutes) / (first + (1 - first) * cost))
+    return count, round(count * first)
+
+
 def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     images = data.load("synthetic", shape=(1, 28, 28), num_classes=10, count=256) if quick else dataset()
-    smaller = ["model.base_channels=4", "train.batch=8"] if quick else []
-
-    def steps(count: int) -> Any:
-        """The network after so many steps, and the seconds of one: those with intervals cost more."""
-        method = METHODS[setting["method"]]
-        values = {key: count // 3 if value == THIRD else value for key, value in method.items()}
-        config = load("fashion", [*(f"{key}={value}" for key, value in values.items()), *smaller])
-        torch.manual_seed(seed)
-        loss_fn = build_loss(config, images)
-        seconds, last = [], time.process_time()
-
-        def watch(step: int, result: Any) -> None:
-            nonlocal last
-            seconds.append(time.process_time() - last)
-            last = time.process_time()
-
-        net = train(
-            loss_fn, images, steps=count, batch=config.train.batch, seed=seed, optimizer=config.optimizer,
-            watch=watch, compiled=False,
-        )  # fmt: skip
-        parts = seconds[: loss_fn.times.start], seconds[loss_fn.times.start :]
-        return net, sum(len(part) * statistics.median(part) for part in parts if part) / count
-
-    _, one_step = steps(4 if quick else 30)
-    net, _ = steps(count := 4 if quick else round(60 * setting["minutes"] / one_step))
+    count, start = steps_of(setting["method"], setting["minutes"], images, seed, quick)
+    loss_fn, config = loss_of(setting["method"], images, seed, quick, start)
+    net = train(
+        loss_fn, images, steps=count, batch=config.train.batch, seed=seed, optimizer=config.optimizer, compiled=False
+    )
     y = torch.arange(20 if quick else COUNT) % 10
     noise = torch.randn(len(y), *images.shape, generator=torch.Generator().manual_seed(seed))
     test, labels = images.split("validation")
@@ -246,9 +253,11 @@ STUDY = Study(
     ],
     run=run,
     seconds=lambda setting: 60.0 * setting["minutes"] + 240,
-    method=f"Fashion-MNIST (60,000 training images of 28x28, 10 classes), the network and settings of "
-    f"configs/fashion.yaml, {MINUTES} minutes of one core for the steps of each run, whatever the method, or fewer for "
-    f"the curves over time, each with a schedule of its own. Lambda 0, 0.1 and 1 have a quarter of the rows as "
+    method=f"Fashion-MNIST (60,000 training images of 28x28, 10 classes), the network and the optimizer of "
+    f"configs/fashion.yaml, p = 0.5, {MINUTES} minutes of one core for the steps of each run, whatever the method, or "
+    f"fewer for the curves over time, each with a schedule of its own. A minute is the time of {A_MINUTE} steps of flow "
+    f"matching, about what one core of the first runs made of it, and a step of each run is timed in turn with one of "
+    f"these; the runs before that was so were timed alone. Lambda 0, 0.1 and 1 have a quarter of the rows as "
     f"intervals of all ends, paired; r = 0 has half of them, which end at r = 0, lambda 0, and conditional tangents; "
     f"after flow matching: no intervals in the first third of the steps. Judged are {COUNT:,} samples, in the "
     f"features of a classifier of the training images, beside as many test images.",

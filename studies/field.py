@@ -1,7 +1,6 @@
 """How good a network is after as much training time, by flow matching, by ours and as the field trains MeanFlow.
 
-Time is counted in steps of flow matching, and what a step takes beside one of these is measured in turn with it: so
-whatever else the computer does meanwhile changes nothing.
+Time is counted in steps of flow matching, and what a step takes beside one of these is measured in turn with it.
 
 python -m studies.field [--list | --quick | --minutes M]
 """
@@ -9,17 +8,15 @@ python -m studies.field [--list | --quick | --minutes M]
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.field import WAYS, FieldLoss
 from mmf_fast import MeanFlowLoss, Optimizer, TimeSampler, Train
-from mmf_fast.data import Dataset, load
+from mmf_fast.data import load
 from mmf_fast.evaluation.classifier import train_classifier
 from mmf_fast.evaluation.distances import frechet_distance
 from mmf_fast.models import DiT
@@ -28,6 +25,7 @@ from mmf_fast.training.engines import Engine, build_engine
 from studies.methods import FLOW_MATCHING, title, to_sample
 from studies.rows import Rows, Setting, Spread, compared, table
 from studies.runner import Study, main
+from studies.training import given, relative_cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,22 +73,10 @@ def engine_of(setting: Setting, seed: int) -> Engine:
     return build_engine(loss_of(setting, net), optimizer, Train(steps=1, batch=BATCH), seed)
 
 
-def cost(setting: Setting, data: Dataset, rounds: int) -> float:
-    """Time of a step over that of a step of flow matching: the median ratio of steps in turn."""
-    engines = [engine_of(each, 0) for each in (setting, FLOW_MATCHING)]
-
-    def took(engine: Engine, step: int) -> float:
-        x, y = data.batch(step, BATCH)
-        start = time.process_time()
-        engine.step(x, step, y=cast(Tensor, y))
-        return time.process_time() - start
-
-    return statistics.median(took(engines[0], step) / took(engines[1], step) for step in range(rounds))
-
-
 def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     data = load("digits", seed=seed)
-    step_cost = cost(setting, data, 2 if quick else ROUNDS)
+    rounds = 2 if quick else ROUNDS
+    step_cost = relative_cost(engine_of(setting, 0), engine_of(FLOW_MATCHING, 0), data, BATCH, rounds)
     engine = engine_of(setting, seed)
     classifier = train_classifier(data, epochs=1 if quick else 30)
     target = classifier.judge(data.split("train")[0])[0]
@@ -107,8 +93,8 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     step = 0
     for limit in (1, 2) if quick else TIMES:
         while step < max(1, round(limit / step_cost)):
-            x, y = data.batch(step, BATCH)
-            engine.step(x, step, y=cast(Tensor, y))
+            x, cond = given(data, step, BATCH)
+            engine.step(x, step, **cond)
             step += 1
         figures |= {f"{name}_{limit}": value for name, value in distances().items()}
     return figures

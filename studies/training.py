@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmf_fast import MeanFlowLoss, Optimizer, Train
 from mmf_fast.data import Dataset
 from mmf_fast.training.engines import Engine, StepResult, build_engine
 from mmf_fast.training.engines.local import LocalEngine
 
-__all__ = ["SGDEngine", "train"]
+__all__ = ["SGDEngine", "given", "relative_cost", "train"]
 
 
 class SGDEngine(LocalEngine):
@@ -48,9 +50,27 @@ def train(
         loss_fn.compile()
     engine = make_engine(loss_fn, optimizer, Train(steps=steps, batch=batch), seed)
     for step in range(steps):
-        x, y = data.batch(step, batch)
-        cond = {} if y is None else dict(y) if isinstance(y, Mapping) else {"y": y}  # labels, or by name
+        x, cond = given(data, step, batch)
         result = engine.step(x, step, **cond)
         if watch:
             watch(step, result)
     return engine.averaged().cpu()
+
+
+def relative_cost(engine: Engine, other: Engine, data: Dataset, batch: int, rounds: int) -> float:
+    """Time of a step of one engine over that of another: the median ratio of steps in turn, so that whatever else the
+    computer does, and however fast it is, changes nothing."""
+
+    def took(engine: Engine, step: int) -> float:
+        x, cond = given(data, step, batch)
+        start = time.process_time()
+        engine.step(x, step, **cond)
+        return time.process_time() - start
+
+    return statistics.median(took(engine, step) / took(other, step) for step in range(rounds))
+
+
+def given(data: Dataset, step: int, batch: int) -> tuple[Tensor, dict[str, Any]]:
+    """The samples of a step and their conditions by name."""
+    x, y = data.batch(step, batch)
+    return x, {} if y is None else dict(y) if isinstance(y, Mapping) else {"y": y}
