@@ -255,10 +255,10 @@ STUDY = Study(
     seconds=lambda setting: 60.0 * setting["minutes"] + 240,
     method=f"Fashion-MNIST (60,000 training images of 28x28, 10 classes), the network and the optimizer of "
     f"configs/fashion.yaml, p = 0.5, {MINUTES} minutes of one core for the steps of each run, whatever the method, or "
-    f"fewer for the curves over time, each with a schedule of its own. A minute is the time of {A_MINUTE} steps of flow "
-    f"matching, about what one core of the first runs made of it, and a step of each run is timed in turn with one of "
-    f"these; the runs before that was so were timed alone. Lambda 0, 0.1 and 1 have a quarter of the rows as "
-    f"intervals of all ends, paired; r = 0 has half of them, which end at r = 0, lambda 0, and conditional tangents; "
+    f"fewer for the curves over time, each with a schedule of its own. A minute is the time of {A_MINUTE} steps of "
+    f"flow matching, which one core of the first runs' computer made in it, and a step of each run is timed in turn "
+    f"with one of these; the runs before this was so were timed alone. Lambda 0, 0.1 and 1 have a quarter of the rows "
+    f"as intervals of all ends, paired; r = 0 has half of them, which end at r = 0, lambda 0, conditional tangents; "
     f"after flow matching: no intervals in the first third of the steps. Judged are {COUNT:,} samples, in the "
     f"features of a classifier of the training images, beside as many test images.",
     recommend=recommend,
