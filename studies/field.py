@@ -128,13 +128,14 @@ def answer(rows: Rows) -> str:
     ours = {lam: distances({"method": "mmf_fast", "lam": lam})[-1] for lam in (0.0, 0.1, 1.0)}
     full = distances({"method": "torch.func.jvp", "lam": 1.0})[-1]
     alike, usual = (distances(each) for each in (ALIKE, FIELD[0]))
-    earlier = [f"{limit:g}" for limit, one, other in zip(limits, alike, usual, strict=True) if one.below(other)]
+    less = [f"{limit:g}" for limit, one, other in zip(limits, alike, usual, strict=True) if one.below(other)]
+    earlier = f"after {', '.join(less)} steps it is less" if less else "nor is it less earlier"
     return "\n\n".join(
         [
             f"Trained by torch.func.jvp at lambda 0, as MeanFlow is, for as long as {limits[-1]:g} steps of flow "
             f"matching take, one evaluation has a Frechet distance of {usual[-1]:.2f}; by mmf_fast, with the same "
-            f"loss, as long and so for more steps, {alike[-1]:.2f}, {compared(alike[-1], usual[-1])} that (after "
-            f"{', '.join(earlier) or 'none'} steps it is less). Paired rows, with the predicted tangent, have "
+            f"loss, as long and so for more steps, {alike[-1]:.2f}, {compared(alike[-1], usual[-1])} that "
+            f"({earlier}). Paired rows, with the predicted tangent, have "
             f"{ours[0.0]:.2f} at lambda 0, {compared(ours[0.0], usual[-1])} that, and {ours[0.1]:.2f} at lambda 0.1. "
             f"With the full gradient (lambda 1) the conditional tangent, which biases the minimiser there, has "
             f"{full:.2f} by torch.func.jvp, the predicted one {ours[1.0]:.2f} by mmf_fast.",

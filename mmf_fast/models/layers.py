@@ -67,9 +67,10 @@ def sinusoids(t: Tensor, count: int) -> Tensor:
 class Conditioning(nn.Module):
     """c = silu(MLP([sinusoids(t), sinusoids(t - r)]) + E[y] + MLP(context)), by which every block is modulated.
 
-    r, t (B,) float32, y (B,) int64, context (B, context_dim) -> c (B, width) in the dtype of the weights. The interval
-    t - r is embedded itself, because the network must tell r = t (velocity) from r < t (average velocity) sharply. The
-    sinusoids and their tangents are float32 also in a bfloat16 network: the cast comes after them.
+    r, t (B,) float32, y (B,) of any integer dtype, context (B, context_dim) -> c (B, width) in the dtype of the
+    weights. The interval t - r is embedded itself, because the network must tell r = t (velocity) from r < t (average
+    velocity) sharply. The sinusoids and their tangents are float32 also in a bfloat16 network: the cast comes after
+    them.
 
     Class labels are 0 .. num_classes - 1; num_classes is the null label, and y = None means all null. The context is a
     vector of numbers that a sample is given (a start, a goal, an observation); without it there is nothing to predict.
@@ -97,7 +98,10 @@ class Conditioning(nn.Module):
         if self.label is not None:
             if y is None:
                 y = torch.full(t.shape, self.num_classes, device=t.device)
-            c_BD = c_BD + self.label(y)
+            if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
+                kind = y.dtype if isinstance(y, Tensor) else f"a {type(y).__name__}"
+                raise ValueError(f"labels y are {kind}: give class numbers 0 .. {self.num_classes - 1} as integers")
+            c_BD = c_BD + self.label(y.long())
         elif y is not None:
             raise ValueError("an unconditional network was given labels; pass y=None or build it with num_classes > 0")
         if self.context_dim:

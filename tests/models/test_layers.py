@@ -100,6 +100,19 @@ def test_conditioning_refuses_what_it_was_not_built_for():
         Conditioning(8)(t, t, torch.tensor([0]))
     with pytest.raises(ValueError, match="num_classes must be 0"):
         Conditioning(8, num_classes=-1)
+    for labels, given in (
+        (torch.tensor([0.0]), "torch.float32"),
+        (torch.tensor([True]), "torch.bool"),
+        (["a"], "a list"),
+    ):
+        with pytest.raises(ValueError, match=f"labels y are {given}: give class numbers 0 .. 2 as integers"):
+            Conditioning(8, num_classes=3)(t, t, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_any_integers(dtype):
+    layer, t, labels = Conditioning(8, num_classes=3), torch.tensor([0.7, 0.7]), torch.tensor([2, 0])
+    assert layer(t, t, labels.to(dtype)).equal(layer(t, t, labels))
 
 
 def test_zero_init_zeroes_every_parameter_and_returns_the_layer():
