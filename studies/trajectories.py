@@ -262,6 +262,22 @@ def answer(rows: Rows) -> str:
     return "\n\n".join([words if sentences else "", "\n".join(sentences), *tables])
 
 
+def recommend(rows: Rows) -> str:
+    """Where the full gradient is worth its cost."""
+    clauses = []
+    for name in SYSTEMS:
+        none, full = (
+            rows.spread(f"1: error at {SAVED[3]}", system=name, start="known", method="mmf_fast", lam=lam)
+            for lam in (0.0, 1.0)
+        )
+        if full.below(none):
+            clauses.append(
+                f"for trajectories of {name} from a known start lambda 1 (error at state {SAVED[3]} of {LENGTH}: "
+                f"{full:.2f}; {none:.2f} with lambda 0)"
+            )
+    return "; ".join(clauses)
+
+
 def ways(found: Rows) -> list[tuple[str, str, Rows]]:
     """(label, prefix of its figures, rows) of every method and number of evaluations, and of the true law."""
     result = [
@@ -322,6 +338,7 @@ STUDY = Study(
         f"(width 64, 3 blocks, patches of 8 states) for every method, at equal cost (MeanFlowLoss.forwards: "
         f"{FORWARDS // BATCH // 3:,} steps of {BATCH} of flow matching), Adam at {RATE:g}, p = 0."
     ),
+    recommend=recommend,
     draw=draw,
     answer=answer,
     doubt=(

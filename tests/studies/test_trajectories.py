@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from studies import trajectories
+from studies.rows import Rows
 from studies.trajectories import SYSTEMS, energy_score, residual, solve
 
 
@@ -64,3 +65,22 @@ def test_what_is_likely_lies_around_what_was_seen(monkeypatch):
     assert drawn.shape == (4000, 1, 1, 2)
     np.testing.assert_allclose(drawn.mean((0, 1, 2)), [0.5, -0.2], atol=5 * noise / np.sqrt(4000))
     np.testing.assert_allclose(drawn.std((0, 1, 2)), noise, rtol=5 / np.sqrt(2 * 4000))
+
+
+def test_the_full_gradient_is_advised_where_it_gains_beyond_the_error_bars():
+    def rows(**errors):
+        return Rows(
+            {
+                "setting": {"system": name, "start": "known", "method": "mmf_fast", "lam": lam},
+                "seed": seed,
+                "figures": {"1: error at 16": error + 0.01 * seed},
+            }
+            for name, of_both in errors.items()
+            for lam, error in zip((0.0, 1.0), of_both, strict=True)
+            for seed in range(3)
+        )
+
+    advice = trajectories.recommend(rows(pendulum=(0.10, 0.11), lorenz=(0.9, 0.5)))
+    assert advice.startswith("for trajectories of lorenz from") and "0.51 ± 0.01; 0.91 ± 0.01" in advice
+    assert trajectories.recommend(rows(pendulum=(0.1, 0.2), lorenz=(0.51, 0.5))) == ""
+    assert trajectories.recommend(Rows()) == ""
