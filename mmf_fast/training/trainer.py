@@ -115,6 +115,7 @@ class Trainer:
             raise ConfigError("loss_fn.net must be the network, a torch module: there is nothing to train otherwise")
         loss_fn.net = net = bare(loss_fn.net)
         self.model = type(net).__name__
+        self.flow_matching_until = getattr(getattr(loss_fn, "times", None), "start", 0)
         forwards, flops = getattr(loss_fn, "forwards", None), getattr(net, "flops", None)
         self.flops_of_step = (lambda step: flops() * forwards(self.train.batch, step)) if forwards and flops else None
         fresh = not resume or self.checkpoints.newest() is None
@@ -328,6 +329,12 @@ class Trainer:
             *(engine.rank, engine.world_size, os.getpid(), platform.node(), engine.device, device, torch.__version__),
             *(torch.get_num_threads(), self.step, train.steps, train.batch, self.dataset.name, self.model),
         )
+        if self.flow_matching_until >= train.steps:
+            self.log.say(
+                f"the first intervals would come at step {self.flow_matching_until} of {train.steps}: this run is flow "
+                "matching alone, and one evaluation of it draws badly; set loss.times.start lower",
+                logging.WARNING,
+            )
 
     def _restore(self) -> None:
         with warnings.catch_warnings(record=True) as damaged:

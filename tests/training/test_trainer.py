@@ -318,6 +318,17 @@ def test_shapes_and_classes_come_from_the_data(tmp_path: Path) -> None:
     assert (net.shape, net.num_classes) == ((1, 8, 8), 10)
 
 
+@pytest.mark.parametrize(("start", "warned"), [(11, False), (12, True)])
+def test_a_run_that_ends_before_its_first_interval_says_so(
+    start: int, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_trainer(tiny(loss={"times": {"start": start}}), tmp_path / "run").fit()
+    said = "warning: the first intervals would come at step 12 of 12" in capsys.readouterr().err
+    assert said == warned
+    logged = ["mse_interval" in record for record in records(tmp_path / "run")]
+    assert logged == [step >= start for step in range(12)]
+
+
 def test_sequences_become_a_transformer_of_one_dimension() -> None:
     dataset = as_dataset(torch.randn(20, 6, 2))
     small = ["model.patch_size=2", "model.width=16", "model.depth=1"]
