@@ -40,7 +40,6 @@ SHORTER = (2, 4)  # minutes, of those that are looked at over time
 ROUNDS = 20  # of a step beside one of flow matching
 EVALUATIONS = (1, 2, 16)
 COUNT = 2000  # samples judged
-A_THIRD = 1 / 3  # of the steps of a run come before the first intervals
 ALL_ENDS = {"objective": "mmf", "times": {"share": 0.25, "r": "logit_normal", "r_mean": -2.0, "r_std": 2.0}}
 TO_DATA = {"objective": "meanflow", "times": {"share": 0.5, "r": "zero"}}
 METHODS: dict[str, dict[str, Any]] = {  # the loss, in the order of the cost of a step
@@ -51,6 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {  # the loss, in the order of the cost of 
     "lambda 0.1": {**ALL_ENDS, "lam": {"kind": "linear", "value": 0.1, "warmup": 1000}},
     "lambda 1": {**ALL_ENDS, "lam": {"kind": "linear", "value": 1, "warmup": 1000}},
 }
+FIRST = {"r = 0 after flow matching": 1 / 3}  # share of the steps before the first intervals
 OURS = [method for method in METHODS if method != "flow matching"]
 OVER_TIME = ("flow matching", "r = 0 after flow matching", "lambda 0")
 
@@ -87,27 +87,30 @@ def figures(images: Any, x: Tensor, y: Tensor, name: str) -> dict[str, float]:
     }
 
 
-def loss_of(method: str, images: Any, seed: int, quick: bool, start: int = 0) -> tuple[MeanFlowLoss, Config]:
-    """Of the network of the recipe, whose optimizer and batch are everybody's; the first intervals at step `start`."""
-    smaller = ["model.base_channels=4", "train.batch=8"] if quick else []
+def config_of(method: str, quick: bool, start: int = 0) -> Config:
+    """The recipe with the loss of a method, whose first intervals come at step `start`."""
     loss = {**METHODS[method], "p": 0.5}
     if start:
         loss["times"] = {**loss["times"], "start": start}
-    config = load("fashion", [f"loss={json.dumps(loss)}", *smaller])
+    smaller = ["model.base_channels=4", "train.batch=8"] if quick else []
+    return load("fashion", [f"loss={json.dumps(loss)}", *smaller])
+
+
+def seeded_loss(config: Config, images: Any, seed: int) -> MeanFlowLoss:
     torch.manual_seed(seed)
-    return build_loss(config, images), config
+    return build_loss(config, images)
 
 
 def steps_of(method: str, minutes: int, images: Any, seed: int, quick: bool) -> tuple[int, int]:
     """How many steps take the time, and how many of them come before the first intervals."""
 
-    def engine_of(method: str) -> Engine:
-        loss_fn, config = loss_of(method, images, seed, quick)
-        return build_engine(loss_fn, config.optimizer, config.train, seed)
+    def engine_of(config: Config) -> Engine:
+        return build_engine(seeded_loss(config, images, seed), config.optimizer, config.train, seed)
 
-    rounds, batch = (2, 8) if quick else (ROUNDS, load("fashion").train.batch)
-    cost = relative_cost(engine_of(method), engine_of("flow matching"), images, batch, rounds)
-    first = A_THIRD if "after flow matching" in method else 0.0
+    config, beside = config_of(method, quick), config_of("flow matching", quick)
+    rounds = 2 if quick else ROUNDS
+    cost = relative_cost(engine_of(config), engine_of(beside), images, config.train.batch, rounds)
+    first = FIRST.get(method, 0.0)
     count = round((4 if quick else A_MINUTE * minutes) / (first + (1 - first) * cost))
     return count, round(count * first)
 
@@ -115,10 +118,11 @@ def steps_of(method: str, minutes: int, images: Any, seed: int, quick: bool) -> 
 def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     images = data.load("synthetic", shape=(1, 28, 28), num_classes=10, count=256) if quick else dataset()
     count, start = steps_of(setting["method"], setting["minutes"], images, seed, quick)
-    loss_fn, config = loss_of(setting["method"], images, seed, quick, start)
+    config = config_of(setting["method"], quick, start)
     net = train(
-        loss_fn, images, steps=count, batch=config.train.batch, seed=seed, optimizer=config.optimizer, compiled=False
-    )
+        seeded_loss(config, images, seed), images, steps=count, batch=config.train.batch, seed=seed,
+        optimizer=config.optimizer, compiled=False,
+    )  # fmt: skip
     y = torch.arange(20 if quick else COUNT) % 10
     noise = torch.randn(len(y), *images.shape, generator=torch.Generator().manual_seed(seed))
     test, labels = images.split("validation")

@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.field import WAYS, FieldLoss
 from mmf_fast import MeanFlowLoss, Optimizer, TimeSampler, Train
-from mmf_fast.data import load
+from mmf_fast.data import conditions_of, load
 from mmf_fast.evaluation.classifier import train_classifier
 from mmf_fast.evaluation.distances import frechet_distance
 from mmf_fast.models import DiT
@@ -25,7 +25,7 @@ from mmf_fast.training.engines import Engine, build_engine
 from studies.methods import FLOW_MATCHING, title, to_sample
 from studies.rows import Rows, Setting, Spread, compared, table
 from studies.runner import Study, main
-from studies.training import given, relative_cost
+from studies.training import relative_cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,8 +93,8 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     step = 0
     for limit in (1, 2) if quick else TIMES:
         while step < max(1, round(limit / step_cost)):
-            x, cond = given(data, step, BATCH)
-            engine.step(x, step, **cond)
+            x, y = data.batch(step, BATCH)
+            engine.step(x, step, **conditions_of(y))
             step += 1
         figures |= {f"{name}_{limit}": value for name, value in distances().items()}
     return figures

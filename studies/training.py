@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmf_fast import MeanFlowLoss, Optimizer, Train
-from mmf_fast.data import Dataset
+from mmf_fast.data import Dataset, conditions_of
 from mmf_fast.training.engines import Engine, StepResult, build_engine
 from mmf_fast.training.engines.local import LocalEngine
 
-__all__ = ["SGDEngine", "given", "relative_cost", "train"]
+__all__ = ["SGDEngine", "relative_cost", "train"]
 
 
 class SGDEngine(LocalEngine):
@@ -50,8 +50,8 @@ def train(
         loss_fn.compile()
     engine = make_engine(loss_fn, optimizer, Train(steps=steps, batch=batch), seed)
     for step in range(steps):
-        x, cond = given(data, step, batch)
-        result = engine.step(x, step, **cond)
+        x, y = data.batch(step, batch)
+        result = engine.step(x, step, **conditions_of(y))
         if watch:
             watch(step, result)
     return engine.averaged().cpu()
@@ -62,15 +62,9 @@ def relative_cost(engine: Engine, other: Engine, data: Dataset, batch: int, roun
     computer does, and however fast it is, changes nothing."""
 
     def took(engine: Engine, step: int) -> float:
-        x, cond = given(data, step, batch)
+        x, y = data.batch(step, batch)
         start = time.process_time()
-        engine.step(x, step, **cond)
+        engine.step(x, step, **conditions_of(y))
         return time.process_time() - start
 
     return statistics.median(took(engine, step) / took(other, step) for step in range(rounds))
-
-
-def given(data: Dataset, step: int, batch: int) -> tuple[Tensor, dict[str, Any]]:
-    """The samples of a step and their conditions by name."""
-    x, y = data.batch(step, batch)
-    return x, {} if y is None else dict(y) if isinstance(y, Mapping) else {"y": y}

@@ -335,7 +335,7 @@ STUDY = Study(
         "punishes an ensemble that is only its mean. residual: distance of each state from where the exact flow leads "
         "from the one before it, over the same for states in random order (a true trajectory: 0). attractor, energy: "
         "1-Wasserstein distance of the coordinates and of the energy over all states, in deviations. A sequence DiT "
-        f"(width 64, 3 blocks, patches of 8 states) for every method, at equal cost (MeanFlowLoss.forwards: "
+        "(width 64, 3 blocks, patches of 8 states) for every method, at equal cost (MeanFlowLoss.forwards: "
         f"{FORWARDS // BATCH // 3:,} steps of {BATCH} of flow matching), Adam at {RATE:g}, p = 0."
     ),
     recommend=recommend,

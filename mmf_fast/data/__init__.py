@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmf_fast.data.adapt import as_dataset
-from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset
+from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset, conditions_of
 from mmf_fast.data.digits import digits
 from mmf_fast.data.formats import DataError
 from mmf_fast.data.image_sets import images, synthetic
@@ -33,6 +33,7 @@ __all__ = [
     "Dataset",
     "Prefetcher",
     "as_dataset",
+    "conditions_of",
     "load",
     "register_dataset",
 ]

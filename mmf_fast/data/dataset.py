@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "check_seed",
     "check_split",
     "coins",
+    "conditions_of",
     "rank_part",
     "row_noise",
     "whole",
@@ -34,6 +35,13 @@ SplitName: TypeAlias = Literal["train", "validation"]
 Identity: TypeAlias = Mapping[str, str | None]
 Batch: TypeAlias = tuple[Tensor, Tensor | None]
 StoredSplit: TypeAlias = tuple[np.ndarray, Tensor | None]  # samples as they lie in memory or on disk, and labels
+
+
+def conditions_of(given: Any) -> dict[str, Any]:
+    """What a batch holds beside x, as keyword arguments of the network: nothing, labels `y`, or by name."""
+    if given is None:
+        return {}
+    return dict(given) if isinstance(given, Mapping) else {"y": given}
 
 
 class Dataset(Protocol):

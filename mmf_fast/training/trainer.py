@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mmf_fast.contract import bare
-from mmf_fast.data import Batch, Prefetcher, as_dataset
+from mmf_fast.data import Batch, Prefetcher, as_dataset, conditions_of
 from mmf_fast.devices import peak_flops
 from mmf_fast.distributed import agree, ending_together, gather
 from mmf_fast.files import write_text
@@ -242,7 +242,7 @@ class Trainer:
             self.log.info("step %d: no picture, as samples of shape %s need their decoder", self.step, tuple(shape))
             return
         net, path = self.engine.averaged(), self.run / "samples" / f"step_{self.step:07d}.png"
-        given: dict[str, Any] = {"cond": _conditions(cond), "rows": len(x), "classes": self.dataset.num_classes}
+        given: dict[str, Any] = {"cond": conditions_of(cond), "rows": len(x), "classes": self.dataset.num_classes}
         if self.is_main and not draw_samples(net, shape, path, seed=self.seed, **given):
             self.log.say(f"step {self.step}: samples are not finite, no picture drawn", logging.WARNING)
 
@@ -268,7 +268,7 @@ class Trainer:
         )
 
     def _one_step(self, x: Tensor, cond: Any) -> dict[str, Tensor]:
-        result = self.engine.step(x, self.step, **_conditions(cond))
+        result = self.engine.step(x, self.step, **conditions_of(cond))
         self.step += 1
         self.skipped += result.skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * result.skipped
@@ -369,10 +369,3 @@ class Trainer:
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
         set_rng_state(state["rng"])  # rank 0's, see the end of __init__
         self.log.say(f"{self.run}: going on from {path.name}")
-
-
-def _conditions(given: Any) -> dict[str, Tensor]:
-    """What a batch holds beside x, as keyword arguments of the network: nothing, labels `y`, or by name."""
-    if given is None:
-        return {}
-    return dict(given) if isinstance(given, Mapping) else {"y": given}
