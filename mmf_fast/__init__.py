@@ -1,5 +1,6 @@
 """mmf_fast: fast, exact training of one-step generative models of the MeanFlow family."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mmf_fast.forward import Dual, MissingRuleError, attention, jvp, register_rule
@@ -11,6 +12,16 @@ if TYPE_CHECKING:
     from mmf_fast.training import Optimizer, Train, Trainer
 
 __version__ = "0.1.0"
+
+# Taken on first use: the loss alone needs neither what sampling needs nor the networks, nor the trainer.
+_LATER = {
+    "Adapter": "models.adapter",
+    "DiffusersAdapter": "models.adapter",
+    "Optimizer": "training",
+    "Train": "training",
+    "Trainer": "training",
+    "sample": "sampling",
+}
 
 __all__ = [
     "Adapter",
@@ -35,17 +46,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """On first use: the loss alone needs neither what sampling needs nor the networks, nor the trainer."""
-    if name == "sample":
-        from mmf_fast.sampling import sample
-
-        return sample
-    if name in ("Adapter", "DiffusersAdapter"):
-        from mmf_fast.models import adapter
-
-        return getattr(adapter, name)
-    if name in ("Optimizer", "Train", "Trainer"):
-        from mmf_fast import training
-
-        return getattr(training, name)
-    raise AttributeError(f"module 'mmf_fast' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'mmf_fast' has no attribute {name!r}")
+    return getattr(import_module(f"mmf_fast.{_LATER[name]}"), name)

@@ -7,10 +7,6 @@ call: --call "lambda net, z, r, t: net(z, t)".
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmf_fast.forward import jvp
+from mmf_fast.registry import import_object
 
 __all__ = ["examine", "main"]
 
@@ -43,13 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _built(name: str) -> nn.Module:
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+    build = import_object(name)
     try:
-        build: Any = functools.reduce(getattr, function.split("."), importlib.import_module(module))
         net = build()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"{name} builds no network: {error}; name it module:function, without arguments") from error
+    except TypeError as error:
+        raise ValueError(f"{name} builds no network: {error}; name a function without arguments") from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"{name} returned a {type(net).__name__}, not an nn.Module")
     return net

@@ -49,9 +49,11 @@ def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
         )
     for key in implied.keys() & config.model.keys():
         if config.model[key] != implied[key]:
+            unlabelled = key == "num_classes" and not config.model[key]
+            without = ", or prepare the data with --labels none" if unlabelled else ""
             raise ConfigError(
                 f"model.{key} is {config.model[key]}, but that of data.name={dataset.name} is {implied[key]}; "
-                f"leave model.{key} out"
+                f"leave model.{key} out{without}"
             )
     net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
     loss = {key: value for key, value in config.loss.items() if key != "objective"}

@@ -23,7 +23,7 @@ from scipy.linalg import solve_discrete_are
 from torch import Tensor, nn
 
 from mmf_fast import Optimizer, sample
-from mmf_fast.data.dataset import Batch, Identity, SplitName
+from mmf_fast.data.dataset import Batch, Identity, Split, SplitName
 from mmf_fast.models import DiT
 from studies.methods import EVALUATIONS, METHODS, loss_of, steps_within, title, to_sample
 from studies.rows import Rows, Setting, table
@@ -149,10 +149,10 @@ class Demonstrations:
 
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
         rows = np.random.default_rng((1, self.seed, step)).integers(len(self.plans), size=size)
-        return self.plans[rows], {"context": self.context[rows]}  # type: ignore[return-value]
+        return self.plans[rows], {"context": self.context[rows]}
 
-    def split(self, name: SplitName) -> Batch:
-        return self.plans, {"context": self.context}  # type: ignore[return-value]
+    def split(self, name: SplitName) -> Split:
+        return self.plans, None
 
 
 # ---- plans, executed -------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ ROUNDS = 20  # of a step beside one of flow matching
 EVALUATIONS = (1, 2, 16)
 COUNT = 2000  # samples judged
 ALL_ENDS = {"objective": "mmf", "times": {"share": 0.25, "r": "logit_normal", "r_mean": -2.0, "r_std": 2.0}}
-TO_DATA = {"objective": "meanflow", "times": {"share": 0.5, "r": "zero"}}
+TO_DATA = {"objective": "meanflow", "times": {"share": 0.5, "t": "uniform", "r": "zero"}}
 METHODS: dict[str, dict[str, Any]] = {  # the loss, in the order of the cost of a step
     "flow matching": {"objective": "flow_matching"},
     "r = 0 after flow matching": TO_DATA,

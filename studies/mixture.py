@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Identity, SplitName, rank_part
+from mmf_fast.data.dataset import Batch, Identity, Split, SplitName, rank_part
 
 __all__ = ["Mixture", "one_step_error", "three_gaussians"]
 
@@ -44,7 +44,7 @@ class Mixture:
         x = self._draw(rng, size) if self.points is None else self.points[rng.integers(len(self.points), size=size)]
         return x[rank_part(step, size, rank, world_size)].float(), None
 
-    def split(self, name: SplitName) -> Batch:
+    def split(self, name: SplitName) -> Split:
         return self._draw(np.random.default_rng(1 if name == "train" else 2), 10_000).float(), None
 
     def _draw(self, rng: np.random.Generator, count: int) -> Tensor:

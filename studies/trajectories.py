@@ -19,7 +19,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from mmf_fast import Optimizer
-from mmf_fast.data.dataset import Batch, Identity, SplitName
+from mmf_fast.data.dataset import Batch, Identity, Split, SplitName
 from mmf_fast.models import DiT
 from mmf_fast.sampling import sample_in_chunks
 from studies.methods import EVALUATIONS, FLOW_MATCHING, METHODS, loss_of, steps_within, title, to_sample
@@ -126,14 +126,14 @@ class Trajectories:
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
         rng = np.random.default_rng((self.seed, step))
         rows = rng.integers(len(self.x), size=size)
-        return self.x[rows], {"context": self.seen(self.starts[rows], rng)}  # type: ignore[return-value]
+        return self.x[rows], {"context": self.seen(self.starts[rows], rng)}
 
     def seen(self, starts: np.ndarray, rng: np.random.Generator) -> Tensor:
         """(N, D) -> the context of the network (N, D)"""
         observed = starts + self.noise * rng.standard_normal(starts.shape)
         return torch.from_numpy((observed - self.mean) / self.std).float()
 
-    def split(self, name: SplitName) -> Batch:
+    def split(self, name: SplitName) -> Split:
         return self.x, None
 
 

@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "planning": {"train", "config", "objective", "data", "forward", "devices"},
     "train": {"cli", "config", "training", "models", "objective", "data", "registry"},
-    "doctor": {"forward"},
+    "doctor": {"forward", "registry"},
     "cli": set(),  # it finds each command by name
     "config": {"training", "models", "objective", "data", "registry"},
     "__init__": {"training", "sampling", "models", "objective", "forward"},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset, Epochs, Identity, SplitName, rank_part
+from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset, Epochs, Identity, Split, SplitName, rank_part
 
 __all__ = ["IndexedDataset", "StreamedDataset", "as_dataset"]
 
@@ -22,7 +22,8 @@ def as_dataset(source: Any, seed: int = 0) -> Dataset:
         an iterable         of batches x, (x, y) or (x, {...}), such as a DataLoader: on each process those of its own
         a Dataset           of this package, as it is
 
-    cond are the keyword arguments of the network; labels alone are its `y`. seed: of the order of the samples.
+    cond are the keyword arguments of the network; labels alone are its `y`. A coupling, or a source other than normal
+    noise, gives each sample its own: {"noise": rows like x, ...}. seed: of the order of the samples.
     Raises ValueError for anything else.
     """
     if callable(getattr(source, "batch", None)):
@@ -54,7 +55,7 @@ class _Own:
         if not shape:
             raise ValueError(f"{self.name} gave single numbers: a sample is a tensor of at least one dimension")
 
-    def split(self, name: SplitName) -> Batch:
+    def split(self, name: SplitName) -> Split:
         raise ValueError(f"{self.name} has no splits: evaluate with a dataset that has a training and a validation set")
 
 

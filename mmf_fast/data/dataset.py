@@ -14,9 +14,11 @@ from torch import Tensor
 __all__ = [
     "ArrayDataset",
     "Batch",
+    "Conditions",
     "Dataset",
     "Epochs",
     "Identity",
+    "Split",
     "SplitName",
     "StoredSplit",
     "check_seed",
@@ -33,11 +35,13 @@ _WHOLE_BYTES = 8 * 2**30  # largest split that is handed out in one piece
 
 SplitName: TypeAlias = Literal["train", "validation"]
 Identity: TypeAlias = Mapping[str, str | None]
-Batch: TypeAlias = tuple[Tensor, Tensor | None]
+Conditions: TypeAlias = Tensor | Mapping[str, Any] | None  # labels y, or keyword arguments of the network by name
+Batch: TypeAlias = tuple[Tensor, Conditions]
+Split: TypeAlias = tuple[Tensor, Tensor | None]  # samples and their labels
 StoredSplit: TypeAlias = tuple[np.ndarray, Tensor | None]  # samples as they lie in memory or on disk, and labels
 
 
-def conditions_of(given: Any) -> dict[str, Any]:
+def conditions_of(given: Conditions) -> dict[str, Any]:
     """What a batch holds beside x, as keyword arguments of the network: nothing, labels `y`, or by name."""
     if given is None:
         return {}
@@ -47,7 +51,7 @@ def conditions_of(given: Any) -> dict[str, Any]:
 class Dataset(Protocol):
     """A training stream without state, and two fixed splits.
 
-    name: what `load` knows it by.  shape: of one sample: (dim,) or (C, H, W).
+    name: what `load` knows it by.  shape: of one sample: (dim,), (T, C) or (C, H, W).
     num_classes: 0 where samples have no labels; otherwise labels are 0 .. num_classes - 1.
     identity: for the options of its function that say where samples lie, or how they are checked: what they come to for
         the training stream (None: nothing). Two datasets of equal identity and other options have equal streams.
@@ -59,7 +63,8 @@ class Dataset(Protocol):
     identity: Identity
 
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """x (size / world_size, *shape) and y int64 or None: a pure function of (seed, step, size) and rank.
+        """x (size / world_size, *shape) and what the network is given beside it, a row for each sample: nothing, labels
+        y (int64), or {name: rows}. A pure function of (seed, step, size) and rank.
 
         x is float32, or uint8 for images as they are stored: the loss takes both, and makes numbers of bytes on the
         device. size: of the global batch, of which rank 0 gets the first rows, rank 1 the next. Whoever resumes at a
@@ -68,7 +73,7 @@ class Dataset(Protocol):
         """
         ...
 
-    def split(self, name: SplitName) -> Batch:
+    def split(self, name: SplitName) -> Split:
         """All of a split, the same at every call: x (N, *shape) float32, y (N,) int64 or None."""
         ...
 
@@ -81,7 +86,7 @@ class ArrayDataset:
     Raises ValueError for a negative seed.
     """
 
-    def __init__(self, name: str, splits: Mapping[SplitName, Batch], num_classes: int = 0, seed: int = 0) -> None:
+    def __init__(self, name: str, splits: Mapping[SplitName, Split], num_classes: int = 0, seed: int = 0) -> None:
         x, _ = splits["train"]
         self.identity: Identity = {}
         self.name, self.shape, self.num_classes, self.seed = name, tuple(x.shape[1:]), num_classes, seed
@@ -93,7 +98,7 @@ class ArrayDataset:
         rows = self._epochs.rows(step, size, rank, world_size)
         return x[rows], None if y is None else y[rows]
 
-    def split(self, name: SplitName) -> Batch:
+    def split(self, name: SplitName) -> Split:
         check_split(name)
         return self._splits[name]
 

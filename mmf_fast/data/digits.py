@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmf_fast.data.dataset import ArrayDataset, Batch, SplitName
+from mmf_fast.data.dataset import ArrayDataset, Split, SplitName
 
 __all__ = ["digits"]
 
@@ -22,5 +22,5 @@ def digits(seed: int = 0) -> ArrayDataset:
     x = torch.from_numpy(images).to(torch.float32).reshape(-1, 1, 8, 8) / 8 - 1  # grey levels 0 .. 16
     y = torch.from_numpy(labels).to(torch.int64)
     train, validation = train_test_split(range(len(y)), test_size=0.2, stratify=labels, random_state=0)
-    splits: dict[SplitName, Batch] = {"train": (x[train], y[train]), "validation": (x[validation], y[validation])}
+    splits: dict[SplitName, Split] = {"train": (x[train], y[train]), "validation": (x[validation], y[validation])}
     return ArrayDataset("digits", splits, num_classes=10, seed=seed)

@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 from mmf_fast.data.augment import check_probability, transforms, warp
-from mmf_fast.data.dataset import Batch, Epochs, Identity, SplitName, StoredSplit, check_seed, coins, rank_part, whole
+from mmf_fast.data.dataset import (
+    Batch,
+    Epochs,
+    Identity,
+    Split,
+    SplitName,
+    StoredSplit,
+    check_seed,
+    coins,
+    rank_part,
+    whole,
+)
 from mmf_fast.data.prepared import open_pair
 
 __all__ = ["ImageDataset", "images", "synthetic"]
@@ -56,7 +67,7 @@ class ImageDataset:
             x = warp(_centred(images), transforms(self.seed, step, size, self.augment, self.shape)[part])
         return x, None if labels is None else labels[rows]
 
-    def split(self, name: SplitName) -> Batch:
+    def split(self, name: SplitName) -> Split:
         samples, labels = whole(self, name, self._splits)
         return _centred(samples), labels
 

@@ -8,7 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Epochs, Identity, SplitName, StoredSplit, coins, rank_part, row_noise, whole
+from mmf_fast.data.dataset import (
+    Batch,
+    Epochs,
+    Identity,
+    Split,
+    SplitName,
+    StoredSplit,
+    coins,
+    rank_part,
+    row_noise,
+    whole,
+)
 from mmf_fast.data.formats.latents import SD_SCALE
 from mmf_fast.data.normalization import Normalization, contradiction
 from mmf_fast.data.prepared import Manifest, PreparedSet, open_pair
@@ -61,7 +72,7 @@ class LatentDataset:
         """What the autoencoder decodes: undoes the normalisation of x (n, C, h, w), such as a network draws."""
         return self.normalization.undo(x)
 
-    def split(self, name: SplitName) -> Batch:
+    def split(self, name: SplitName) -> Split:
         """One draw of every latent, the same for every seed."""
         samples, labels = whole(self, name, self._splits)
         return self._drawn(samples, (0, _SPLIT_KEY), range(len(samples)), None), labels

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmf_fast.data.dataset import Batch, Identity, SplitName, check_seed, check_split, rank_part
+from mmf_fast.data.dataset import Batch, Identity, Split, SplitName, check_seed, check_split, rank_part
 
 __all__ = ["Toy2D", "checkerboard", "circles", "eight_gaussians", "two_moons"]
 
@@ -49,7 +49,7 @@ class Toy2D:
         part = rank_part(step, size, rank, world_size)
         return self._draw((_BATCH, self.seed, step), size)[part], None
 
-    def split(self, name: SplitName) -> Batch:
+    def split(self, name: SplitName) -> Split:
         check_split(name)
         return self._draw((_TRAIN if name == "train" else _VALIDATION,), SPLIT_SIZE), None
 

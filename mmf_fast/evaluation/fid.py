@@ -35,7 +35,7 @@ from tqdm import tqdm
 from mmf_fast.data.dataset import row_noise
 from mmf_fast.data.prepared import MANIFEST, SAMPLES, PreparedSet, open_prepared
 from mmf_fast.devices import choose_device
-from mmf_fast.distributed import agree, rank_and_count
+from mmf_fast.distributed import agree, join, rank_and_count
 from mmf_fast.evaluation.distances import gaussian_frechet
 from mmf_fast.evaluation.statistics import Statistics, Sums, read_statistics, write_statistics
 from mmf_fast.files import digest, write_text
@@ -257,14 +257,11 @@ def _open(
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Joins the processes that torchrun or deepspeed started, if any: gloo on CPUs, nccl on CUDA."""
+    """Joins the processes that torchrun or deepspeed started, if any."""
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
-    cuda = choose_device(device).type == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    join(device)
     try:
         yield
     finally:

@@ -65,22 +65,29 @@ def sg_lambda(x: Tensor, lam: Tensor | float) -> Tensor:
     return torch.lerp(x.detach(), x, lam)
 
 
-def preset(objective: str) -> dict[str, Any]:
-    """Arguments of MeanFlowLoss for "flow_matching", "meanflow", "mmf" or "consistency"; override what you like."""
-    presets: dict[str, dict[str, Any]] = {
-        "flow_matching": {"times": TimeSampler(share=0.0), "lam": 0.0},
-        "meanflow": {"times": TimeSampler(share=0.25), "lam": 0.0, "tangent": "conditional"},
-        "mmf": {
-            "times": TimeSampler(share=0.25),
-            "lam": LambdaSchedule(kind="linear", warmup=10_000),
-            "tangent": "predicted",
-            "paired": True,
-        },
-        "consistency": {"times": TimeSampler(share=1.0, r="zero"), "lam": 0.0, "tangent": "conditional"},
-    }
-    if objective not in presets:
-        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(presets)}")
-    return presets[objective]
+PRESETS: dict[str, dict[str, Any]] = {
+    "flow_matching": {"times": TimeSampler(share=0.0), "lam": 0.0},
+    "meanflow": {
+        "times": TimeSampler(share=0.25, t="logit_normal", t_mean=-0.4, t_std=1.0, r="sorted"),
+        "lam": 0.0,
+        "tangent": "conditional",
+    },
+    "mmf": {
+        "times": TimeSampler(share=0.25),
+        "lam": LambdaSchedule(kind="linear", warmup=10_000),
+        "tangent": "predicted",
+        "paired": True,
+    },
+    "consistency": {"times": TimeSampler(share=1.0, r="zero"), "lam": 0.0, "tangent": "conditional"},
+}
+
+
+def preset(name: str, **overrides: Any) -> dict[str, Any]:
+    """Arguments of MeanFlowLoss for "flow_matching", "meanflow", "mmf" or "consistency", with those given in place of
+    its own: MeanFlowLoss(net, **preset("meanflow", p=0.75)). Raises ValueError for another name."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown objective {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name] | overrides
 
 
 class MeanFlowLoss(nn.Module):
@@ -232,7 +239,8 @@ class MeanFlowLoss(nn.Module):
         however it is carried out. A backward costs two forwards, a dual number (primal and tangent) two of its primal.
 
             r = t: 1 + 2 = 3      r < t, lam = 0: 2 + 2 = 4      r < t, lam > 0: 2 + 4 = 6
-            + 1 per r < t for a predicted tangent that has no partner      + 1 per sample for u(z, t, t | null)
+            + 1 per r < t without partner for u(z, t, t | c), where the tangent is predicted or guidance has kappa > 0
+            + 1 per sample for u(z, t, t | null), where there is guidance
 
         stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
         differences evaluate each r < t once more, with a backward where lam > 0.

@@ -24,18 +24,20 @@ def can_draw(shape: Sequence[int]) -> bool:
 def draw_samples(
     net: nn.Module, shape: Sequence[int], path: Path, *, seed: int, classes: int, cond: dict[str, Any], rows: int
 ) -> bool:
-    """Samples of `shape`, of each class, or else with the conditions of `rows` samples, as a picture at `path`.
+    """Samples of `shape`, of each class where labels are all that the network is given, or else with the conditions
+    (and the noise, where it is given) of `rows` samples, as a picture at `path`.
 
     Returns whether they were finite: of others no picture is drawn. Leaves torch's global generators alone.
     """
-    columns = min(classes, 10) or 8
+    by_class = bool(classes) and set(cond) <= {"y"}
+    columns = min(classes, 10) if by_class else 8
     count = 2000 if len(shape) == 1 else 8 * columns
-    if classes:
+    if by_class:
         cond = {"y": torch.arange(count) % columns}
     elif cond:
         count = min(count, rows)
         cond = take(cond, slice(count), per_sample(cond, rows))
-    x = sample(net, (count, *shape), seed=seed, **cond)
+    x = sample(net, (count, *shape), seed=None if "noise" in cond else seed, **cond)  # a coupling brings its own noise
     finite = bool(torch.isfinite(x).all())
     if finite:
         save_grid(x.cpu(), path, columns)

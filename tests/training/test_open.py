@@ -15,7 +15,7 @@ from mmf_fast import MeanFlowLoss, Optimizer, TimeSampler, Train, Trainer, sampl
 from mmf_fast.evaluation.samples import evaluate_run
 from mmf_fast.models import load_pretrained
 from mmf_fast.sampling import draw_run
-from mmf_fast.training import CheckpointError, ConfigError, RunFolderError, checkpoint
+from mmf_fast.training import CheckpointError, ConfigError, RunFolderError, checkpoint, drawing
 from mmf_fast.training.record import read
 
 
@@ -103,6 +103,23 @@ def test_samples_and_figures_of_a_run_take_the_network_and_the_data(tmp_path: Pa
         evaluate_run(tmp_path, net=Points())
     result = evaluate_run(tmp_path, (1,), net=Points(), dataset=data.load("two_moons"), pictures=False)
     assert result["step"] == 2 and result["figures"]["sliced_wasserstein"]["1"] > 0
+
+
+def test_a_coupling_is_trained_and_drawn_from_the_noise_that_it_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = X + 3
+    drawn: list[Tensor] = []
+    monkeypatch.setattr(drawing, "save_grid", lambda x, path, columns: drawn.append(x))
+    loss_fn = MeanFlowLoss(Points(), times=TimeSampler(share=0.5), paired=True)
+    made = Trainer(
+        loss_fn, (X, {"noise": source}), tmp_path, train=Train(**{**vars(SETTINGS), "steps": 2, "sample_every": 1})
+    )
+    assert made.fit() and len(drawn) == 2
+    net, _ = load_pretrained(tmp_path, Points())
+    noise = made._example[1]["noise"]
+    assert {tuple(row) for row in noise.tolist()} <= {tuple(row) for row in source.tolist()}
+    torch.testing.assert_close(drawn[-1], noise - net(noise, torch.zeros(len(noise)), torch.ones(len(noise))))
 
 
 def test_a_loss_without_a_network_is_refused(tmp_path: Path) -> None:
