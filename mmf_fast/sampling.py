@@ -1,15 +1,22 @@
 """Drawing samples: from a network, and from a run folder on the command line.
 
 mmf sample --run runs/digits --steps 1 --out grid.png --classes 0 1 2
+
+A network knows three ways from z_t to z_r, nearer to the data (t = 1 is noise, t = 0 is data):
+
+    average      z_r = z_t - (t - r) u(z_t, r, t)                               MeanFlow, arXiv 2505.13447, section 4.2
+    euler        z_r = z_t - (t - r) u(z_t, t, t)                               flow matching: velocities alone
+    consistency  z_r = (1 - r) (z_t - t u(z_t, 0, t)) + r eps, new eps ~ N(0, 1)  arXiv 2303.01469, algorithm 1
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -22,8 +29,9 @@ from mmf_fast.models import load_pretrained
 from mmf_fast.pictures import save_grid
 from mmf_fast.registry import import_object
 
-__all__ = ["draw_run", "evaluating", "sample", "sample_in_chunks"]
+__all__ = ["Sampler", "draw_run", "evaluating", "noises_of", "sample", "sample_in_chunks"]
 
+Sampler: TypeAlias = Literal["average", "euler", "consistency"]
 DECODED = 16  # latents that a decoder gets at a time
 
 
@@ -31,59 +39,52 @@ DECODED = 16  # latents that a decoder gets at a time
 def sample(
     net: Callable[..., Tensor],
     shape: Sequence[int],
-    steps: int = 1,
-    noise: Tensor | None = None,
+    steps: int | Sequence[float] = 1,
+    noise: Tensor | Sequence[Tensor] | None = None,
     *,
+    sampler: Sampler = "average",
     seed: int | None = None,
     generator: torch.Generator | None = None,
     **cond: Any,
 ) -> Tensor:
-    """Samples x (B, *shape) of an average-velocity network, from noise at t = 1 to data at t = 0 in equal steps.
+    """Samples x (B, *shape) of an average-velocity network, from noise at t = 1 to data at t = 0.
 
-        z_r = z_t - (t - r) u(z_t, r, t)        (MeanFlow, arXiv 2505.13447, section 4; one step: x = e - u(e, 0, 1))
+        one step: x = e - u(e, 0, 1)
 
-    net: u(z, r, t, **cond), called `steps` times, in evaluation mode; the mode of every submodule is restored.
-        It must have learned the intervals asked for: a consistency model (r = 0 only) is for one step.
-    shape: of the result, batch first.  noise: of that shape, floating point; the result has its dtype.
-    seed, generator: where the noise is drawn when it is not given (float32, at most one of the two, by default torch's
-        global generator). A seed draws on the CPU, so that it means the same noise on every device.
+    net: u(z, r, t, **cond), called once for each step, in evaluation mode; the mode of every submodule is restored.
+    shape: of the result, batch first.
+    steps: how many, all equal; or the times themselves, from 1 down to 0, such as [1, 0.6, 0].
+    noise: of that shape, floating point; the result has its dtype. Of "consistency", which draws anew before each
+        further step, also a sequence: those draws in turn.
+    sampler: what a step uses, see the top of this file. "average" needs all intervals asked for to have been trained;
+        "consistency" those that end at the data alone; "euler" velocities alone.
+    seed, generator: where the noise is drawn that is not given (float32, at most one of the two and of noise, by
+        default torch's global generator). A seed draws on the CPU, so that it means the same noise on every device.
     cond: conditions such as y (B,) int64; tensors in them are moved to the device of the network.
 
-    Raises ValueError for steps below 1, a noise of another shape, noise given twice, a network with another call, and
-    an output that is no tensor like z.
+    Raises ValueError for steps below 1 or times that do not fall from 1 to 0, an unknown sampler, a noise of another
+    shape, noise given twice, a network with another call, and an output that is no tensor like z.
     """
     shape = tuple(shape)
     check_network(net)
-    given = {"steps": steps if steps != 1 else None, "noise": noise, "seed": seed, "generator": generator}
-    check_cond(net, given, "sample")
-    _check_steps(steps)
+    given = {"noise": noise, "seed": seed, "generator": generator}
+    check_cond(net, given | _given(steps, sampler), "sample")
     if (noise is not None) + (seed is not None) + (generator is not None) > 1:
         raise ValueError("give only one of noise, seed and generator: each of them decides the noise")
-    if noise is not None and tuple(noise.shape) != shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, but shape is {shape}: they must agree")
-    if noise is None:
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(shape, generator=generator, device=None if generator is None else generator.device)
-    return _integrated(net, noise, steps, cond)
-
-
-def _integrated(net: Callable[..., Tensor], noise: Tensor, steps: int, cond: dict[str, Any]) -> Tensor:
-    device = device_of(net)
-    z = noise.to(device or noise.device)
-    cond = to_device(cond, z.device)
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    time_dtype = torch.promote_types(z.dtype, torch.float32)  # half precision would move the times
-    with evaluating(net):
-        for t, r in zip(times[:-1], times[1:], strict=True):
-            r_B, t_B = (z.new_full(z.shape[:1], time, dtype=time_dtype) for time in (r, t))
-            z = z - (t - r) * check_output(net(z, r_B, t_B, **cond), z)
-    return z
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+    return _integrated(net, noises_of(noise, shape, steps, sampler, generator), steps, sampler, cond)
 
 
 @torch.no_grad()
 def sample_in_chunks(
-    net: Callable[..., Tensor], noise: Tensor, steps: int = 1, chunk: int | None = None, **cond: Any
+    net: Callable[..., Tensor],
+    noise: Tensor | Sequence[Tensor],
+    steps: int | Sequence[float] = 1,
+    chunk: int | None = None,
+    *,
+    sampler: Sampler = "average",
+    **cond: Any,
 ) -> Tensor:
     """`sample` from noise (N, *shape), `chunk` rows at a time; leaves of cond with N rows are cut as the noise is.
 
@@ -91,19 +92,83 @@ def sample_in_chunks(
     Raises ValueError as `sample` does.
     """
     check_network(net)
-    check_cond(net, {"steps": steps if steps != 1 else None, "noise": noise}, "sample")
-    _check_steps(steps)
-    paths = per_sample(cond, len(noise))
+    check_cond(net, {"noise": noise} | _given(steps, sampler), "sample")
+    shape = tuple(noise.shape if isinstance(noise, Tensor) else noise[0].shape)
+    noises = noises_of(noise, shape, steps, sampler)
+    count, size = shape[0], noises[0][0].numel()
+    paths = per_sample(cond, count)
     parts = []
-    for rows in torch.arange(len(noise)).split(chunk or min(4096, max(1, 2**20 // noise[0].numel()))):
+    for rows in torch.arange(count).split(chunk or min(4096, max(1, 2**20 // size))):
         part: dict[str, Any] = take(cond, rows, paths)
-        parts.append(_integrated(net, noise[rows], steps, part))
+        parts.append(_integrated(net, [eps[rows] for eps in noises], steps, sampler, part))
     return torch.cat(parts)
 
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
+def noises_of(
+    noise: Tensor | Sequence[Tensor] | None,
+    shape: tuple[int, ...],
+    steps: int | Sequence[float],
+    sampler: Sampler,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """The noise that each step begins with: one of `shape` for the first, and for every further one where the sampler
+    draws anew. What `noise` does not hold is drawn. Raises ValueError as `sample` does.
+    """
+    evaluations = len(_times(steps)) - 1
+    if sampler not in get_args(Sampler):
+        raise ValueError(f"sampler is {sampler!r}: choose one of {', '.join(get_args(Sampler))}")
+    given = [] if noise is None else [noise] if isinstance(noise, Tensor) else list(noise)
+    count = evaluations if sampler == "consistency" else 1
+    if len(given) > count:
+        raise ValueError(f"noise has {len(given)} draws, but {evaluations} steps of {sampler!r} take {count}")
+    for each in given:
+        if tuple(each.shape) != shape:
+            raise ValueError(f"noise has shape {tuple(each.shape)}, but shape is {shape}: they must agree")
+    device = None if generator is None else generator.device
+    return given + [torch.randn(shape, generator=generator, device=device) for _ in range(count - len(given))]
+
+
+def _given(steps: Any, sampler: Sampler) -> dict[str, Any]:
+    """What of these was given, for a network with conditions of these names."""
+    return {"steps": steps if steps != 1 else None, "sampler": sampler if sampler != "average" else None}
+
+
+def _times(steps: int | Sequence[float]) -> list[float]:
+    """The times of the points from noise to data."""
+    if not isinstance(steps, Sequence):
+        if steps < 1:
+            raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    times = [float(time) for time in steps]
+    falling = all(later < earlier for earlier, later in itertools.pairwise(times))
+    if not falling or times[:1] != [1.0] or times[-1:] != [0.0]:
+        raise ValueError(f"steps are {times}: give a number of steps, or times that fall from 1 to 0, as [1, 0.6, 0]")
+    return times
+
+
+def _integrated(
+    net: Callable[..., Tensor],
+    noises: Sequence[Tensor],
+    steps: int | Sequence[float],
+    sampler: Sampler,
+    cond: dict[str, Any],
+) -> Tensor:
+    """x at t = 0, from noises[0] at t = 1, by the steps written at the top of this file."""
+    device = device_of(net)
+    z = noises[0].to(device or noises[0].device)
+    cond = to_device(cond, z.device)
+    time_dtype = torch.promote_types(z.dtype, torch.float32)  # half precision would move the times
+    with evaluating(net):
+        for step, (t, r) in enumerate(itertools.pairwise(_times(steps)), 1):
+            end = {"average": r, "euler": t, "consistency": 0.0}[sampler]
+            end_B, t_B = (z.new_full(z.shape[:1], time, dtype=time_dtype) for time in (end, t))
+            u = check_output(net(z, end_B, t_B, **cond), z)
+            if sampler == "consistency":
+                x = z - t * u
+                z = x if r == 0 else (1 - r) * x + r * noises[step].to(z)
+            else:
+                z = z - (t - r) * u
+    return z
 
 
 @contextmanager
@@ -125,7 +190,9 @@ def evaluating(net: Callable[..., Tensor]) -> Iterator[None]:
 
 def draw_run(
     run: str | Path,
-    steps: int = 1,
+    *,
+    steps: int | Sequence[float] = 1,
+    sampler: Sampler = "average",
     classes: Sequence[int] | None = None,
     count: int | None = None,
     seed: int = 0,
@@ -139,6 +206,7 @@ def draw_run(
     Latents come as the autoencoder of the training data knows them, unless `normalized` leaves them as the network
     draws them; decoder: (n, *shape) -> what it decodes them to, for instance images in [-1, 1].
 
+    steps, sampler: as of `sample`.
     classes: the labels, repeated in turn up to `count`; by default all of them, or the first 10.
     count: by default 8 per class, 64 images without classes, 2,000 points of a toy.
     device: "auto" is CUDA where there is one.  net: takes the weights of the run, for a network of one's own.
@@ -160,10 +228,10 @@ def draw_run(
     if count < 1:
         raise ValueError(f"count is {count}: ask for at least 1 sample")
     net.to(choose_device(device))
-    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+    noise = noises_of(None, (count, *shape), steps, sampler, torch.Generator().manual_seed(seed))
     y = torch.tensor(labels)[torch.arange(count) % len(labels)] if labels else None
     cond: dict[str, Any] = {} if y is None else {"y": y}
-    x = sample_in_chunks(net, noise, steps, **cond).cpu()
+    x = sample_in_chunks(net, noise, steps, sampler=sampler, **cond).cpu()
     if not torch.isfinite(x).all():
         raise ValueError(f"the network of {run} gives samples that are not finite: its training has diverged")
     if not normalized:
@@ -205,6 +273,16 @@ def network_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def sampler_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sampler",
+        choices=get_args(Sampler),
+        default="average",
+        help="of a step: by the average velocity (default), by velocities alone (euler, for flow matching), or to the "
+        "data and back (consistency, for networks that learned r = 0)",
+    )
+
+
 def import_made(path: str | None) -> Any:
     """What the function or class at an import path returns; nothing of None. Raises ValueError."""
     return None if path is None else import_object(path)()
@@ -217,6 +295,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--run", type=Path, required=True, help="run folder with model.safetensors and model.json")
     result.add_argument("--out", type=Path, required=True, help=".png: a grid or scatter plot; .npz: arrays x, y")
     result.add_argument("--steps", type=int, default=1, help="evaluations of the network per sample (default: 1)")
+    sampler_option(result)
     result.add_argument("--classes", type=int, nargs="+", metavar="LABEL", help="labels (default: the first 10)")
     result.add_argument("--count", type=int, help="samples in all (default: 8 per class, or 64 images, or 2000 points)")
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
@@ -236,14 +315,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--out {out}: the name must end in .png or .npz")
     x, y = draw_run(
         options.run,
-        options.steps,
-        options.classes,
-        options.count,
-        options.seed,
-        options.device,
-        import_made(options.net),
-        import_made(options.decoder),
-        options.normalized,
+        steps=options.steps,
+        sampler=options.sampler,
+        classes=options.classes,
+        count=options.count,
+        seed=options.seed,
+        device=options.device,
+        net=import_made(options.net),
+        decoder=import_made(options.decoder),
+        normalized=options.normalized,
     )
     if out.suffix == ".png" and x.ndim == 4 and x.shape[1] not in (1, 3):
         raise ValueError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmf_fast import Optimizer, sample
 from mmf_fast.data.dataset import Batch, Identity, Split, SplitName
-from studies.methods import FLOW_MATCHING, METHODS, loss_of, title, to_sample
+from studies.methods import FLOW_MATCHING, METHODS, loss_of, sampler_of, title
 from studies.rows import Rows, Setting, Spread, compared, table
 from studies.runner import Study, main
 from studies.training import train
@@ -140,13 +140,12 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     steps, points = (40, 200) if quick else (STEPS, POINTS)
     loss_fn = loss_of(setting, ResidualMLP())
     adam = Optimizer(lr=3e-4, betas=(0.9, 0.999), clip=0.0, warmup=0, ema=0.0)
-    trained = train(loss_fn, EightGaussiansToMoons(seed), steps=steps, batch=BATCH, seed=seed, optimizer=adam)
-    net = to_sample(setting, trained)
+    net = train(loss_fn, EightGaussiansToMoons(seed), steps=steps, batch=BATCH, seed=seed, optimizer=adam)
 
     rng = np.random.default_rng((1, seed))
     noise, x = torch.from_numpy(eight_gaussians(rng, points)), moons(rng, points)
     figures = {"fresh data": squared_wasserstein(x, moons(rng, points))}
-    one = sample(net, (points, 2), noise=noise)
+    one = sample(net, (points, 2), noise=noise, sampler=sampler_of(setting))
     figures["one step"] = squared_wasserstein(x, one.numpy())
     if setting["method"] == "flow matching":
         drawn, figures["evaluations"] = adaptive(net, noise)

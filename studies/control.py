@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from mmf_fast import Optimizer, sample
 from mmf_fast.data.dataset import Batch, Identity, Split, SplitName
 from mmf_fast.models import DiT
-from studies.methods import EVALUATIONS, METHODS, loss_of, steps_within, title, to_sample
+from mmf_fast.sampling import Sampler
+from studies.methods import EVALUATIONS, METHODS, loss_of, sampler_of, steps_within, title
 from studies.rows import Rows, Setting, table
 from studies.runner import Study, main
 from studies.training import train
@@ -161,15 +162,16 @@ class Demonstrations:
 class Planner:
     """Plans by `evaluations` calls of a network, each from noise of its own."""
 
-    def __init__(self, net: nn.Module, scale: Tensor, evaluations: int, seed: int = 0) -> None:
-        self.net, self.scale, self.evaluations = net, scale, evaluations
+    def __init__(self, net: nn.Module, scale: Tensor, evaluations: int, sampler: Sampler, seed: int = 0) -> None:
+        self.net, self.scale, self.evaluations, self.sampler = net, scale, evaluations, sampler
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, states: np.ndarray, goals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """From states (N, 4) and goals (N, 2): states (N, T, 4) and actions (N, T, 2)."""
         context = torch.from_numpy(np.concatenate([states, goals], axis=1)).float()
         noise = torch.randn(len(states), HORIZON, STATE + ACTION, generator=self.generator)
-        plan = sample(self.net, tuple(noise.shape), self.evaluations, noise, context=context) * self.scale
+        options: dict[str, Any] = {"sampler": self.sampler, "context": context}
+        plan = sample(self.net, tuple(noise.shape), self.evaluations, noise, **options) * self.scale
         return plan.double().numpy()[:, :, :STATE], plan.double().numpy()[:, :, STATE:]
 
 
@@ -242,18 +244,19 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     loss_fn = loss_of(setting, network())
     steps = 10 if quick else steps_within(loss_fn, BATCH, FORWARDS)
     net = train(loss_fn, data, steps=steps, batch=BATCH, seed=seed, optimizer=Optimizer(schedule="cosine"))
-    net = to_sample(setting, net)
+    sampler = sampler_of(setting)
 
     test = problems(task, np.random.default_rng((2, seed)), 20 if quick else 1000)
     best = expert_cost(task, test)
     figures = {"steps": float(steps)}
     for evaluations in EVALUATIONS[setting["method"]]:
         for how in EXECUTIONS[task]:
-            states, actions = execute(Planner(net, data.scale, evaluations, seed), test, how)
+            states, actions = execute(Planner(net, data.scale, evaluations, sampler, seed), test, how)
             name = f"{evaluations}, {how}"
             figures[f"{name}: success"] = float(succeeded(task, states, test.goals).mean())
             figures[f"{name}: cost"] = float(cost(task, states, actions, test.goals).sum() / best.sum())
-        figures[f"{evaluations}: ms"] = milliseconds(Planner(net, data.scale, evaluations), test, 5 if quick else 100)
+        planner = Planner(net, data.scale, evaluations, sampler)
+        figures[f"{evaluations}: ms"] = milliseconds(planner, test, 5 if quick else 100)
     return figures
 
 

@@ -22,7 +22,7 @@ from mmf_fast.evaluation.distances import frechet_distance
 from mmf_fast.models import DiT
 from mmf_fast.sampling import sample_in_chunks
 from mmf_fast.training.engines import Engine, build_engine
-from studies.methods import FLOW_MATCHING, title, to_sample
+from studies.methods import FLOW_MATCHING, sampler_of, title
 from studies.rows import Rows, Setting, Spread, compared, table
 from studies.runner import Study, main
 from studies.training import relative_cost
@@ -85,8 +85,9 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     noise = torch.randn(len(labels), *data.shape, generator=torch.Generator().manual_seed(seed))
 
     def distances() -> dict[str, float]:
-        averaged = to_sample(setting, copy.deepcopy(engine.averaged()).cpu().eval())
-        found = {k: sample_in_chunks(averaged, noise, k, 200, y=labels) for k in evaluations(setting)}
+        averaged = copy.deepcopy(engine.averaged()).cpu().eval()
+        sampler = sampler_of(setting)
+        found = {k: sample_in_chunks(averaged, noise, k, 200, sampler=sampler, y=labels) for k in evaluations(setting)}
         return {f"frechet_{k}": frechet_distance(classifier.judge(x)[0], target) for k, x in found.items()}
 
     figures: dict[str, float] = {"cost": step_cost}

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from mmf_fast import Adapter, MeanFlowLoss, TimeSampler
+from mmf_fast import MeanFlowLoss, TimeSampler
+from mmf_fast.sampling import Sampler
 from studies.rows import Setting
 
-__all__ = ["EVALUATIONS", "FLOW_MATCHING", "METHODS", "loss_of", "steps_within", "title", "to_sample"]
+__all__ = ["EVALUATIONS", "FLOW_MATCHING", "METHODS", "loss_of", "sampler_of", "steps_within", "title"]
 
 FLOW_MATCHING: dict[str, Any] = {"method": "flow matching"}
 METHODS: tuple[dict[str, Any], ...] = (
@@ -37,8 +38,6 @@ def steps_within(loss_fn: MeanFlowLoss, batch: int, forwards: int) -> int:
     return round(forwards / loss_fn.forwards(batch))
 
 
-def to_sample(setting: Setting, net: nn.Module) -> nn.Module:
-    """The network as `mmf_fast.sample` calls it: flow matching knows velocities alone, so its steps are Euler's."""
-    if setting["method"] == "flow matching":
-        return Adapter(net, lambda net, z, r, t, **cond: net(z, t, t, **cond))
-    return net
+def sampler_of(setting: Setting) -> Sampler:
+    """Flow matching knows velocities alone, so its steps are Euler's."""
+    return "euler" if setting["method"] == "flow matching" else "average"

@@ -22,7 +22,7 @@ from mmf_fast import Optimizer
 from mmf_fast.data.dataset import Batch, Identity, Split, SplitName
 from mmf_fast.models import DiT
 from mmf_fast.sampling import sample_in_chunks
-from studies.methods import EVALUATIONS, FLOW_MATCHING, METHODS, loss_of, steps_within, title, to_sample
+from studies.methods import EVALUATIONS, FLOW_MATCHING, METHODS, loss_of, sampler_of, steps_within, title
 from studies.rows import Rows, Setting, compared, table
 from studies.runner import Study, main
 from studies.training import train
@@ -201,12 +201,11 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     loss_fn = loss_of(setting, network(len(system.names)))
     steps = 10 if quick else steps_within(loss_fn, BATCH, FORWARDS)
     net = train(loss_fn, data, steps=steps, batch=BATCH, seed=seed, optimizer=Optimizer(lr=RATE, schedule="cosine"))
-    net = to_sample(setting, net)
     members = ENSEMBLE if noisy else 1
     noise = torch.randn(members * len(starts), *data.shape, generator=torch.Generator().manual_seed(seed))
     figures = {"steps": float(steps)}
     for evaluations in EVALUATIONS[method]:
-        x = sample_in_chunks(net, noise, evaluations, context=context.repeat(members, 1))
+        x = sample_in_chunks(net, noise, evaluations, sampler=sampler_of(setting), context=context.repeat(members, 1))
         drawn = x.double().numpy().reshape(members, *truth.shape) * data.std + data.mean
         figures |= figures_of(f"{evaluations}: ", system, drawn, truth, data.std)
     return figures

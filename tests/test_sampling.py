@@ -55,6 +55,46 @@ def test_times_run_from_noise_to_data_in_equal_steps():
     assert seen == [(0.75, 1.0), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25)]
 
 
+def test_every_sampler_asks_the_network_for_what_it_knows_and_steps_as_written():
+    """A network that is only asked for the times it knows: u(z, r, t) = f(z) g(r, t), the step by its formula."""
+    noise = [torch.randn(6, 2, dtype=torch.float64) for _ in range(3)]
+    times, asked = [1.0, 0.6, 0.25, 0.0], []
+
+    def net(z, r, t):
+        asked.append((r[0].item(), t[0].item()))
+        return torch.sin(z) * (1 + r + 2 * t)[:, None]
+
+    def u(z, r, t):
+        return torch.sin(z) * (1 + r + 2 * t)
+
+    pairs = list(zip(times, times[1:], strict=False))
+    average = euler = consistency = noise[0]
+    for i, (t, r) in enumerate(pairs):
+        average = average - (t - r) * u(average, r, t)
+        euler = euler - (t - r) * u(euler, t, t)
+        x = consistency - t * u(consistency, 0, t)
+        consistency = (1 - r) * x + (r * noise[i + 1] if i < 2 else 0)
+    for name, expected, ends in (
+        ("average", average, times[1:]),
+        ("euler", euler, times[:-1]),
+        ("consistency", consistency, [0.0, 0.0, 0.0]),
+    ):
+        given = noise if name == "consistency" else noise[0]
+        torch.testing.assert_close(sample(net, (6, 2), times, given, sampler=name), expected)
+        torch.testing.assert_close(sample_in_chunks(net, given, times, 4, sampler=name), expected)
+        assert asked[:3] == list(zip(ends, times[:-1], strict=True))
+        asked.clear()
+
+
+def test_a_consistency_sampler_of_the_exact_maps_draws_from_the_data_in_any_number_of_steps():
+    """To the data and back to a law of the path: the law of x is that of the data, N(1.5, 0.3^2) in each element."""
+    x = sample(gaussian_flow(1.5, 0.3), (40_000, 1), [1, 0.8, 0.3, 0.1, 0], seed=0, sampler="consistency")
+    assert abs(x.mean() - 1.5) < 5 * 0.3 / 200 and abs(x.std() / 0.3 - 1) < 5 / 283  # 5 standard errors
+    assert torch.equal(
+        x, sample(gaussian_flow(1.5, 0.3), x.shape, [1, 0.8, 0.3, 0.1, 0], seed=0, sampler="consistency")
+    )
+
+
 class Probe(nn.Module):
     """u = weight * z * (1 + y); remembers the modes it was called in, and can fail."""
 
@@ -107,12 +147,20 @@ def test_noise_is_standard_normal_and_decided_by_one_source():
 
 
 @pytest.mark.parametrize(
-    ("steps", "noise", "message"),
-    [(0, None, "steps is 0"), (1, torch.zeros(4, 3), r"noise has shape \(4, 3\), but shape is \(4, 2\)")],
+    ("steps", "noise", "sampler", "message"),
+    [
+        (0, None, "average", "steps is 0"),
+        ([1, 0.5], None, "average", r"steps are \[1.0, 0.5\]: give a number of steps, or times that fall from 1 to 0"),
+        ([1, 0.5, 0.5, 0], None, "average", "fall from 1 to 0"),
+        ([], None, "average", "fall from 1 to 0"),
+        (1, None, "heun", "sampler is 'heun': choose one of average, euler, consistency"),
+        (1, torch.zeros(4, 3), "average", r"noise has shape \(4, 3\), but shape is \(4, 2\)"),
+        (3, [torch.zeros(4, 2)] * 2, "euler", "noise has 2 draws, but 3 steps of 'euler' take 1"),
+    ],
 )
-def test_refused(steps, noise, message):
+def test_refused(steps, noise, sampler, message):
     with pytest.raises(ValueError, match=message):
-        sample(Probe(), (4, 2), steps, noise)
+        sample(Probe(), (4, 2), steps, noise, sampler=sampler)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

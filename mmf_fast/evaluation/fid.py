@@ -40,14 +40,15 @@ from mmf_fast.evaluation.distances import gaussian_frechet
 from mmf_fast.evaluation.statistics import Statistics, Sums, read_statistics, write_statistics
 from mmf_fast.files import digest, write_text
 from mmf_fast.models import load_pretrained
-from mmf_fast.sampling import import_made, network_option, sample, samples_of
+from mmf_fast.sampling import Sampler, import_made, network_option, sample, sampler_option, samples_of
 
 __all__ = ["Inception", "evaluate_fid", "sample_statistics", "set_statistics", "to_uint8"]
 
 Rounding = Literal["round", "floor"]
 ROUNDINGS: dict[str, str] = {"round": "trunc(127.5 x + 128)", "floor": "trunc((x + 1) / 2 * 255)"}
 
-_NOISE_KEY = 2**64 - 2  # random keys are (seed, this): training data use small numbers and 2**64 - 1 in its place
+# Random keys are (seed, this), and of a later draw (seed, less): training data use small numbers and 2**64 - 1 there.
+_NOISE_KEY = 2**64 - 2
 
 
 class Inception:
@@ -109,18 +110,22 @@ def sample_statistics(
     rounding: Rounding = "round",
     shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
+    sampler: Sampler = "average",
 ) -> Statistics:
     """Statistics of `count` samples of `net`. Each rank draws the samples rank, rank + ranks, ...; all get the result.
 
     shape, num_classes: of a sample, where the network has no attributes of these names.
+    sampler: what a step uses, see `mmf_fast.sample`.
     Raises ValueError for samples that are not finite.
     """
     shape, classes = samples_of(net, {"shape": shape, "num_classes": num_classes}, "the network")
 
+    keys = [(seed, _NOISE_KEY - step) for step in range(steps if sampler == "consistency" else 1)]
+
     def draw(rows: range) -> Tensor:
-        noise = torch.from_numpy(row_noise((seed, _NOISE_KEY), rows, (len(rows), *shape)))
+        noise = [torch.from_numpy(row_noise(key, rows, (len(rows), *shape))) for key in keys]
         cond: dict[str, Any] = {"y": torch.tensor(rows) % classes} if classes else {}
-        x = sample(net, noise.shape, steps, noise, **cond)
+        x = sample(net, noise[0].shape, steps, noise, sampler=sampler, **cond)
         if not torch.isfinite(x).all():
             raise ValueError("the network gives samples that are not finite: its training has diverged")
         return to_uint8(x, rounding)
@@ -168,10 +173,11 @@ def evaluate_fid(
     rounding: Rounding = "round",
     save_reference: str | Path | None = None,
     net: nn.Module | None = None,
+    sampler: Sampler = "average",
 ) -> dict[str, Any]:
     """The FID of a run's samples with all it depends on; rank 0 writes it to fid.json in the run folder.
 
-    net: takes the weights of the run, for a network of one's own.
+    net: takes the weights of the run, for a network of one's own.  sampler: of a step, see `mmf_fast.sample`.
     Every rank of a process group calls it and gets {"fid", "samples", ...}, on ranks above 0 without "fid".
     Raises ValueError, on all ranks where it fails on one.
     """
@@ -194,11 +200,12 @@ def evaluate_fid(
     if save_reference is not None:
         agree(lambda: write_statistics(save_reference, real) if rank == 0 else None)
     fake = sample_statistics(
-        network, features, count, steps, seed, batch, rounding, extra["shape"], extra["num_classes"]
+        network, features, count, steps, seed, batch, rounding, extra["shape"], extra["num_classes"], sampler
     )
     result = {
         "samples": count,
         "steps": steps,
+        "sampler": sampler,
         "seed": seed,
         "rounding": f"{rounding}: {ROUNDINGS[rounding]}",
         "features": {**features.file, "dimension": features.dim, "backend": f"TorchScript, torch {torch.__version__}"},
@@ -294,6 +301,7 @@ def parser() -> argparse.ArgumentParser:
     add("--count", type=int, default=50_000, help="samples (default: 50000)")
     add("--batch", type=int, default=64, help="samples at a time on each rank (default: 64)")
     add("--steps", type=int, default=1, help="evaluations of the network per sample (default: 1)")
+    sampler_option(result)
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--rounding", choices=list(ROUNDINGS), default="round", help="to uint8 (default: round)")

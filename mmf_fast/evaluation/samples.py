@@ -38,7 +38,16 @@ from mmf_fast.evaluation.distances import frechet_distance, nearest, precision_r
 from mmf_fast.files import write_text
 from mmf_fast.models import load_pretrained
 from mmf_fast.pictures import save_arrows, save_field, save_rows
-from mmf_fast.sampling import evaluating, import_made, network_option, sample_in_chunks, samples_of
+from mmf_fast.sampling import (
+    Sampler,
+    evaluating,
+    import_made,
+    network_option,
+    noises_of,
+    sample_in_chunks,
+    sampler_option,
+    samples_of,
+)
 
 __all__ = ["evaluate", "evaluate_run", "table"]
 
@@ -63,27 +72,40 @@ def evaluate(
     seed: int = 0,
     folder: str | Path | None = None,
     count: int = MOST,
+    sampler: Sampler = "average",
 ) -> dict[str, Any]:
     """The figures named at the top of this file, for each number of steps; with `folder`, pictures are written there.
 
     net: u(z, r, t, y=None) for samples of dataset.shape.  seed: of the noise, which all numbers of steps share.
-    count: images judged for each number of steps, at most.
-    Returns {"data", "seed", "samples", "figures": {name: {"validation" or number of steps: value}}} and, for images,
-    "classifier_accuracy": {"train", "validation"}.
-    Raises ValueError for steps below 1, a count below 2, samples that are not finite, a dataset that is neither points
-    nor labelled images, a folder that cannot be written.
+    count: images judged for each number of steps, at most.  sampler: what a step uses, see `mmf_fast.sample`.
+    Returns {"data", "seed", "sampler", "samples", "figures": {name: {"validation" or number of steps: value}}} and, for
+    images, "classifier_accuracy": {"train", "validation"}.
+    Raises ValueError for steps below 1, an unknown sampler, a count below 2, samples that are not finite, a dataset
+    that is neither points nor labelled images, a folder that cannot be written.
     """
     if not steps or min(steps) < 1:
         raise ValueError(f"steps are {list(steps)}: give numbers of evaluations per sample, each at least 1")
     if count < 2:
         raise ValueError(f"count is {count}: a covariance needs at least 2 samples")
     path = None if folder is None else Path(folder)
+
+    def noises(count: int, steps: int) -> list[Tensor]:
+        return noises_of(None, (count, *dataset.shape), steps, sampler, torch.Generator().manual_seed(seed))
+
+    def drawn(count: int, steps: int, **cond: Any) -> Tensor:
+        x = sample_in_chunks(net, noises(count, steps), steps, sampler=sampler, **cond)
+        if not torch.isfinite(x).all():
+            raise ValueError("the network gives samples that are not finite: its training has diverged")
+        return x.cpu()
+
     with evaluating(net):
         if len(dataset.shape) == 1:
-            result = _evaluate_points(net, dataset, sorted(set(steps)), seed, path)
+            result = _evaluate_points(drawn, dataset, sorted(set(steps)))
+            if path and dataset.shape == (2,):
+                _draw_points(net, noises(result["samples"], 1)[0], drawn(result["samples"], 1), dataset, path)
         else:
-            result = _evaluate_images(net, dataset, sorted(set(steps)), seed, path, count)
-    return {"data": dataset.name, "seed": seed, **result}
+            result = _evaluate_images(drawn, dataset, sorted(set(steps)), path, count)
+    return {"data": dataset.name, "seed": seed, "sampler": sampler, **result}
 
 
 def evaluate_run(
@@ -95,6 +117,7 @@ def evaluate_run(
     net: nn.Module | None = None,
     dataset: data.Dataset | None = None,
     count: int = MOST,
+    sampler: Sampler = "average",
 ) -> dict[str, Any]:
     """`evaluate` for the network and the dataset of a run folder; writes evaluation.json and the pictures there.
 
@@ -116,7 +139,7 @@ def evaluate_run(
             f"but {dataset.name} has {dataset.shape} and {dataset.num_classes}; its model.json is not its own"
         )
     result = {"step": extra.get("step")} | evaluate(
-        net.to(choose_device(device)), dataset, steps, seed, run if pictures else None, count
+        net.to(choose_device(device)), dataset, steps, seed, run if pictures else None, count, sampler
     )
     write_text(Path(run) / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -133,24 +156,26 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _evaluate_points(
-    net: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int], seed: int, folder: Path | None
-) -> dict[str, Any]:
+def _evaluate_points(drawn: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int]) -> dict[str, Any]:
+    """drawn: (number of samples, steps) -> samples"""
     (train, _), (validation, _) = dataset.split("train"), dataset.split("validation")
-    noise = _noise(validation.shape, seed)
-    samples = {k: _finite(sample_in_chunks(net, noise, k)) for k in steps}
-    if folder and dataset.shape == (2,):
-        save_field(lambda z, t: _instantaneous(net, z, t), train, folder / "evaluation_field.png")
-        one_step = samples[1] if 1 in samples else _finite(sample_in_chunks(net, noise))
-        save_arrows(noise, one_step, validation, folder / "evaluation_arrows.png")
-    sets = {"validation": validation} | {str(k): x for k, x in samples.items()}
+    sets = {"validation": validation} | {str(k): drawn(len(validation), k) for k in steps}
     row = {name: sliced_wasserstein(x, train) for name, x in sets.items()}
-    return {"samples": len(noise), "figures": {"sliced_wasserstein": row}}
+    return {"samples": len(validation), "figures": {"sliced_wasserstein": row}}
+
+
+def _draw_points(
+    net: Callable[..., Tensor], noise: Tensor, one_step: Tensor, dataset: data.Dataset, folder: Path
+) -> None:
+    """The field of velocities with the training points, and where noise goes in one step with the validation points."""
+    save_field(lambda z, t: _instantaneous(net, z, t), dataset.split("train")[0], folder / "evaluation_field.png")
+    save_arrows(noise, one_step, dataset.split("validation")[0], folder / "evaluation_arrows.png")
 
 
 def _evaluate_images(
-    net: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int], seed: int, folder: Path | None, count: int
+    drawn: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int], folder: Path | None, count: int
 ) -> dict[str, Any]:
+    """drawn: (number of samples, steps, y) -> samples of the labels y"""
     (train, train_labels), (validation, labels) = dataset.split("train"), dataset.split("validation")
     if train_labels is None or labels is None:
         raise ValueError(f"dataset {dataset.name} has images without labels: no figure is defined for it")
@@ -158,7 +183,6 @@ def _evaluate_images(
         chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:count]
         validation, labels = validation[chosen], labels[chosen]
     size, asked = len(validation), labels.repeat(max(1, min(IMAGE_DRAWS, count // len(validation))))
-    noise = _noise((len(asked), *dataset.shape), seed)
     with tqdm(total=2 + 2 * len(steps), desc="judging", leave=False, delay=2) as bar:
         classifier = train_classifier(dataset)
         train_features, train_found = classifier.judge(train)
@@ -183,7 +207,7 @@ def _evaluate_images(
 
         columns, samples = {"validation": figures(validation, labels, near)}, {}
         for k in steps:
-            samples[k] = _finite(sample_in_chunks(net, noise, k, y=asked))
+            samples[k] = drawn(len(asked), k, y=asked)
             bar.update()
             columns[str(k)] = figures(samples[k], asked, nearest(samples[k], train)[0])
     if folder:
@@ -193,7 +217,7 @@ def _evaluate_images(
         "validation": columns["validation"]["class_agreement"],
     }
     rows = {name: {column: value[name] for column, value in columns.items()} for name in columns["validation"]}
-    return {"samples": len(noise), "classifier_accuracy": accuracy, "figures": rows}
+    return {"samples": len(asked), "classifier_accuracy": accuracy, "figures": rows}
 
 
 def _draw_images(
@@ -218,16 +242,6 @@ def _instantaneous(net: Callable[..., Tensor], z: Tensor, t: float) -> Tensor:
     return net(z.to(times.device), times, times)
 
 
-def _noise(shape: Sequence[int], seed: int) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
-
-
-def _finite(x: Tensor) -> Tensor:
-    if not torch.isfinite(x).all():
-        raise ValueError("the network gives samples that are not finite: its training has diverged")
-    return x.cpu()
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--run", type=Path, required=True, help="run folder; evaluation.json and pictures go there")
     result.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
+    sampler_option(result)
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     result.add_argument("--count", type=int, default=MOST, help=f"images per column at most (default: {MOST})")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -248,7 +263,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     own = {"net": import_made(options.net), "dataset": import_made(options.data)}
-    result = evaluate_run(options.run, options.steps, options.seed, options.device, count=options.count, **own)
+    own |= {"count": options.count, "sampler": options.sampler}
+    result = evaluate_run(options.run, options.steps, options.seed, options.device, **own)
     print(
         f"{options.run}: {result['data']} after {result['step']} training steps, {result['samples']} samples per column"
     )

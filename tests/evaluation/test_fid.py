@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,14 +145,17 @@ def test_two_ranks_and_another_batch_give_the_same_figure(run: Path, reference: 
     assert done.stdout.count("FID") == 1 and f"FID {whole['fid']:.4f} of 37 samples" in done.stdout
 
 
-def test_samples_depend_on_seed_and_number_alone(run: Path, inception: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [{}, {"steps": 3, "sampler": "consistency"}], ids=["one step", "noise anew"])
+def test_samples_depend_on_seed_and_number_alone(
+    run: Path, inception: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
     seen = record(monkeypatch)
     net, _ = models.load_pretrained(run)
     features = Inception(inception, torch.device("cpu"))
 
     def draw(**options: int) -> Tensor:
         seen.clear()
-        fid.sample_statistics(net, features, **options)
+        fid.sample_statistics(net, features, **options, **more)
         return torch.cat(seen)
 
     first = draw(count=20, batch=7)

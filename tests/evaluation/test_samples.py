@@ -296,6 +296,15 @@ def test_command(run, capsys):
     assert figures["1"] == pytest.approx(expected, rel=1e-6) == figures["2"]
     for name in ("evaluation_field.png", "evaluation_arrows.png"):
         assert imread(run / name)[..., :3].std() > 0.01
+    # in two steps of "consistency" half of that noise is another draw
+    assert main(["evaluate", "--run", str(run), "--steps", "1", "2", "--sampler", "consistency"]) == 0
+    saved = json.loads((run / "evaluation.json").read_text())
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(10_000, 2, generator=generator) for _ in range(2))
+    mixed = sliced_wasserstein((first + second) / 2, data.load("circles", factor=0.4).split("train")[0])
+    assert saved["sampler"] == "consistency"
+    assert saved["figures"]["sliced_wasserstein"]["1"] == figures["1"]
+    assert saved["figures"]["sliced_wasserstein"]["2"] == pytest.approx(mixed, rel=1e-5)
 
 
 def spoil(run, what):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmf_fast import sample
-from studies.methods import EVALUATIONS, FLOW_MATCHING, METHODS, loss_of, steps_within, title, to_sample
+from studies.methods import EVALUATIONS, FLOW_MATCHING, METHODS, loss_of, sampler_of, steps_within, title
 
 
 class Times(nn.Module):
@@ -22,7 +22,7 @@ class Times(nn.Module):
 @pytest.mark.parametrize("method", METHODS, ids=title)
 def test_flow_matching_is_asked_for_velocities_alone(method):
     noise = torch.zeros(3, 2)
-    drawn = sample(to_sample(method, Times()), (3, 2), steps=2, noise=noise)
+    drawn = sample(Times(), (3, 2), steps=2, noise=noise, sampler=sampler_of(method))
     assert drawn.unique().tolist() == [0.0 if method == FLOW_MATCHING else -0.5]  # u(z, t, t) = 0; 2 x 0.5 x 0.5
     assert 1 in EVALUATIONS[method["method"]]
 
