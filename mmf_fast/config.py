@@ -136,7 +136,7 @@ def _loss(tree: Any) -> dict[str, Any]:
     target = objective.MeanFlowLoss
     return {
         "objective": name,
-        **_arguments(target, merged, "loss", extra=("objective",), without=("net", "null_label")),
+        **_arguments(target, merged, "loss", extra=("objective",), without=("net", "null_label", "null", "teacher")),
     }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from mmf_fast.data.dataset import ArrayDataset, Batch, Dataset, Epochs, Identity, Split, SplitName, rank_part
 
@@ -17,7 +19,7 @@ __all__ = ["IndexedDataset", "StreamedDataset", "as_dataset"]
 def as_dataset(source: Any, seed: int = 0) -> Dataset:
     """A `Dataset` from any of these; x is floating-point, or uint8 for images of 0 to 255, which stand for [-1, 1]:
 
-        x, or (x, cond)     tensors of all N samples; cond: labels (N,), or {"name": tensor of N rows}
+        x, or (x, cond)     tensors or arrays of all N samples; cond: labels (N,), or {"name": N rows}
         a torch Dataset     dataset[i] is x, (x, y) or (x, {"name": ...}), with a length: shuffled anew in each epoch
         an iterable         of batches x, (x, y) or (x, {...}), such as a DataLoader: on each process those of its own
         a Dataset           of this package, as it is
@@ -28,20 +30,39 @@ def as_dataset(source: Any, seed: int = 0) -> Dataset:
     """
     if callable(getattr(source, "batch", None)):
         return source
-    if isinstance(source, Tensor):
+    if isinstance(source, _ROWS):
         source = (source, None)
-    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Tensor):
-        x, cond = source
-        if cond is None or isinstance(cond, Tensor):
-            return ArrayDataset("tensor", {"train": (x, cond)}, seed=seed)
-        return IndexedDataset(_Table(x, cond), seed)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], _ROWS):
+        return _held(*source, seed=seed)
+    streams = isinstance(source, IterableDataset)  # which inherits __getitem__, and may have a length
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not streams:
         return IndexedDataset(source, seed)
     if isinstance(source, Iterable):
         return StreamedDataset(source, seed)
     raise ValueError(
         f"data is a {type(source).__name__}: give a tensor, (x, y), a torch Dataset, or an iterable of batches"
     )
+
+
+_ROWS = (Tensor, np.ndarray)
+
+
+def _held(x: Any, cond: Any, seed: int) -> Dataset:
+    """Tensors or arrays of all samples. Raises ValueError where they have not as many rows, or are something else."""
+    if x.ndim < 2 or not len(x):
+        lacking = "gave single numbers: a sample is a tensor of at least one dimension" if len(x) else "has no samples"
+        raise ValueError(f"{type(x).__name__} {lacking}")
+    if cond is not None and not isinstance(cond, (*_ROWS, Mapping)):
+        raise ValueError(f"beside x there is a {type(cond).__name__}: give labels as a tensor, or {{name: tensor}}")
+    named = cond if isinstance(cond, Mapping) else {} if cond is None else {"y": cond}
+    for name, rows in named.items():
+        if not isinstance(rows, _ROWS) or len(rows) != len(x):
+            found = f"{len(rows)} rows" if isinstance(rows, _ROWS) else f"a {type(rows).__name__}"
+            raise ValueError(f"{name} is {found}, x has {len(x)} rows: give a tensor with a row for each sample")
+    tensors = {name: torch.as_tensor(rows) for name, rows in named.items()}
+    if isinstance(cond, Mapping):
+        return IndexedDataset(_Table(torch.as_tensor(x), tensors), seed)
+    return ArrayDataset("tensor", {"train": (torch.as_tensor(x), tensors.get("y"))}, seed=seed)
 
 
 class _Own:
@@ -81,18 +102,32 @@ class IndexedDataset(_Own):
     def __init__(self, source: Any, seed: int = 0) -> None:
         if not len(source):
             raise ValueError(f"{type(source).__name__} has no samples")
-        super().__init__(source, tuple(_split(default_collate([source[0]]))[0].shape[1:]))
+        super().__init__(source, tuple(_split(_collated([source[0]]))[0].shape[1:]))
         self._epochs = Epochs(self.name, len(source), seed)
 
     def batch(self, step: int, size: int, rank: int = 0, world_size: int = 1) -> Batch:
         rows = self._epochs.rows(step, size, rank, world_size).tolist()
-        return _split(default_collate([self.source[row] for row in rows]))
+        return _split(_collated([self.source[row] for row in rows]))
+
+
+def _collated(samples: list[Any]) -> Any:
+    """As a DataLoader does it. Raises ValueError for samples that are no tensors, arrays or numbers."""
+    try:
+        return default_collate(samples)
+    except TypeError as error:
+        held = samples[0] if isinstance(samples[0], (tuple, list)) else [samples[0]]
+        kinds = ", ".join(type(each).__name__ for each in held)
+        raise ValueError(
+            f"a sample holds {kinds}, which makes no batch ({str(error).split(';')[0]}): give tensors, arrays or "
+            "numbers, of an image by torchvision's PILToTensor"
+        ) from error
 
 
 class StreamedDataset(_Own):
     """An iterable of batches, gone through again when it ends. A run goes on exactly where going through it again gives
-    the same batches; those before are left out. So `set_epoch(epoch)` is called where it or its sampler has one, and a
-    DataLoader without a generator gets one, seeded by (seed, epoch), and draws no more from the global one.
+    the same batches; those before are left out. So `set_epoch(epoch)` is called where it or one of its samplers has
+    one, and a DataLoader without a generator gets one, seeded by (seed, epoch, rank), and draws no more from the global
+    one.
 
     Each process gives its own iterable, of batches of train.batch / processes samples.
     """
@@ -146,9 +181,11 @@ class StreamedDataset(_Own):
 
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
-        self._generator.manual_seed((self._seed << 32) + epoch)
+        key = (self._seed, epoch, int(os.environ.get("RANK", 0)))  # as launchers set it: no group has been joined yet
+        self._generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        batches = getattr(self.source, "batch_sampler", None)
         each: Any
-        for each in (self.source, getattr(self.source, "sampler", None)):
+        for each in (self.source, getattr(self.source, "sampler", None), batches, getattr(batches, "sampler", None)):
             getattr(each, "set_epoch", lambda epoch: None)(epoch)
             if getattr(each, "generator", self) is None:
                 each.generator = self._generator

@@ -2,7 +2,8 @@
 
 from mmf_fast.objective.draws import BatchShare
 from mmf_fast.objective.guidance import Guidance
-from mmf_fast.objective.loss import LossOutput, MeanFlowLoss, preset, sg_lambda
+from mmf_fast.objective.loss import LossOutput, MeanFlowLoss, sg_lambda
+from mmf_fast.objective.presets import preset
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 

@@ -16,7 +16,21 @@ from torch import Tensor
 from mmf_fast.contract import Paths, take
 from mmf_fast.objective.streams import GlobalStream, NumberedStream, hashed
 
-__all__ = ["BatchShare", "Draw", "Kinds", "Points", "arrange", "check", "column", "draw_kinds", "given_kinds"]
+__all__ = [
+    "BatchShare",
+    "Draw",
+    "Kinds",
+    "Points",
+    "arrange",
+    "chances",
+    "check",
+    "column",
+    "draw_kinds",
+    "given_kinds",
+]
+
+# Multiples of these modulo 1 fill the unit square evenly (the plastic number rho: rho^3 = rho + 1; 1 / rho, 1 / rho^2).
+EVEN = (0.7548776662466927, 0.5698402909980532)
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,14 @@ class BatchShare:
 
 
 WHOLE_BATCH = BatchShare()
+
+
+def chances(step: int | None, part: BatchShare = WHOLE_BATCH) -> list[float]:
+    """Two numbers in (0, 1) that round counts: those of the step on every rank, which fill the unit square evenly as
+    the steps go on; for a whole batch whose step is not told, from torch's global generator."""
+    if step is None and part.seed is None:
+        return torch.rand(2).tolist()
+    return [((step or 0) + 0.5) * multiple % 1.0 for multiple in EVEN]
 
 
 # ---- which rows are intervals ----------------------------------------------------------------------------------------

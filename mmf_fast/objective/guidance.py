@@ -20,7 +20,7 @@ class Guidance:
 
     omega: weight of the sample's own velocity; 1 with kappa = 0 is no guidance.
     kappa: weight of the class-conditional prediction, in [0, 1).
-    dropout: chance that a label is replaced by the null label; such a row keeps the plain target v.
+    dropout: chance that a row's condition is replaced by the null one; such a row keeps the plain target v.
     Raises ValueError outside these ranges.
     """
 
@@ -50,9 +50,9 @@ class Guidance:
         """Whether the target differs from v at all."""
         return (self.omega, self.kappa) != (1.0, 0.0)
 
-    def drop(self, labels: Tensor, null_label: int, uniform: Tensor) -> Tensor:
-        """Replace each of the (B,) labels by the null label with chance `dropout`; uniform (B,) are draws in [0, 1)."""
-        return torch.where(uniform < self.dropout, null_label, labels)
+    def drop(self, cond: Tensor, null: Tensor | int, uniform: Tensor) -> Tensor:
+        """Replace each row of cond (B, ...) by `null` with chance `dropout`; uniform (B,) are draws in [0, 1)."""
+        return torch.where((uniform < self.dropout).view(-1, *[1] * (cond.ndim - 1)), null, cond)
 
     def target(self, v: Tensor, u_class: Tensor | None, u_null: Tensor, t: Tensor, is_null: Tensor) -> Tensor:
         """v_target (B, ...) from v, u(z, t, t | c) (None: kappa = 0), u(z, t, t | null), and t, is_null (B,)."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from mmf_fast.objective.draws import (
     Draw,
     Points,
     arrange,
+    chances,
     check,
     column,
     draw_kinds,
@@ -44,12 +45,10 @@ from mmf_fast.objective.weights import TimesWeight
 from mmf_fast.ops.dispatch import serve
 from mmf_fast.ops.sg_loss import LossTerms, sg_loss
 
-__all__ = ["LossOutput", "MeanFlowLoss", "preset", "sg_lambda"]
+__all__ = ["LossOutput", "MeanFlowLoss", "sg_lambda"]
 
 TANGENTS = ("predicted", "conditional")
 WEIGHTS = ("sample", "times")
-# Multiples of these modulo 1 fill the unit square evenly (the plastic number rho: rho^3 = rho + 1; 1 / rho, 1 / rho^2).
-EVEN = (0.7548776662466927, 0.5698402909980532)
 
 
 class LossOutput(NamedTuple):
@@ -63,31 +62,6 @@ class LossOutput(NamedTuple):
 def sg_lambda(x: Tensor, lam: Tensor | float) -> Tensor:
     """SG_lam[x] = lam x + (1 - lam) stopgrad(x): the value of x, lam times its gradient (arXiv 2508.17426)."""
     return torch.lerp(x.detach(), x, lam)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "flow_matching": {"times": TimeSampler(share=0.0), "lam": 0.0},
-    "meanflow": {
-        "times": TimeSampler(share=0.25, t="logit_normal", t_mean=-0.4, t_std=1.0, r="sorted"),
-        "lam": 0.0,
-        "tangent": "conditional",
-    },
-    "mmf": {
-        "times": TimeSampler(share=0.25),
-        "lam": LambdaSchedule(kind="linear", warmup=10_000),
-        "tangent": "predicted",
-        "paired": True,
-    },
-    "consistency": {"times": TimeSampler(share=1.0, r="zero"), "lam": 0.0, "tangent": "conditional"},
-}
-
-
-def preset(name: str, **overrides: Any) -> dict[str, Any]:
-    """Arguments of MeanFlowLoss for "flow_matching", "meanflow", "mmf" or "consistency", with those given in place of
-    its own: MeanFlowLoss(net, **preset("meanflow", p=0.75)). Raises ValueError for another name."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown objective {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name] | overrides
 
 
 class MeanFlowLoss(nn.Module):
@@ -109,8 +83,12 @@ class MeanFlowLoss(nn.Module):
     weight: of what the weight is a function. "sample": of the row's own error, as in MeanFlow, which biases the
         minimiser unless p = 0. "times": of the mean error at (r, t) over earlier steps, which does not; its running
         sums are a buffer of this module, and in training mode every rank must call it equally often.
-    guidance: guidance inside the target; needs labels `y` and a null label.
-    null_label: defaults to `net.num_classes`.
+    guidance: guidance inside the target; needs conditions that have a null value.
+    null_label: of the labels `y`, by default `net.num_classes`.  null: of other conditions, by name: what a row of them
+        is where there is none, such as the embedding of an empty prompt. All of them are dropped together.
+    teacher: a trained velocity field, called teacher(z, t, t, **cond) as a network is. Its velocity takes the place of
+        v: that is distillation, with a target that has no variance. tangent="conditional" is then the teacher's
+        velocity too, without bias at any lambda. It is frozen, follows this module to devices, and is not saved.
     shared: names of conditions that belong to all samples even where they have as many rows as there are samples.
     jvp: "dual", "func", "finite_difference" or FiniteDifference(step, order) (see mmf_fast.jvp).
     Raises ValueError for settings that do not fit together.
@@ -130,6 +108,8 @@ class MeanFlowLoss(nn.Module):
         weight: str = "sample",
         guidance: Guidance | None = None,
         null_label: int | None = None,
+        null: Mapping[str, Tensor] | None = None,
+        teacher: Callable[..., Any] | None = None,
         shared: Collection[str] = (),
         jvp: str | FiniteDifference = "dual",
     ) -> None:
@@ -145,7 +125,14 @@ class MeanFlowLoss(nn.Module):
         self.compiled: Compiled | None = None
         self.ambiguous = names_taken(net, ("step", "noise", "times", "part"))
         self.null_label: int | None = getattr(net, "num_classes", 0) or None if null_label is None else null_label
+        values = ({} if self.null_label is None else {"y": torch.tensor(self.null_label)}) | dict(null or {})
+        self.nullable = tuple(values)
+        for name, value in values.items():
+            self.register_buffer(f"_null_{name}", value, persistent=False)
+        self._teacher = (teacher,)  # in a tuple it is no submodule: nothing of it is trained, averaged or saved
         self._check()
+        if isinstance(teacher, nn.Module):
+            teacher.eval().requires_grad_(False)
 
     def _check(self) -> None:
         if self.tangent not in TANGENTS:
@@ -161,9 +148,21 @@ class MeanFlowLoss(nn.Module):
             raise ValueError(
                 f"paired: each r < t needs a partner with r = t, so times.share may be 0.5, not {self.times.share}"
             )
-        if self.guidance is not None and self.null_label is None:
-            raise ValueError("guidance needs a class-conditional network: pass null_label (the label of no class)")
-        if self.tangent == "conditional" and self.lam.maximum > 0 and self.times.share > 0:
+        if self.guidance is not None and not self.nullable:
+            raise ValueError(
+                "guidance needs to know what no condition is: pass null_label (the label of no class), or null={name: "
+                "row} of another condition"
+            )
+        (teacher,) = self._teacher
+        if teacher is not None:
+            check_network(teacher)
+        if teacher is not None and (teacher is self.net or self.guidance is not None):
+            raise ValueError(
+                "teacher is the network itself: give copy.deepcopy(net)"
+                if teacher is self.net
+                else "teacher and guidance do not go together: give a teacher that guides its own velocity"
+            )
+        if self.tangent == "conditional" and teacher is None and self.lam.maximum > 0 and self.times.share > 0:
             warnings.warn(
                 'conditional tangents bias the minimiser when lambda > 0; use tangent="predicted"', stacklevel=3
             )
@@ -198,9 +197,9 @@ class MeanFlowLoss(nn.Module):
         told, step = step, step or 0
         stream = part.stream(step, x, dtype)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
-            cond = self._drop_labels(cond, self.guidance, stream.uniform())
+            cond = self._drop(cond, self.guidance, stream.uniform())
         if times is None:
-            chance = _chance(told, part)
+            chance = chances(told, part)
             intervals = self._intervals(rows, part.count, step, chance[0])
             lam, graphs = self._graphs(intervals, step, chance[1])
             kinds = draw_kinds(rows, part, step, intervals, graphs, self.paired)
@@ -208,7 +207,7 @@ class MeanFlowLoss(nn.Module):
         else:
             r, t = (time.to(x.device, dtype) for time in times)
             intervals = int((r < t).sum())
-            lam, graphs = self._graphs(intervals, step, _chance(told, part)[1] if self.stochastic else 0.0)
+            lam, graphs = self._graphs(intervals, step, chances(told, part)[1] if self.stochastic else 0.0)
             kinds = given_kinds(r, t, graphs, self.paired)
         noise = stream.noise() if noise is None else noise.to(dtype)
         x = x if x.dtype == torch.uint8 else x.to(dtype)
@@ -240,18 +239,19 @@ class MeanFlowLoss(nn.Module):
 
             r = t: 1 + 2 = 3      r < t, lam = 0: 2 + 2 = 4      r < t, lam > 0: 2 + 4 = 6
             + 1 per r < t without partner for u(z, t, t | c), where the tangent is predicted or guidance has kappa > 0
-            + 1 per sample for u(z, t, t | null), where there is guidance
+            + 1 per sample for u(z, t, t | null), where there is guidance, or for the velocity of a teacher
 
         stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
         differences evaluate each r < t once more, with a backward where lam > 0.
         """
-        intervals = self._intervals(batch, 1, step, _even(step)[0])
-        _, graphs = self._graphs(intervals, step, _even(step)[1])
+        intervals = self._intervals(batch, 1, step, chances(step)[0])
+        _, graphs = self._graphs(intervals, step, chances(step)[1])
         needs_u = self.tangent == "predicted" or self._guided_by_class
         cost = 3 * (batch - intervals) + 4 * intervals + 2 * graphs
         cost += intervals if needs_u and not self.paired else 0
         cost += intervals + 2 * graphs if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
-        return cost + (batch if self.guidance is not None and self.guidance.active else 0)
+        more = self._teacher[0] is not None or (self.guidance is not None and self.guidance.active)
+        return cost + (batch if more else 0)
 
     def _intervals(self, rows: int, parts: int, step: int, chance: float) -> int:
         """How many rows of a global batch of `parts` parts are intervals."""
@@ -283,6 +283,7 @@ class MeanFlowLoss(nn.Module):
         weight: of the rows of the draw, where it does not depend on their errors.
         """
         points, v = d.on_path()
+        v = self._taught(points, v)
         instants, with_graph, _ = d.sizes
         now, later = points.rows(0, instants), points.rows(instants, len(v))
 
@@ -310,6 +311,21 @@ class MeanFlowLoss(nn.Module):
         square = torch.cat([term.square for term in terms]) / v[0].numel()
         counted = instants if d.weights[0] else 0
         return loss, torch.cat([term.per_sample for term in terms]), (square[:counted].sum(), square[counted:].sum())
+
+    @torch.no_grad()
+    def _taught(self, points: Points, v: Tensor) -> Tensor:
+        """v, or that of the teacher."""
+        (teacher,) = self._teacher
+        if teacher is None:
+            return v
+        return check_output(teacher(points.z, points.t, points.t, **points.cond), points.z).to(v.dtype)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MeanFlowLoss:
+        """Moves the teacher to where this module goes."""
+        (teacher,) = self._teacher
+        if isinstance(teacher, nn.Module):
+            teacher._apply(fn)
+        return super()._apply(fn, recurse)
 
     def _velocity(self, points: Points) -> Tensor:
         """u(z, t, t), the marginal velocity; nothing is evaluated for no rows."""
@@ -352,33 +368,32 @@ class MeanFlowLoss(nn.Module):
         """v, or the guided velocity built from it."""
         if self.guidance is None or not self.guidance.active:
             return v
-        y = points.cond["y"]
-        null = points._replace(cond={**points.cond, "y": torch.full_like(y, cast(int, self.null_label))})
+        nulls = {name: self._null(name, points.cond[name]) for name in self.nullable}
+        same = [(points.cond[name] == null).view(len(v), -1).all(1) for name, null in nulls.items()]
         u_class = torch.cat([u_now, u_later]) if self._guided_by_class and u_later is not None else None
-        return self.guidance.target(v, u_class, self._velocity(null), points.t, is_null=y == self.null_label)
+        u_null = self._velocity(points._replace(cond={**points.cond, **nulls}))
+        return self.guidance.target(v, u_class, u_null, points.t, is_null=torch.stack(same).all(0))
 
     @property
     def _guided_by_class(self) -> bool:
         return self.guidance is not None and self.guidance.kappa > 0
 
-    def _drop_labels(self, cond: dict[str, Any], guidance: Guidance, uniform: Tensor) -> dict[str, Any]:
-        if not isinstance(cond.get("y"), Tensor):
-            raise ValueError("guidance needs labels: call loss_fn(x, y=labels)")
-        return {**cond, "y": guidance.drop(cond["y"], cast(int, self.null_label), uniform)}
+    def _null(self, name: str, like: Tensor) -> Tensor:
+        """The null value of a condition, as many rows of it as `like` has."""
+        return self.get_buffer(f"_null_{name}").to(like).expand_as(like)
+
+    def _drop(self, cond: dict[str, Any], guidance: Guidance, uniform: Tensor) -> dict[str, Any]:
+        for name in self.nullable:
+            given = cond.get(name)
+            if not isinstance(given, Tensor) or len(given) != len(uniform):
+                what = "labels" if name == "y" else name
+                raise ValueError(f"guidance needs {what}, one row per sample: call loss_fn(x, {name}={what})")
+        dropped = {name: guidance.drop(cond[name], self._null(name, cond[name]), uniform) for name in self.nullable}
+        return {**cond, **dropped}
 
 
 def _with_r(net: Callable[..., Any], r: Tensor, cond: dict[str, Any], z: Tensor, t: Tensor) -> Any:
     return check_output(net(z, r, t, **cond), z)
-
-
-def _chance(step: int | None, part: BatchShare) -> list[float]:
-    """Two numbers in (0, 1) that round counts: of the step, or else from torch's global generator."""
-    return _even(step or 0) if step is not None or part.seed is not None else torch.rand(2).tolist()
-
-
-def _even(step: int) -> list[float]:
-    """Two numbers in (0, 1) that fill the unit square evenly as the steps go on, the same on every rank."""
-    return [(step + 0.5) * multiple % 1.0 for multiple in EVEN]
 
 
 def _errors(square: tuple[Tensor, Tensor], rows: int, share: float) -> dict[str, Tensor]:

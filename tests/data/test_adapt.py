@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from mmf_fast.data import ArrayDataset, as_dataset, load, register_dataset
 
@@ -80,6 +88,52 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         dataset.batch(2, 5)
 
 
+class Endless(IterableDataset):
+    """With a length, as torch allows; it inherits __getitem__."""
+
+    def __iter__(self) -> Any:
+        return iter(X.split(2))
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_an_iterable_dataset_with_a_length_is_gone_through() -> None:
+    assert torch.equal(as_dataset(Endless()).batch(1, 2)[0], X[2:4])
+
+
+def test_arrays_are_taken_as_tensors_are() -> None:
+    x, y = as_dataset((X.numpy(), np.arange(len(X)))).batch(0, 4)
+    assert isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, X[y])
+
+
+@pytest.mark.parametrize("kind", ["shuffle", "weighted", "batch_sampler"])
+def test_a_loader_draws_anew_in_each_epoch_and_on_each_rank_and_again_alike(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on sees what it would have seen; ranks whose loaders are alike see different samples."""
+    rows = TensorDataset(torch.arange(64.0)[:, None])
+
+    def loader() -> DataLoader:
+        if kind == "shuffle":
+            return DataLoader(rows, batch_size=8, shuffle=True)
+        if kind == "weighted":
+            return DataLoader(rows, batch_size=8, sampler=WeightedRandomSampler([1.0] * 64, 64))
+        return DataLoader(rows, batch_sampler=BatchSampler(RandomSampler(rows), 8, drop_last=True))
+
+    def seen(rank: int, first: int = 0) -> list[list[float]]:
+        monkeypatch.setenv("RANK", str(rank))
+        torch.manual_seed(len(found))  # it does not matter
+        dataset = as_dataset(loader())
+        return [dataset.batch(step, 16, rank, 2)[0][:, 0].tolist() for step in range(first, 12)]
+
+    found: list[Any] = []
+    for rank, first in ((0, 0), (0, 9), (1, 0)):
+        found.append(seen(rank, first))
+    assert found[0][9:] == found[1]
+    assert found[0][:8] != found[0][8:] and all(one != other for one, other in zip(found[0], found[2], strict=True))
+
+
 def test_a_generator_serves_once() -> None:
     def batches() -> Iterator[Tensor]:
         yield from X.split(4)
@@ -99,6 +153,12 @@ def test_a_generator_serves_once() -> None:
         ([{"image": X}], "a sample is x"),
         (np.zeros(3), "gave single numbers"),
         ([], "list has no samples"),
+        (torch.zeros(0, 2), "Tensor has no samples"),
+        ((X, torch.zeros(2 * len(X))), "y is .* rows, x has .* rows: give a tensor with a row for each sample"),
+        ((X, {"w": X[1:]}), "w is .* rows, x has"),
+        ((X, [0] * len(X)), "beside x there is a list: give labels as a tensor"),
+        ((X, {"w": "text"}), "w is a str, x has"),
+        ([(object(), 1)], "a sample holds object, int, which makes no batch .*PILToTensor"),
     ],
 )
 def test_what_is_no_data_is_refused(source: Any, message: str) -> None:

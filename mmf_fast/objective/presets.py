@@ -1,0 +1,34 @@
+"""The members of the family, as arguments of the one loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmf_fast.objective.schedule import LambdaSchedule
+from mmf_fast.objective.times import TimeSampler
+
+__all__ = ["preset"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "flow_matching": {"times": TimeSampler(share=0.0), "lam": 0.0},
+    "meanflow": {
+        "times": TimeSampler(share=0.25, t="logit_normal", t_mean=-0.4, t_std=1.0, r="sorted"),
+        "lam": 0.0,
+        "tangent": "conditional",
+    },
+    "mmf": {
+        "times": TimeSampler(share=0.25),
+        "lam": LambdaSchedule(kind="linear", warmup=10_000),
+        "tangent": "predicted",
+        "paired": True,
+    },
+    "consistency": {"times": TimeSampler(share=1.0, r="zero"), "lam": 0.0, "tangent": "conditional"},
+}
+
+
+def preset(name: str, **overrides: Any) -> dict[str, Any]:
+    """Arguments of MeanFlowLoss for "flow_matching", "meanflow", "mmf" or "consistency", with those given in place of
+    its own: MeanFlowLoss(net, **preset("meanflow", p=0.75)). Raises ValueError for another name."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown objective {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name] | overrides
