@@ -74,9 +74,10 @@ bench-compare: $(READY)
 wheels: $(READY)
 	$(BIN)/python -m benchmarks.gpu.wheels $(WHEELS) --python $(WHEELS_FOR)
 
-# On a machine with a GPU, network or not, in the Python that has PyTorch: every part in turn, or make gpu PART=tiles.
+# On a machine with a GPU, network or not, in the Python that has PyTorch: every part in turn, or make gpu PART=tiles; its
+# JSON goes to benchmarks/results/<device>, or to OUT=folder.
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) $(if $(PART),--part $(PART)) $(if $(wildcard $(WHEELS)),--wheels $(WHEELS)) $(if $(TVM),--tvm $(TVM))
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) $(if $(PART),--part $(PART)) $(if $(wildcard $(WHEELS)),--wheels $(WHEELS)) $(if $(TVM),--tvm $(TVM)) $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(ROOT), folder, *([str(options.tvm)] if options.tvm else []), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        # Triton's own default, said aloud: inductor moves it elsewhere, and each part would compile the kernels anew.
+        environment.setdefault("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
         if options.wheels:
             from benchmarks.gpu.wheels import install
 
@@ -102,12 +104,15 @@ def measure(part: str, options: argparse.Namespace) -> int:
 
     from benchmarks.gpu.rows import Rows
     from benchmarks.measure import circumstances, limits, machine
+    from mmf_fast.ops import flash
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.toy:
         print("error: no CUDA device here; --toy runs the same code on a CPU", file=sys.stderr)
         return 2
+    served = flash.activate(torch.device(device))  # as the trainer does it
     header = machine(device) | circumstances() | limits(device, size=1 << 20 if options.toy else None)
+    header |= {"flash": served._asdict()} if served else {}
     folder = options.out or (TOYS if options.toy else ROOT / "benchmarks" / "results" / name_of(header["device"]))
     rows = Rows(folder / f"{part}.json", options.until, header, options.resume)
     module = importlib.import_module(f"benchmarks.gpu.{part}")

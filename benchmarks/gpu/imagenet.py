@@ -21,8 +21,7 @@ LAUNCHERS = {  # what the run is started with, and what it overrides
     "one process": ([sys.executable], ["train.zero=''"]),
 }
 COMMON = ["train.sample_every=0", "train.checkpoint_every=1000000"]
-# Compiled by block, in a minute and not in many; the warmup of lambda is over at once, as it is in most of a training.
-FULL = [*COMMON, "train.compile=blocks", "train.log_every=20", "loss.lam.warmup=1"]
+FULL = [*COMMON, "train.compile=blocks", "train.log_every=20"]  # by block it is compiled in a minute, not in many
 TOY = [
     *(*COMMON, "train.compile=false", "train.log_every=2", "train.batch=8", "train.precision=fp32"),
     *("model.width=32", "model.depth=1", "model.heads=2", "data.count=64", "data.shape=[3,8,8]", "data.num_classes=4"),

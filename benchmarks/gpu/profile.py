@@ -56,6 +56,8 @@ def by_kernel(step: Run, device: str, took: float) -> Row:
     time = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(((getattr(e, time) / STEPS / 1e6, e.count / STEPS, e.key) for e in events), reverse=True)
     busy = sum(event[0] for event in events)
+    if not busy:
+        raise RuntimeError("the profiler saw no kernel: CUPTI is missing, or another profiler holds it")
     kernels: list[dict[str, Any]] = [
         {"kernel": name[:120], "launches": count, "seconds": took, "share": took / busy}
         for took, count, name in events[:SHOWN]

@@ -105,11 +105,11 @@ def _step(row: Row | None) -> str:
 
 def _imagenet(part: Part) -> str:
     body = [
-        [row["launcher"], f"{row['images/s']:.0f}", f"{1e3 * row['step_seconds']:.1f} ms",
+        [row["launcher"], f"{row['lam']:g}", f"{row['images/s']:.0f}", f"{1e3 * row['step_seconds']:.1f} ms",
          f"{row['mfu']:.0%}" if "mfu" in row else "", f"{row['peak_memory_gib']:.1f} GiB"]
         for row in part["rows"] if "images/s" in row
     ]  # fmt: skip
-    found = table(["configs/imagenet64.yaml, batch 256", "images/s", "step", "MFU", "peak memory"], body)
+    found = table(["configs/imagenet64.yaml, batch 256", "lambda", "images/s", "step", "MFU", "peak memory"], body)
     speed = [row["images/s"] for row in part["rows"] if "images/s" in row]
     if len(speed) == 2:
         found += f"\n\nA step under ZeRO-1 takes {speed[1] / speed[0]:.2f} times one without DeepSpeed."

@@ -109,7 +109,8 @@ class Rows:
 
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 0.01))
+        # Again and again: where a library calls Python from C, as Dynamo's weak references do, what is raised is lost.
+        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 0.01), 1.0)
         faulthandler.dump_traceback_later(max(self.left(), 0) + LAST_SECONDS, exit=True)
         ended = "complete"
         try:
