@@ -182,8 +182,6 @@ def evaluate_fid(
     Raises ValueError, on all ranks where it fails on one.
     """
     target = choose_device(device)
-    if target == torch.device("cuda"):
-        target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
     def prepare() -> tuple[nn.Module, dict[str, Any], Inception, Statistics | PreparedSet, str]:
         _check_numbers(count, batch, steps, seed)

@@ -7,7 +7,7 @@ __all__ = ["move_average"]
 
 
 @torch.no_grad()
-def move_average(average: list[Tensor], values: list[Tensor], decay: float, step: int, skip: Tensor) -> None:
+def move_average(average: list[Tensor], values: list[Tensor], decay: float, step: float, skip: Tensor) -> None:
     """theta_ema <- theta_ema + (1 - d_n) (theta - theta_ema),   d_n = min(decay, (1 + n) / (10 + n)) at step n,
 
     of lists of tensors, in place; where `skip` (0-d bool tensor) is true, nothing changes. step counts from 0.

@@ -1,25 +1,30 @@
 """What a checkpoint holds, whichever engine wrote it: fragments of the trained parameters, and buffers.
 
-    share of a rank   {"fragments": {name: fragment}, "buffers": {name: tensor}}
+    share of a rank   {"fragments": {name: fragment}, "buffers": {name: tensor}, "constants": {name: tensor}, "earlier"}
     fragment          {"start", "weight", "average", "steps", "exp_avg", "exp_avg_sq"}
 
 A fragment is elements start, start + 1, ... of a parameter of the loss module, flattened: what one rank owns of it. One
 process owns each as a whole, ZeRO a piece of a flat partition, FSDP2 some rows. As only names and places are written, a
 run goes on with any engine, ZeRO stage and number of ranks. "steps": how many the optimizer has made on it; with none
-there are no moments. Frozen parameters are not in it: they are those that the run was built with.
+there are no moments. "earlier": steps of the run from whose moving average this one began.
+
+"constants" are what of the network no optimizer changes and no state dict may hold: frozen parameters and buffers that
+are not persistent, such as random Fourier features. Larger ones than CONSTANT, as of a pretrained network, are those
+that the run was built with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["MOMENTS", "Fragment", "Saved"]
+__all__ = ["MOMENTS", "Fragment", "Saved", "constants_of", "set_constants"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CONSTANT = 2**20  # numbers
 
 
 class Fragment(NamedTuple):
@@ -39,6 +44,7 @@ class Saved:
     def __init__(self, shares: list[dict[str, Any]], shapes: Mapping[str, torch.Size]) -> None:
         self.shapes = shapes
         self.buffers: dict[str, Tensor] = shares[0]["buffers"]
+        self.earlier: float = shares[0].get("earlier", 0.0)
         self.fragments: dict[str, list[dict[str, Any]]] = {name: [] for name in shapes}
         for share in shares:
             for name, fragment in share["fragments"].items():
@@ -69,3 +75,20 @@ class Saved:
     def whole(self, name: str, key: str) -> Tensor:
         shape = self.shapes[name]
         return self.part(name, key, 0, shape.numel()).view(shape)
+
+
+def constants_of(net: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
+    """The constants of a network.  trained: names of parameters of the loss module around it."""
+    saved = net.state_dict().keys()
+    frozen = {name: each.detach() for name, each in net.named_parameters() if f"net.{name}" not in trained}
+    found = frozen | {name: each for name, each in net.named_buffers() if name not in saved}
+    return {name: each for name, each in found.items() if each.numel() <= CONSTANT}
+
+
+@torch.no_grad()
+def set_constants(net: nn.Module, constants: Mapping[str, Tensor]) -> None:
+    """Those that a network has in the same shape: others, as caches that grow, are its own affair."""
+    own = dict(net.named_parameters()) | dict(net.named_buffers())
+    for name, value in constants.items():
+        if name in own and own[name].shape == value.shape:
+            own[name].copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmf_fast.models import load_pretrained
-from mmf_fast.training.checkpoint import Checkpoints
+from mmf_fast.training.checkpoint import CheckpointError, Checkpoints
 from mmf_fast.training.checkpoint import read as read_checkpoint
+from mmf_fast.training.fragments import set_constants
 from mmf_fast.training.settings import ConfigError
 
-__all__ = ["start_from"]
+__all__ = ["start_from", "take_constants"]
 
 
 def start_from(
@@ -41,7 +43,12 @@ def start_from(
                 raise ValueError("it has no checkpoint")
             state = read_checkpoint(found, check=False)
             shares = [state["engine"], *state["shares"]]
-            return shares if part == "state" else [_weights_alone(share) for share in shares]
+            set_constants(net, shares[0].get("constants", {}))
+            if part == "weights":
+                return [_weights_alone(share) for share in shares]
+            # The moving average goes on as after so many steps: at a start it would forget what it holds.
+            steps = max((each["steps"] for share in shares for each in share["fragments"].values()), default=0.0)
+            return [{**share, "earlier": share.get("earlier", 0.0) + steps} for share in shares]
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"train.init={source}: {' '.join(str(error).split())}; give a run folder, or a safetensors "
@@ -56,4 +63,12 @@ def _weights_alone(share: dict[str, Any]) -> dict[str, Any]:
         name: {"start": each["start"], "weight": each["weight"], "average": each["weight"], "steps": 0.0}
         for name, each in share["fragments"].items()
     }
-    return {**share, "fragments": fragments}
+    return {**share, "fragments": fragments, "earlier": 0.0}
+
+
+def take_constants(net: nn.Module, checkpoints: Checkpoints) -> None:
+    """Of the newest checkpoint that can be read, before an engine shares the network out. All have the same."""
+    path = checkpoints.newest()
+    with suppress(CheckpointError):  # a damaged one: `newest_whole` finds another, and says so
+        if path is not None:
+            set_constants(net, read_checkpoint(path, check=False)["engine"].get("constants", {}))

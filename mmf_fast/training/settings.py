@@ -8,7 +8,8 @@ import math
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from types import UnionType
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 __all__ = [
     "FREE",
@@ -52,6 +53,7 @@ class Optimizer:
     ema: float = 0.999  # largest decay of the moving average of the weights
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(self.lr > 0, "lr must be positive", self.lr)
         _require(all(0 <= beta < 1 for beta in self.betas), "betas must lie in [0, 1)", self.betas)
         _require(self.eps > 0, "eps must be positive", self.eps)
@@ -88,13 +90,11 @@ class Train:
     max_bad_steps: int = field(default=20, metadata=FREE)  # non-finite steps in a row before the run stops
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         for name in ("batch", "accumulate", "steps", "log_every", "checkpoint_every", "keep", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         _require(
             self.batch % self.accumulate == 0, f"accumulate must divide the batch of {self.batch}", self.accumulate
-        )
-        _require(
-            self.compile in (False, True, "auto", "blocks"), "compile must be a bool, auto or blocks", self.compile
         )
         _require(self.sample_every >= 0, "sample_every must be at least 0 (0: only at the end)", self.sample_every)
 
@@ -122,13 +122,15 @@ def learning_rate(step: int, config: Optimizer, steps: int) -> float:
 
 
 def fixed(optimizer: Optimizer, train: Train) -> dict[str, Any]:
-    """Flat {"optimizer.lr": value, ...} of the settings a training step depends on: all but those marked free."""
-    return {
+    """Flat {"optimizer.lr": value, ...} of the settings a training step depends on: all but those marked free. The
+    number of steps is one of them where the learning rate falls until the last."""
+    found = {
         f"{section}.{each.name}": _plain(getattr(settings, each.name))
         for section, settings in (("optimizer", optimizer), ("train", train))
         for each in dataclasses.fields(settings)
         if not each.metadata.get("free")
     }
+    return found if optimizer.schedule == "constant" else found | {"train.steps": train.steps}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -167,6 +169,18 @@ def read_zero(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"train.zero={path}: must be a mapping of keys to values, is {tree!r}")
     return tree
+
+
+def _check_kinds(settings: Any) -> None:
+    """Raises ConfigError for a word that is none of those of its field, and for a number that should be whole."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value, kinds = getattr(settings, name), get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        if words:
+            words = [False, True] * (bool in kinds) + words
+            _require(value in words, f"{name} must be one of {', '.join(map(str, words))}", value)
+        elif hint is int:
+            _require(type(value) is int, f"{name} must be a whole number", value)
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.drawing import can_draw, draw_samples
 from mmf_fast.training.engines import Engine, build_engine
-from mmf_fast.training.initial import start_from
+from mmf_fast.training.initial import start_from, take_constants
 from mmf_fast.training.logs import RankLog
 from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard, plot_curves
 from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, seed_everything
@@ -120,6 +120,8 @@ class Trainer:
         self.flops_of_step = (lambda step: flops() * forwards(self.train.batch, step)) if forwards and flops else None
         fresh = not resume or self.checkpoints.newest() is None
         shares = start_from(loss_fn, self.train.init, self.train.init_from) if self.train.init and fresh else None
+        if not fresh:
+            take_constants(net, self.checkpoints)
         self.engine = engine or build_engine(loss_fn, optimizer, self.train, seed)
         if shares:
             try:
@@ -133,6 +135,8 @@ class Trainer:
         self.log = RankLog(self.engine.rank, terminal=self.is_main)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.engine.device)
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        if not self.is_main:
+            self._seed_apart()
         if resume:
             self._restore()
         if profile and self.train.steps - self.step < WARM_UP + TRACED:
@@ -140,8 +144,6 @@ class Trainer:
                 f"--profile records {TRACED} steps after {WARM_UP} others, train.steps={self.train.steps} leaves "
                 f"{self.train.steps - self.step}: train longer"
             )
-        if not self.is_main:
-            seed_everything(hash((seed, self.engine.rank, self.step)) % 2**32)  # other dropout on other ranks
         if self.is_main:
             settings = {"optimizer": asdict(optimizer), "train": asdict(self.train), "seed": seed}
             prepare_run_folder(self.run, record or settings)
@@ -212,14 +214,13 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint, of which every rank holds a share, then exports the averaged weights."""
         start = time.perf_counter()
-        share, rank = self.engine.state_dict(), self.engine.rank
+        share, rank = {**self.engine.state_dict(), "rng": rng_state()}, self.engine.rank
         written = agree(lambda: self.checkpoints.save_share(share, self.step, rank) if rank else None)
         shares = gather(written)
         state = {
             "step": self.step,
             "skipped": int(self.skipped),
             "skipped_in_a_row": int(self.skipped_in_a_row),
-            "rng": rng_state(),
             "fingerprint": self.fingerprint,
             "history": self.history,
             "data_offset": self.data_offset,
@@ -336,6 +337,10 @@ class Trainer:
                 logging.WARNING,
             )
 
+    def _seed_apart(self) -> None:
+        """Each rank drops other units out."""
+        seed_everything(hash((self.seed, self.engine.rank, self.step)) % 2**32)
+
     def _restore(self) -> None:
         with warnings.catch_warnings(record=True) as damaged:
             warnings.simplefilter("always")
@@ -354,8 +359,10 @@ class Trainer:
             raise CheckpointError(
                 f"{path} is of another configuration: {', '.join(changed)}; {ways}, or pass another --run"
             )
+        shares, rank = [state["engine"], *state["shares"]], self.engine.rank
         try:
-            self.engine.load_state_dict([state["engine"], *state["shares"]])
+            self.engine.load_state_dict(shares)
+            generators = shares[rank]["rng"] if rank < len(shares) else None
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is of another version of the code ({error}); start another run") from error
         self.step, self._logged = state["step"], state["metrics"]
@@ -367,5 +374,8 @@ class Trainer:
             self.data_offset = -(-samples // self.train.batch) - self.step
         self.skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
-        set_rng_state(state["rng"])  # rank 0's, see the end of __init__
+        if generators:
+            set_rng_state(generators)
+        else:
+            self._seed_apart()
         self.log.say(f"{self.run}: going on from {path.name}")

@@ -14,7 +14,7 @@ from mmf_fast.contract import per_sample, take, to_device
 from mmf_fast.objective import BatchShare
 from mmf_fast.objective.compiled import better_by_block, blocks_of, compile_blocks
 from mmf_fast.training.ema import move_average
-from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
+from mmf_fast.training.fragments import MOMENTS, Fragment, Saved, constants_of
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, learning_rate
 from mmf_fast.training.timing import Phases
 
@@ -84,6 +84,8 @@ class Engine:
                 "its modules by train.blocks, or set train.compile=true"
             )
 
+    earlier = 0.0  # steps of the run whose moving average this one goes on with
+
     def start_average(self) -> None:
         self.average = {name: fragment.value.clone() for name, fragment in self.fragments()}
 
@@ -141,7 +143,7 @@ class Engine:
         owned = dict(self.fragments())
         average, values = [self.average[name] for name in owned], [fragment.value for fragment in owned.values()]
         if average:  # a rank may own nothing; what an offloaded optimizer owns is on the CPU
-            move_average(average, values, self.config.ema, step, skipped.to(average[0].device))
+            move_average(average, values, self.config.ema, step + self.earlier, skipped.to(average[0].device))
         for name, buffer in self.buffers.items():
             buffer.copy_(torch.where(skipped, self.good[name], buffer))
             self.good[name].copy_(buffer)
@@ -198,7 +200,10 @@ class Engine:
         for key in MOMENTS:
             for name, fragment in self.fragments(key):
                 share[name][key] = fragment.value.flatten()
-        return {"fragments": share, "buffers": dict(self.good) if self.rank == 0 else {}}
+        found = {"fragments": share, "buffers": {}, "constants": {}, "earlier": self.earlier}
+        if self.whole is not None:
+            found |= {"buffers": dict(self.good), "constants": constants_of(self.whole, self.shapes)}
+        return found
 
     @torch.no_grad()
     def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
@@ -207,6 +212,7 @@ class Engine:
         saved = Saved(shares, self.shapes)
         if saved.buffers.keys() != self.good.keys():
             raise ValueError(f"buffers {sorted(saved.buffers.keys() ^ self.good.keys())} are not in both")
+        self.earlier = saved.earlier
         self.write(saved)
         for name, (start, value) in self.fragments():
             self.average[name].copy_(saved.part(name, "average", start, value.numel()).view_as(value))

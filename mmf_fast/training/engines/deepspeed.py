@@ -73,7 +73,8 @@ class DeepSpeedEngine(Engine):
         return ((name, p) for name, p in self.model.module.named_parameters() if name in self.shapes)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.model.backward(loss)
+        # Where the loss is not finite its gradient shall not be either, as that decides whether a step is left out.
+        self.model.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
         if not last:
             self.model.step()
 
