@@ -9,7 +9,7 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "FREE",
@@ -174,7 +174,7 @@ def read_zero(path: str | Path) -> dict[str, Any]:
 def _check_kinds(settings: Any) -> None:
     """Raises ConfigError for a word that is none of those of its field, and for a number that should be whole."""
     for name, hint in get_type_hints(type(settings)).items():
-        value, kinds = getattr(settings, name), get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        value, kinds = getattr(settings, name), get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         if words:
             words = [False, True] * (bool in kinds) + words

@@ -4,18 +4,29 @@ torchrun --nproc-per-node 2 engine_ranks.py '{"case": {"stage": 1, "lam": 1.0, .
 """
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 from support.engine_cases import data, loss_function, optimizer, train
+from torch import nn
 
+from mmf_fast.objective import LossOutput
 from mmf_fast.training.engines import build_engine
 
 
 def run(case: dict, folder: Path, name: str) -> None:
-    engine = build_engine(loss_function(case), optimizer(case.get("kind", "adamw")), train(case), 3)
+    loss_fn = loss_function(case)
+
+    def spoil(module: nn.Module, arguments: tuple, options: dict, output: LossOutput) -> LossOutput:
+        """A loss that is not finite on one rank, though its gradient is."""
+        bad = options["step"] == case.get("bad_loss") and os.environ["RANK"] == "1"
+        return output._replace(loss=output.loss + torch.nan) if bad else output
+
+    loss_fn.register_forward_hook(spoil, with_kwargs=True)
+    engine = build_engine(loss_fn, optimizer(case.get("kind", "adamw")), train(case), 3)
     x, y = data()
     own = len(x) // engine.world_size
     rows = slice(engine.rank * own, (engine.rank + 1) * own)

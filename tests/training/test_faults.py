@@ -25,6 +25,7 @@ psutil = pytest.importorskip("psutil")
 
 TWO = ("train.zero=zero1.json",)
 SHORT = ("train.steps=12",)
+MODEL = "{name: mlp, width: 192, depth: 3}"
 
 
 @pytest.fixture
@@ -72,6 +73,18 @@ def check(run: Path, whole: dict[int, float], count: int, steps: int = 12) -> No
     """One process repeats every bit; two ranks add in another order."""
     found, want = losses(run), {step: loss for step, loss in whole.items() if step <= steps}
     assert found == (want if count == 1 else pytest.approx(want, rel=1e-5))
+
+
+def test_ranks_that_go_on_drop_the_units_that_they_would_have_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    model = "{name: dit, patch_size: 4, width: 16, depth: 1, heads: 2, dropout: 0.5}"
+    path.write_text(CONFIG.replace("{name: two_moons}", "{name: digits}").replace(MODEL, model))
+    for run, stops in (("whole", [6]), ("cut", [3, 6])):
+        for steps in stops:
+            arguments = ("--config", path, "--run", tmp_path / run, "--resume", *TWO, f"train.steps={steps}")
+            ranks = Ranks(2, tmp_path / f"{run}{steps}", *arguments)
+            assert ranks.finish() == [0, 0], ranks.text()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------

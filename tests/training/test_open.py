@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mmf_fast import MeanFlowLoss, Optimizer, TimeSampler, Train, Trainer, sample
 from mmf_fast.evaluation.samples import evaluate_run
 from mmf_fast.models import load_pretrained
+from mmf_fast.objective import LossOutput
 from mmf_fast.sampling import draw_run
 from mmf_fast.training import CheckpointError, ConfigError, RunFolderError, checkpoint, drawing
 from mmf_fast.training.record import read
@@ -128,6 +130,132 @@ def test_a_loss_without_a_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="loss_fn.net must be the network"):
         Trainer(MeanFlowLoss(lambda z, r, t: z), X, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Features(nn.Module):
+    """On random features that are never trained, one kind of them frozen, the other in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(torch.randn(2, 8), requires_grad=False)
+        self.register_buffer("hidden", torch.randn(2, 8), persistent=False)
+        self.fc = nn.Linear(18, 2)
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        features = torch.cat([(z @ self.frozen).sin(), (z @ self.hidden).sin(), r[:, None], t[:, None]], 1)
+        return self.fc(features)
+
+
+@pytest.mark.parametrize("zero", ["", "fsdp"])
+def test_a_run_goes_on_with_the_features_that_it_drew(zero: str, tmp_path: Path) -> None:
+    """A script without a seed draws others when it is started again."""
+
+    def made(run: str, seed: int, steps: int) -> Trainer:
+        torch.manual_seed(seed)
+        loss_fn = MeanFlowLoss(Features(), times=TimeSampler(share=0.5), paired=True)
+        train = Train(**{**vars(SETTINGS), "steps": steps, "zero": zero})
+        return Trainer(loss_fn, X, tmp_path / run, train=train, resume=True)
+
+    whole, cut = made("whole", 1, 8), made("cut", 1, 4)
+    assert whole.fit() and cut.fit()
+    again = made("cut", 2, 8)
+    assert again.fit()
+    nets = [each.engine.averaged() for each in (whole, again)]
+    for name in ("frozen", "hidden"):
+        assert torch.equal(*(getattr(net, name) for net in nets))
+    assert all(map(torch.equal, *(net.state_dict().values() for net in nets)))
+    fresh = made("other", 3, 1)  # starts from that state, features included
+    fresh.engine.load_state_dict([again.engine.state_dict()])
+
+
+def test_a_moving_average_goes_on_where_the_run_it_is_of_ended(tmp_path: Path) -> None:
+    source = trainer(tmp_path / "source", steps=6, optimizer=Optimizer(lr=0.05, warmup=0, ema=0.9))
+    source.fit()
+    settings = {"init": str(tmp_path / "source"), "init_from": "state"}
+    again = trainer(tmp_path / "again", settings=settings, optimizer=Optimizer(lr=1e-12, warmup=0, ema=0.9))
+    name = "net.body.0.weight"
+    average, weight = again.engine.average[name].clone(), dict(again.engine.model.named_parameters())[name].detach()
+    again.engine.step(X[:8], 0, y=Y[:8])
+    decay = min(0.9, (1 + 6) / (10 + 6))
+    torch.testing.assert_close(again.engine.average[name], average + (1 - decay) * (weight - average))
+    assert not torch.allclose(average, weight)
+    assert again.engine.state_dict()["earlier"] == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Points().bfloat16(), "net.fc.weight is torch.bfloat16: give the network in float32"),
+        (lambda: Points().requires_grad_(False), "nothing to train"),
+        (lambda: Lazy(), "net.fc.weight has no shape yet: call the network once"),
+        (lambda: Locked(), "Locked cannot be copied for its moving average"),
+    ],
+    ids=["half", "frozen", "lazy", "locked"],
+)
+def test_a_network_that_cannot_be_trained_is_one_line(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Trainer(MeanFlowLoss(make()), X, tmp_path / "run", train=SETTINGS)
+
+
+class Lazy(Points):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.LazyLinear(2)
+
+
+class Locked(Points):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Plain(nn.Module):
+    """A loss that returns a tensor, or a metric that is a number."""
+
+    def __init__(self, wraps: Any) -> None:
+        super().__init__()
+        self.net, self.wraps = Points(), wraps
+
+    def forward(self, x: Tensor, step: int, part: Any) -> Any:
+        u = self.net(x, torch.zeros(len(x)), torch.ones(len(x)))
+        return self.wraps(u.square().mean())
+
+
+def test_own_losses_give_numbers_of_any_kind_and_what_is_no_output_is_named(tmp_path: Path) -> None:
+    def with_numbers(loss: Tensor) -> LossOutput:
+        return LossOutput(loss, loss.detach()[None], {"one": 1.5, "two": torch.tensor(2)})  # type: ignore[dict-item]
+
+    made = Trainer(Plain(with_numbers), X, tmp_path / "run", train=SETTINGS)
+    assert made.fit()
+    assert read(tmp_path / "run" / "metrics.jsonl")[-1]["one"] == 1.5
+    assert read(tmp_path / "run" / "metrics.jsonl")[-1]["two"] == 2.0
+    with pytest.raises(ConfigError, match="the loss module returned a Tensor: return an object with .loss"):
+        Trainer(Plain(lambda loss: loss), X, tmp_path / "bad", train=SETTINGS).fit()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Optimizer(schedule="linear"), "schedule must be one of constant, cosine, is linear"),  # type: ignore[arg-type]
+        (lambda: Train(precision="fp16"), "precision must be one of fp32, tf32, bf16, is fp16"),  # type: ignore[arg-type]
+        (lambda: Train(init_from="ema"), "init_from must be one of"),  # type: ignore[arg-type]
+        (lambda: Train(compile="always"), "compile must be one of False, True, auto, blocks"),  # type: ignore[arg-type]
+        (lambda: Train(steps=5.0), "steps must be a whole number, is 5.0"),  # type: ignore[arg-type]
+    ],
+)
+def test_words_and_numbers_that_a_setting_does_not_know_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_falling_rate_fixes_the_number_of_steps(tmp_path: Path) -> None:
+    """Going on for longer would let it rise again."""
+    cosine = {"optimizer": Optimizer(warmup=2, ema=0.5, schedule="cosine")}
+    trainer(tmp_path / "run", steps=6, **cosine).fit()
+    with pytest.raises(CheckpointError, match=r"train.steps \(6 -> 12\); .*--allow-changes"):
+        trainer(tmp_path / "run", steps=12, resume=True, **cosine)
+    assert trainer(tmp_path / "run", steps=12, resume=True, allow_changes=True, **cosine).fit()
+    assert "train.steps (6 -> 12)" in (tmp_path / "run" / "history.jsonl").read_text()
 
 
 # ---- starting from weights, and going on with changes ----------------------------------------------------------------

@@ -48,6 +48,7 @@ class Engine:
     gathers = False  # whether it fetches weights between the blocks of the network, so that no graph can hold them all
 
     def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, device: torch.device, seed: int) -> None:
+        check_trainable(loss_fn)
         self.config, self.steps, self.accumulate, self.seed = optimizer, train.steps, train.accumulate, seed
         self.device, self.phases = device, Phases(device)  # phases: `step` times its share of each
         self.autocast = train.precision == "bf16"
@@ -65,7 +66,7 @@ class Engine:
         saved = loss_fn.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in loss_fn.named_buffers() if name in saved}
         self.good = {name: buffer.clone() for name, buffer in self.buffers.items()}  # of the last step that was finite
-        self.whole = copy.deepcopy(self.net).eval().requires_grad_(False) if self.rank == 0 else None
+        self.whole = copied(self.net).eval().requires_grad_(False) if self.rank == 0 else None
         if self.whole is not None and self.world_size > 1:  # until it is drawn from
             self.whole.cpu()
         if train.compile:
@@ -109,7 +110,13 @@ class Engine:
                 torch.compiler.cudagraph_mark_step_begin()
             with self.phases("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 output = self.model(x[rows], step=step, part=part, **take(cond, rows, paths))
-            metrics = {**output.metrics, "loss": output.loss.detach()}
+            if not (hasattr(output, "loss") and hasattr(output, "metrics")):
+                raise ConfigError(
+                    f"the loss module returned a {type(output).__name__}: return an object with .loss (0-d) and "
+                    ".metrics ({name: number}), such as mmf_fast.objective.LossOutput"
+                )
+            named = {**output.metrics, "loss": output.loss}
+            metrics = {key: torch.as_tensor(value).detach() for key, value in named.items()}
             found.append({key: value.clone() for key, value in metrics.items()} if self.cuda_graphs else metrics)
             with self.phases("backward"):
                 self.backward(output.loss, last=len(found) == self.accumulate)
@@ -130,7 +137,8 @@ class Engine:
 
     def _mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Metrics over accumulation steps and ranks, in one reduction."""
-        metrics = {key: torch.stack([each[key].detach() for each in found]).mean() for key in found[0]}
+        stacks = {key: torch.stack([each[key] for each in found]) for key in found[0]}
+        metrics = {key: (each if each.is_floating_point() else each.float()).mean() for key, each in stacks.items()}
         if self.world_size == 1:
             return metrics
         mean = torch.stack([value.float().to(self.device) for value in metrics.values()]) / self.world_size
@@ -219,6 +227,29 @@ class Engine:
         for name, buffer in self.buffers.items():
             buffer.copy_(saved.buffers[name])
             self.good[name].copy_(buffer)
+
+
+def check_trainable(loss_fn: nn.Module) -> None:
+    """Raises ConfigError for a network that no optimizer can step on."""
+    parameters = dict(loss_fn.named_parameters())
+    for name, each in parameters.items():
+        if isinstance(each, nn.parameter.UninitializedParameter):
+            raise ConfigError(f"{name} has no shape yet: call the network once, for instance on zeros, before training")
+        if each.requires_grad and each.dtype in (torch.float16, torch.bfloat16):
+            raise ConfigError(f"{name} is {each.dtype}: give the network in float32, and set train.precision=bf16")
+    if not any(each.requires_grad for each in parameters.values()):
+        raise ConfigError("nothing to train: no parameter of loss_fn has requires_grad")
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """Raises ConfigError for a network that cannot be copied."""
+    try:
+        return copy.deepcopy(net)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{type(net).__name__} cannot be copied for its moving average ({' '.join(str(error).split())[:150]}): use "
+            "torch.nn.utils.parametrizations in place of old weight_norm, and keep locks and handles out of it"
+        ) from error
 
 
 def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> Iterator[tuple[BatchShare, slice]]:

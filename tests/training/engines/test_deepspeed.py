@@ -29,6 +29,8 @@ FEW = {  # each stage, each lambda, each kind of tangent, accumulation: what a c
     "bad0": {"stage": 0, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
     "bad2": {"stage": 2, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
     "bad3": {"stage": 3, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2},
+    "bad0-loss": {"stage": 0, "lam": 0.5, "paired": True, "steps": 4, "bad_loss": 2},
+    "bad1-loss": {"stage": 1, "lam": 0.5, "paired": True, "steps": 4, "bad_loss": 2},
 }
 MATRIX = {
     f"zero{stage}-{lam}-{'paired' if paired else 'predicted'}": {
@@ -45,7 +47,14 @@ OFFLOAD = {
     "bad2-offload": {"stage": 2, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2, "zero": "zero2_offload.json"},
     "bad3-offload": {"stage": 3, "lam": 0.5, "paired": True, "steps": 4, "bad_step": 2, "zero": "zero3_offload.json"},
 }
-SMALL = ["train.batch=64", "train.log_every=1", "train.checkpoint_every=100", "train.sample_every=0", "model.width=16"]
+SMALL = [
+    "optimizer.schedule=constant",
+    "train.batch=64",
+    "train.log_every=1",
+    "train.checkpoint_every=100",
+    "train.sample_every=0",
+    "model.width=16",
+]
 compiles = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="needs g++ and ninja")
 
 
