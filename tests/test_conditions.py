@@ -165,6 +165,44 @@ def test_zero_is_a_null_label(null: int) -> None:
     assert all((y == null).all() for y in seen)
 
 
+class Prompted(nn.Module):
+    """u(z, r, t, text, y), with a gradient to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2).double()
+
+    def forward(self, z: Any, r: Any, t: Any, text: Any, y: Any) -> Any:
+        return z * (1 + y[:, None]) + self.fc(text.mean(1)) * t[:, None]
+
+
+def test_guidance_drops_any_condition_that_has_a_null_value() -> None:
+    """Text and labels together; rows that are null by themselves keep v."""
+    net, guidance = Prompted(), Guidance(omega=1.5, kappa=0.3, dropout=0.0)
+    nothing = torch.full((4, 3), 0.25)  # float32, as somebody's encoder gives it
+    x, noise, t = torch.randn(B, 2).double(), torch.randn(B, 2).double(), torch.rand(B).double()
+    text, y = torch.randn(B, 4, 3).double(), torch.arange(B)
+    text[0], y[0] = nothing, 9  # null in both
+    y[1] = 9  # in one of them: that row is guided
+    options = {"null_label": 9, "null": {"text": nothing}, "p": 0.0}
+    found = MeanFlowLoss(net, guidance=guidance, **options)(x, noise=noise, times=(t, t), text=text, y=y)
+    with torch.no_grad():
+        v = noise - x
+        z = x + t[:, None] * v
+        u = net(z, t, t, text, y)
+        u_null = net(z, t, t, nothing.double().expand(B, 4, 3), torch.full((B,), 9))
+        target = 1.5 * v + 0.3 * u + (1 - 1.5 - 0.3) * u_null
+        target[0] = v[0]
+    torch.testing.assert_close(found.per_sample, (u - target).square().sum(1))
+
+    dropping = MeanFlowLoss(net, guidance=Guidance(omega=1.5, dropout=1.0), **options)
+    dropped = dropping(x, noise=noise, times=(t, t), text=text, y=y)
+    torch.testing.assert_close(dropped.per_sample, (u_null - v).square().sum(1))
+    assert not dropping.state_dict().keys() - {"net.fc.weight", "net.fc.bias"}
+    with pytest.raises(ValueError, match=r"guidance needs text, one row per sample: call loss_fn\(x, text=text\)"):
+        dropping(x, text=["a prompt"] * B, y=y)
+
+
 def test_tensors_move_through_any_nesting() -> None:
     moved = to_device({"a": [torch.zeros(2), "text", (torch.ones(1), 3)], "b": None}, "meta")
     assert moved["a"][0].is_meta and moved["a"][2][0].is_meta

@@ -27,6 +27,10 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {  # settings and cost per samp
         dict(share=0.5, lam=0.0, tangent="conditional", guidance=Guidance(omega=2.0, kappa=0.5)),
         0.5 * 3 + 0.5 * 4 + 1 + 0.5,
     ),
+    "guided, kappa, conditional, whole": (
+        dict(share=1.0, lam=0.0, tangent="conditional", guidance=Guidance(omega=1.0, kappa=0.5)),
+        6,
+    ),
     "only dropout": (dict(share=0.0, lam=0.0, guidance=Guidance()), 3),
 }
 
