@@ -13,6 +13,7 @@ COMMANDS = {
     "own_network.py": [sys.executable],
     "own_trainer.py": [sys.executable],
     "policy.py": [sys.executable],
+    "finetune.py": [sys.executable],
     "diffusers_unet.py": [sys.executable],
     "ddp.py": TORCHRUN,
 }
