@@ -5,8 +5,10 @@
 Like many, it is called net(x, t) with t = 0 for noise and t = 1 for data, and knows no second time. Three things make
 an average velocity of it: time runs backwards, so 1 - t goes in and the velocity changes its sign; t - r is embedded
 too, by a layer that begins as zero, so that the first step changes nothing; and a frozen copy of it is the teacher,
-whose velocity has no variance. Without teacher= it is fine-tuned on the data alone. Sliced Wasserstein distance to fresh
-data: 0.96 by one Euler step, 0.05 by 32 of them, and 0.05 by one evaluation after the same number of steps again.
+whose velocity has no variance. Without teacher= it is fine-tuned on the data alone.
+
+Sliced Wasserstein distance to fresh data: 0.96 by one Euler step of flow matching, 0.05 by 32 of them, and 0.05 by one
+evaluation of the network distilled in as many steps.
 """
 
 import argparse

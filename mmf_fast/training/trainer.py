@@ -1,5 +1,6 @@
 """The trainer: it feeds batches to an engine, records, draws, saves, and goes on exactly where a run stopped."""
 
+import hashlib
 import json
 import logging
 import os
@@ -35,6 +36,10 @@ from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, s
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
 from mmf_fast.training.signals import Signals
 from mmf_fast.training.timing import PHASES, TRACED, WARM_UP, Speed, tracer
+
+
+def content_digest(x: Tensor) -> str:
+    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 class NonFiniteError(FloatingPointError):
@@ -133,6 +138,13 @@ class Trainer:
         self._example = agree(lambda: self.dataset.batch(0, self.train.batch, rank, count))
         self.extra = {"shape": list(self.dataset.shape), "num_classes": self.dataset.num_classes, **(extra or {})}
         self.log = RankLog(self.engine.rank, terminal=self.is_main)
+        first = gather(content_digest(self._example[0]))
+        if len(set(first)) < len(first):
+            self.log.say(
+                "ranks have equal first batches, so that samples count twice: give each process samples of its own, "
+                "for instance by a DistributedSampler",
+                logging.WARNING,
+            )
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.engine.device)
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
         if not self.is_main:

@@ -18,6 +18,7 @@ from mmf_fast.models import load_pretrained
 from mmf_fast.objective import LossOutput
 from mmf_fast.sampling import draw_run
 from mmf_fast.training import CheckpointError, ConfigError, RunFolderError, checkpoint, drawing
+from mmf_fast.training import trainer as trainer_module
 from mmf_fast.training.record import read
 
 
@@ -246,6 +247,15 @@ def test_own_losses_give_numbers_of_any_kind_and_what_is_no_output_is_named(tmp_
 def test_words_and_numbers_that_a_setting_does_not_know_are_named(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_ranks_with_equal_batches_are_warned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(trainer_module, "gather", lambda value: [value, value])
+    trainer(tmp_path / "alike")
+    assert "ranks have equal first batches" in capsys.readouterr().err
+    monkeypatch.setattr(trainer_module, "gather", lambda value: [value, "another"])
+    trainer(tmp_path / "apart")
+    assert "equal" not in capsys.readouterr().err
 
 
 def test_a_falling_rate_fixes_the_number_of_steps(tmp_path: Path) -> None:
