@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmf_fast import MeanFlowLoss, Optimizer, TimeSampler
-from mmf_fast.models import MLP, layers
+from mmf_fast.models import MLP
 from mmf_fast.training.engines import StepResult, build_engine
 from studies.mixture import one_step_error, three_gaussians
 from studies.noise import signal_to_noise
@@ -55,10 +55,9 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     steps, batches, batch = 16 if quick else STEPS, 3 if quick else 24, setting["batch"]
     torch.manual_seed(seed)
     data = three_gaussians(setting["dim"], setting["outside"], seed=seed, count=setting["count"])
-    loss_fn = MeanFlowLoss(
-        MLP(dim=setting["dim"], width=WIDTH, depth=DEPTH),
-        times=TimeSampler(share=0.5), lam=setting["lam"], paired=True, p=0.0,
-    )  # fmt: skip
+    net = MLP(dim=setting["dim"], width=WIDTH, depth=DEPTH)
+    net.conditioning.highest = setting["frequency"]
+    loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.5), lam=setting["lam"], paired=True, p=0.0)
     average: list[torch.nn.Module] = []
     figures: dict[str, float] = {}
 
@@ -77,14 +76,10 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
         average.append(engine.averaged())  # it follows the training
         return engine
 
-    before, layers.MAX_FREQUENCY = layers.MAX_FREQUENCY, setting["frequency"]
-    try:
-        train(
-            loss_fn, data, steps=steps, batch=batch, seed=seed, watch=watch, make_engine=make_engine,
-            optimizer=Optimizer(lr=setting["rate"], schedule=setting["schedule"], clip=0.0, ema=0.995),
-        )  # fmt: skip
-    finally:
-        layers.MAX_FREQUENCY = before
+    train(
+        loss_fn, data, steps=steps, batch=batch, seed=seed, watch=watch, make_engine=make_engine,
+        optimizer=Optimizer(lr=setting["rate"], schedule=setting["schedule"], clip=0.0, ema=0.995),
+    )  # fmt: skip
     return figures
 
 

@@ -34,8 +34,8 @@ __all__ = [
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-# Highest angular frequency of the time embedding, see `sinusoids`.
-MAX_FREQUENCY = 2.0
+FREQUENCIES = 128  # of the embedding of a time
+HIGHEST = 2.0  # angular frequency among them, see `sinusoids`
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -49,8 +49,8 @@ def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> 
     return modulate(norm(x), shift, scale) if y is None else y
 
 
-def sinusoids(t: Tensor, count: int) -> Tensor:
-    """[sin(w_j t), cos(w_j t)] with w_j spaced geometrically from 1 to MAX_FREQUENCY: (...,) -> (..., 2 * count).
+def sinusoids(t: Tensor, count: int, highest: float = HIGHEST) -> Tensor:
+    """[sin(w_j t), cos(w_j t)] with w_j spaced geometrically from 1 to `highest`: (...,) -> (..., 2 * count).
 
     MeanFlow regresses on d_t u, which grows with the frequencies of the embedding. Diffusion code multiplies t in
     [0, 1] by 1000: neighbouring times then look unrelated, d_t u is of order 1000 and training diverges. On the digits,
@@ -60,7 +60,7 @@ def sinusoids(t: Tensor, count: int) -> Tensor:
     """
     dtype = torch.promote_types(t.dtype, torch.float32)
     exponents_F = torch.linspace(0, 1, count, dtype=dtype, device=t.device)
-    angles_BF = t.to(dtype).unsqueeze(-1) * torch.exp(math.log(MAX_FREQUENCY) * exponents_F)
+    angles_BF = t.to(dtype).unsqueeze(-1) * torch.exp(math.log(highest) * exponents_F)
     return torch.cat([angles_BF.sin(), angles_BF.cos()], dim=-1)
 
 
@@ -76,14 +76,14 @@ class Conditioning(nn.Module):
     vector of numbers that a sample is given (a start, a goal, an observation); without it there is nothing to predict.
     """
 
-    def __init__(self, width: int, num_classes: int = 0, context_dim: int = 0, frequencies: int = 128):
+    def __init__(self, width: int, num_classes: int = 0, context_dim: int = 0):
         super().__init__()
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {num_classes}")
         if context_dim < 0:
             raise ValueError(f"context_dim must be 0 (no context) or more, got {context_dim}")
-        self.frequencies, self.num_classes = frequencies, num_classes
-        self.fc_in = nn.Linear(4 * frequencies, width)
+        self.num_classes, self.highest = num_classes, HIGHEST
+        self.fc_in = nn.Linear(4 * FREQUENCIES, width)
         self.fc_out = nn.Linear(width, width)
         # Its weights have deviation 1, as in ADM. DiT's 0.02 is hardly heard beside the times: after 500 steps on the
         # digits one-step samples then have the class asked for in 56 % of cases, for 97 %.
@@ -93,7 +93,7 @@ class Conditioning(nn.Module):
         self.context = nn.Sequential(*given)
 
     def forward(self, r: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None = None) -> Tensor:
-        times_B4F = torch.cat([sinusoids(t, self.frequencies), sinusoids(t - r, self.frequencies)], dim=-1)
+        times_B4F = torch.cat([sinusoids(time, FREQUENCIES, self.highest) for time in (t, t - r)], dim=-1)
         c_BD = self.fc_out(F.silu(self.fc_in(times_B4F.to(self.fc_in.weight.dtype))))
         if self.label is not None:
             if y is None:
