@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BATCH, FORWARDS = 64, 64 * 6000  # of one sample: 2,000 steps of flow matching
+RATE = 4e-3  # as for trajectories
 DT, HORIZON = 0.1, 40
 STATE, ACTION = 4, 2
 TARGET = 0.95  # success that is asked for
@@ -243,7 +244,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     data = Demonstrations(task, seed, 200 if quick else 20_000)
     loss_fn = loss_of(setting, network())
     steps = 10 if quick else steps_within(loss_fn, BATCH, FORWARDS)
-    net = train(loss_fn, data, steps=steps, batch=BATCH, seed=seed, optimizer=Optimizer(schedule="cosine"))
+    net = train(loss_fn, data, steps=steps, batch=BATCH, seed=seed, optimizer=Optimizer(lr=RATE, schedule="cosine"))
     sampler = sampler_of(setting)
 
     test = problems(task, np.random.default_rng((2, seed)), 20 if quick else 1000)
@@ -341,8 +342,8 @@ STUDY = Study(
         "last step, through a gate where there is a wall. open loop: the planned actions; tracked: corrected by the "
         f"regulator's gain where the state leaves the planned one; replanned: {EVERY} steps of a plan, then another "
         "from there. Cost: the sum over all starts over the sum of the best expert's. One sequence DiT (width 64, 3 "
-        "blocks, patches of 4 steps) for every method, trained at equal cost (MeanFlowLoss.forwards), p = 0; ms for "
-        "one plan at a time on one core, which others used too."
+        f"blocks, patches of 4 steps) for every method, trained at equal cost (MeanFlowLoss.forwards), Adam at {RATE:g}, "
+        "p = 0; ms for one plan at a time on one core, which others used too."
     ),
     draw=draw,
     answer=answer,
