@@ -342,8 +342,8 @@ STUDY = Study(
         "last step, through a gate where there is a wall. open loop: the planned actions; tracked: corrected by the "
         f"regulator's gain where the state leaves the planned one; replanned: {EVERY} steps of a plan, then another "
         "from there. Cost: the sum over all starts over the sum of the best expert's. One sequence DiT (width 64, 3 "
-        f"blocks, patches of 4 steps) for every method, trained at equal cost (MeanFlowLoss.forwards), Adam at {RATE:g}, "
-        "p = 0; ms for one plan at a time on one core, which others used too."
+        "blocks, patches of 4 steps) for every method, trained at equal cost (MeanFlowLoss.forwards), Adam at "
+        f"{RATE:g}, p = 0; ms for one plan at a time on one core, which others used too."
     ),
     draw=draw,
     answer=answer,
