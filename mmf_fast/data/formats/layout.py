@@ -336,7 +336,7 @@ def _check_gone(tree: Tree, at: str, tops: Iterable[str], way_out: str) -> None:
     if gone:
         inside = Counter(ending(n) or "no ending" for n in tree.names if n.startswith(f"{at}{gone[0]}/"))
         raise DataError(
-            f"{_place(tree, at)}{'' if not at else '/'}{gone[0]}: holds no sample that is read "
+            f"{_place(tree, at)}/{gone[0]}: holds no sample that is read "
             f"({_kinds(dict(inside))}) beside {_some(tops)}; {way_out}, or --ignore '{gone[0]}'"
         )
 
