@@ -234,6 +234,7 @@ def _convert_dataclass(value: Any, hint: type, key: str) -> Any:
     hints = get_type_hints(hint)
     given = _mapping(value, key)
     _known(given, [f.name for f in dataclasses.fields(hint)], key)
+    given = {name: "" if item is None and hints[name] is str else item for name, item in given.items()}  # train.zero=
     arguments = {name: convert(item, hints[name], f"{key}.{name}") for name, item in given.items()}
     try:
         return hint(**arguments)
