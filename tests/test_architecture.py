@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "planning": {"train", "config", "objective", "data", "forward", "devices"},
     "train": {"cli", "config", "training", "models", "objective", "data", "registry"},
-    "doctor": {"forward", "registry"},
+    "doctor": {"contract", "forward", "registry"},
     "cli": set(),  # it finds each command by name
     "evaluation": {"config", "sampling", "models", "data", "pictures", "files", "devices", "distributed"},
     "config": {"training", "models", "objective", "data", "registry"},
