@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmf_fast import config, data
-from mmf_fast.devices import peak_flops
+from mmf_fast.devices import PEAK_FLOPS, peak_flops
 from mmf_fast.forward.dual import Dual
 from mmf_fast.objective import BatchShare, LambdaSchedule, MeanFlowLoss
 from mmf_fast.train import build_loss
@@ -110,7 +110,8 @@ def step_time(job: Job, cluster: Cluster, ranks: int, stage: int) -> tuple[float
     """
     peak = peak_flops(cluster.device, "fp32" if stage == 0 and job.precision == "bf16" else job.precision)
     if peak is None:
-        raise config.ConfigError(f"--device {cluster.device}: its peak is not known; mmf_fast/devices.py")
+        known = ", ".join(PEAK_FLOPS)
+        raise config.ConfigError(f"--device {cluster.device}: its peak is not known; take one of {known}")
     bandwidth = cluster.nvlink if ranks <= cluster.node else min(cluster.nvlink, cluster.node * cluster.network)
     compute = job.flops / (ranks * peak * cluster.utilisation)
     return compute, communication(job, ranks, stage) / (bandwidth * cluster.reached)
@@ -240,6 +241,7 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
     """The plan as Markdown. Raises ConfigError."""
     steps = {lam: job(settings, lam) for lam in (0.0, 1.0)}
     one, train = steps[0.0], settings.train
+    counts = sorted({*COUNTS, ranks})
     if not one.divides(train.batch, ranks):
         raise config.ConfigError(
             f"{ranks} GPUs x train.accumulate={train.accumulate} cannot share train.batch={train.batch} equally: "
@@ -272,12 +274,12 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
         "\nWithout activations, GB of one GPU by ZeRO stage:\n",
         table(
             ["GPUs", *map(_stage, STAGES)],
-            [[str(count)] + [f"{_held(one, count, stage) / 1e9:.3f}" for stage in STAGES] for count in COUNTS],
+            [[str(count)] + [f"{_held(one, count, stage) / 1e9:.3f}" for stage in STAGES] for count in counts],
         ),
         "\nScaling with ZeRO-1; step in ms (overlapped to in turn) and images/s (in turn):\n",
         table(
             ["GPUs", "batch", "lambda 0", "images/s", "lambda > 0", "images/s"],
-            [row for count in COUNTS for row in _scaling_rows(steps, cluster, ranks, count)],
+            [row for count in counts for row in _scaling_rows(steps, cluster, ranks, count)],
         ),
     ]  # fmt: skip
     return "\n".join(text)
@@ -354,5 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     if min(options.gpus, options.node, options.utilisation, options.nvlink, options.network) <= 0:
         raise config.ConfigError("--gpus, --node, --utilisation, --nvlink and --network must be positive")
+    if options.utilisation > 1:
+        raise config.ConfigError(f"--utilisation {options.utilisation:g}: is a share of the peak, at most 1; as 0.4")
     cluster = Cluster(options.device, options.utilisation, options.node, options.nvlink * 1e9, options.network * 1e9)
     print(report(config.load(options.config, options.overrides), options.gpus, cluster))

@@ -129,13 +129,19 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture) -> None:
     assert text in (HERE.parent / "docs" / "scaling.md").read_text()  # or print it there again
 
 
+def test_the_gpus_that_were_asked_for_have_rows() -> None:
+    text = planning.report(tree(train={"batch": 32}), 2, planning.Cluster())
+    assert text.count("\n| 2 | ") == 2 + 1 + 1  # ZeRO-2 twice, held by 2 GPUs, the step of 2 GPUs
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--gpus", "7", "data=synthetic", "data.count=1"], "cannot share train.batch=256"),
         (["--gpus", "8"], "data=synthetic"),
         (["--gpus", "0"], "--gpus"),
-        (["--gpus", "8", "--device", "abacus", "data=synthetic", "data.count=1"], "abacus"),
+        (["--gpus", "8", "--device", "abacus", "data=synthetic", "data.count=1"], "take one of GB200, B200, "),
+        (["--gpus", "8", "--utilisation", "40", "data=synthetic"], "--utilisation 40: is a share of the peak"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
