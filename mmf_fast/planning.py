@@ -54,7 +54,8 @@ class Cluster:
 @dataclass(frozen=True)
 class Job:
     """One training step. flops: of the global batch. calls: of the network, in forward and in backward, per pass.
-    launches: of kernels, by a rank in an eager step. weight: bytes of a weight that the network computes with."""
+    launches: of kernels, by a rank in an eager step. eager: whether it is one, so that the host may take longer than
+    the device. weight: bytes of a weight that the network computes with."""
 
     parameters: int
     batch: int
@@ -64,6 +65,7 @@ class Job:
     forwards: float
     calls: tuple[int, int]
     launches: int = 0
+    eager: bool = False
 
     def divides(self, batch: int, ranks: int) -> bool:
         """Whether ranks and accumulated passes can share a batch equally."""
@@ -103,7 +105,8 @@ def communication(job: Job, ranks: int, stage: int) -> float:
 
 
 def step_time(job: Job, cluster: Cluster, ranks: int, stage: int) -> tuple[float, float]:
-    """Seconds of computation and of communication in a step. Raises ConfigError for a device of unknown peak.
+    """Seconds of computation, an eager step's launches at least, and of communication. Raises ConfigError for a device
+    of unknown peak.
 
     Between nodes a ring leaves each node once, and NCCL lays one ring for each network card, so that a collective has
     the bandwidth of all cards of a node.
@@ -113,7 +116,7 @@ def step_time(job: Job, cluster: Cluster, ranks: int, stage: int) -> tuple[float
         known = ", ".join(PEAK_FLOPS)
         raise config.ConfigError(f"--device {cluster.device}: its peak is not known; take one of {known}")
     bandwidth = cluster.nvlink if ranks <= cluster.node else min(cluster.nvlink, cluster.node * cluster.network)
-    compute = job.flops / (ranks * peak * cluster.utilisation)
+    compute = max(job.flops / (ranks * peak * cluster.utilisation), job.eager * job.launches * LAUNCH)
     return compute, communication(job, ranks, stage) / (bandwidth * cluster.reached)
 
 
@@ -140,6 +143,7 @@ def job(settings: config.Config, lam: float) -> Job:
         forwards=forwards,
         calls=(counted.all, counted.with_graph),
         launches=train.accumulate * launched.count,
+        eager=train.compile is False,
     )
 
 
@@ -288,10 +292,11 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
 def _launches(zero: Job, above: Job) -> str:
     counts = [round(job.launches, -3) or round(job.launches, -2) for job in (zero, above)]
     least = [f"{1e3 * LAUNCH * count:.0f}" for count in counts]
+    eager = ", and no step of these tables is shorter: train.compile=true starts fewer"
+    then = eager if zero.eager else ": train.compile is for steps that are shorter"
     return (
         f"\nAn eager step starts about {' and '.join(map(str, counts))} kernels at lambda 0 and above, which takes the "
-        f"host at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: train.compile is for "
-        "steps that are shorter."
+        f"host at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each{then}."
     )
 
 
