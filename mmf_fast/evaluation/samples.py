@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
         prog="mmf evaluate", description="Judge the samples of a trained run.", allow_abbrev=False
     )
     result.add_argument("--run", type=Path, required=True, help="run folder; evaluation.json and pictures go there")
-    result.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
+    result.add_argument("--steps", type=number, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
     sampler_option(result)
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     result.add_argument("--count", type=int, default=MOST, help=f"images per column at most (default: {MOST})")
@@ -271,13 +271,20 @@ def parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="data.key=value",
-        help="other options of the run's data, before --steps: data.validation=FOLDER, data.path=FOLDER of moved data",
+        help="other options of the run's data: data.validation=FOLDER, data.path=FOLDER of moved data",
     )
     return result
 
 
+def number(word: str) -> int | str:
+    """An int; but data.key=value behind --steps, which argparse takes for one of them, as it is."""
+    return word if "=" in word else int(word)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_intermixed_args(arguments)
+    options.overrides += [word for word in options.steps if isinstance(word, str)]
+    options.steps = [word for word in options.steps if isinstance(word, int)]
     own = {"net": import_made(options.net), "dataset": import_made(options.data)}
     own |= {"count": options.count, "sampler": options.sampler, "overrides": options.overrides}
     result = evaluate_run(options.run, options.steps, options.seed, options.device, **own)

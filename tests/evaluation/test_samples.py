@@ -310,7 +310,7 @@ def test_command(run, capsys):
 
 def test_the_data_of_a_run_take_other_options(run):
     """As data.validation=FOLDER, where the run had none, or data.path=FOLDER, where it has moved."""
-    assert main(["evaluate", "--run", str(run), "data.factor=0.8", "data.noise=0.01", "--steps", "1"]) == 0
+    assert main(["evaluate", "--run", str(run), "data.factor=0.8", "--steps", "1", "data.noise=0.01"]) == 0
     figures = json.loads((run / "evaluation.json").read_text())["figures"]["sliced_wasserstein"]
     circles = data.load("circles", factor=0.8, noise=0.01)
     assert figures["validation"] == pytest.approx(
