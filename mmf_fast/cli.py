@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in OPTIONAL:
             raise
+        extra = "train" if missing in ("omegaconf", "yaml") else extra  # of mmf evaluate, where data.key=value is given
         print(
             f"error: mmf {options.command} needs {missing}, which is not installed: install mmf_fast with its extra "
             f"[{extra or 'train'}], in a checkout by pip install --no-build-isolation '.[{extra or 'train'}]'",

@@ -62,12 +62,29 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError.
     """
     path = find(path)
+    try:
+        tree = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}; pass a YAML file with --config") from error
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return from_tree(_overridden(tree, overrides, path))
+
+
+def data_options(saved: Mapping[str, Any], overrides: Sequence[str], path: str | Path) -> dict[str, Any]:
+    """The section `data` that a run saved at `path`, by `data.key=value` overrides. Raises ConfigError."""
+    tree = _mapping(_overridden(OmegaConf.create({"data": dict(saved)}), overrides, path), "")
+    _known(tree, ["data"], "")
+    return _component(tree["data"], "data", data.DATASETS)
+
+
+def _overridden(tree: Any, overrides: Sequence[str], path: str | Path) -> Any:
+    """The plain tree of a file, overridden. path: of the file, for messages."""
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"override {override!r}: write it as key=value, for instance train.steps=100")
     try:
-        tree = OmegaConf.load(path)
-        if not isinstance(tree, Mapping):
+        if not OmegaConf.is_dict(tree):
             raise ConfigError("must be a mapping of keys to values")
         for override in overrides:
             key, _, value = override.partition("=")
@@ -75,12 +92,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 tree[key] = {}
         for override in overrides:
             tree = _merged(tree, override)
-        merged = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; pass a YAML file with --config") from error
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: " + " ".join(str(error).split())) from error
-    return from_tree(merged)
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: " + " ".join(str(error).split()))
 
 
 def _merged(tree: Any, override: str) -> Any:
@@ -216,6 +234,7 @@ def _convert_dataclass(value: Any, hint: type, key: str) -> Any:
     hints = get_type_hints(hint)
     given = _mapping(value, key)
     _known(given, [f.name for f in dataclasses.fields(hint)], key)
+    given = {name: "" if item is None and hints[name] is str else item for name, item in given.items()}  # train.zero=
     arguments = {name: convert(item, hints[name], f"{key}.{name}") for name, item in given.items()}
     try:
         return hint(**arguments)

@@ -55,18 +55,19 @@ def peak_flops(device: str | torch.device, precision: str) -> float | None:
 def choose_device(name: str) -> torch.device:
     """The torch device of that name, with the best FlashAttention for it in place (mmf_fast.ops.flash).
 
-    "auto" is CUDA where there is one, else the CPU. Raises ValueError.
+    "auto" is CUDA where there is one, else the CPU; "cuda" is the current one, with its index, which
+    torch.cuda.set_device and a comparison with the device of a tensor need. Raises ValueError.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.empty(0, device=name).is_meta:
+        tensor = torch.empty(0, device=name)  # a tensor knows its index
+        if tensor.is_meta:
             raise RuntimeError("tensors there have no content")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: choose auto, cpu or cuda") from error
-    device = torch.device(name)
-    flash.activate(device)
-    return device
+    flash.activate(tensor.device)
+    return tensor.device
 
 
 def device_of(net: Any) -> torch.device | None:

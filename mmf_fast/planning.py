@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmf_fast import config, data
-from mmf_fast.devices import peak_flops
+from mmf_fast.devices import PEAK_FLOPS, peak_flops
 from mmf_fast.forward.dual import Dual
 from mmf_fast.objective import BatchShare, LambdaSchedule, MeanFlowLoss
 from mmf_fast.train import build_loss
@@ -54,7 +54,8 @@ class Cluster:
 @dataclass(frozen=True)
 class Job:
     """One training step. flops: of the global batch. calls: of the network, in forward and in backward, per pass.
-    launches: of kernels, by a rank in an eager step. weight: bytes of a weight that the network computes with."""
+    launches: of kernels, by a rank in an eager step. eager: whether it is one, so that the host may take longer than
+    the device. weight: bytes of a weight that the network computes with."""
 
     parameters: int
     batch: int
@@ -64,6 +65,7 @@ class Job:
     forwards: float
     calls: tuple[int, int]
     launches: int = 0
+    eager: bool = False
 
     def divides(self, batch: int, ranks: int) -> bool:
         """Whether ranks and accumulated passes can share a batch equally."""
@@ -103,16 +105,18 @@ def communication(job: Job, ranks: int, stage: int) -> float:
 
 
 def step_time(job: Job, cluster: Cluster, ranks: int, stage: int) -> tuple[float, float]:
-    """Seconds of computation and of communication in a step. Raises ConfigError for a device of unknown peak.
+    """Seconds of computation, an eager step's launches at least, and of communication. Raises ConfigError for a device
+    of unknown peak.
 
     Between nodes a ring leaves each node once, and NCCL lays one ring for each network card, so that a collective has
     the bandwidth of all cards of a node.
     """
     peak = peak_flops(cluster.device, "fp32" if stage == 0 and job.precision == "bf16" else job.precision)
     if peak is None:
-        raise config.ConfigError(f"--device {cluster.device}: its peak is not known; mmf_fast/devices.py")
+        known = ", ".join(PEAK_FLOPS)
+        raise config.ConfigError(f"--device {cluster.device}: its peak is not known; take one of {known}")
     bandwidth = cluster.nvlink if ranks <= cluster.node else min(cluster.nvlink, cluster.node * cluster.network)
-    compute = job.flops / (ranks * peak * cluster.utilisation)
+    compute = max(job.flops / (ranks * peak * cluster.utilisation), job.eager * job.launches * LAUNCH)
     return compute, communication(job, ranks, stage) / (bandwidth * cluster.reached)
 
 
@@ -139,6 +143,7 @@ def job(settings: config.Config, lam: float) -> Job:
         forwards=forwards,
         calls=(counted.all, counted.with_graph),
         launches=train.accumulate * launched.count,
+        eager=train.compile is False,
     )
 
 
@@ -240,6 +245,7 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
     """The plan as Markdown. Raises ConfigError."""
     steps = {lam: job(settings, lam) for lam in (0.0, 1.0)}
     one, train = steps[0.0], settings.train
+    counts = sorted({*COUNTS, ranks})
     if not one.divides(train.batch, ranks):
         raise config.ConfigError(
             f"{ranks} GPUs x train.accumulate={train.accumulate} cannot share train.batch={train.batch} equally: "
@@ -272,12 +278,12 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
         "\nWithout activations, GB of one GPU by ZeRO stage:\n",
         table(
             ["GPUs", *map(_stage, STAGES)],
-            [[str(count)] + [f"{_held(one, count, stage) / 1e9:.3f}" for stage in STAGES] for count in COUNTS],
+            [[str(count)] + [f"{_held(one, count, stage) / 1e9:.3f}" for stage in STAGES] for count in counts],
         ),
         "\nScaling with ZeRO-1; step in ms (overlapped to in turn) and images/s (in turn):\n",
         table(
             ["GPUs", "batch", "lambda 0", "images/s", "lambda > 0", "images/s"],
-            [row for count in COUNTS for row in _scaling_rows(steps, cluster, ranks, count)],
+            [row for count in counts for row in _scaling_rows(steps, cluster, ranks, count)],
         ),
     ]  # fmt: skip
     return "\n".join(text)
@@ -286,10 +292,11 @@ def report(settings: config.Config, ranks: int, cluster: Cluster) -> str:
 def _launches(zero: Job, above: Job) -> str:
     counts = [round(job.launches, -3) or round(job.launches, -2) for job in (zero, above)]
     least = [f"{1e3 * LAUNCH * count:.0f}" for count in counts]
+    eager = ", and no step of these tables is shorter: train.compile=true starts fewer"
+    then = eager if zero.eager else ": train.compile is for steps that are shorter"
     return (
         f"\nAn eager step starts about {' and '.join(map(str, counts))} kernels at lambda 0 and above, which takes the "
-        f"host at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each: train.compile is for "
-        "steps that are shorter."
+        f"host at least {' and '.join(least)} ms at {1e6 * LAUNCH:.0f} us each{then}."
     )
 
 
@@ -354,5 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     if min(options.gpus, options.node, options.utilisation, options.nvlink, options.network) <= 0:
         raise config.ConfigError("--gpus, --node, --utilisation, --nvlink and --network must be positive")
+    if options.utilisation > 1:
+        raise config.ConfigError(f"--utilisation {options.utilisation:g}: is a share of the peak, at most 1; as 0.4")
     cluster = Cluster(options.device, options.utilisation, options.node, options.nvlink * 1e9, options.network * 1e9)
     print(report(config.load(options.config, options.overrides), options.gpus, cluster))

@@ -107,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     if options.config is None and not (options.resume and options.run):
         raise ConfigError("--config is missing; for instance --config configs/digits.yaml")
+    if options.allow_changes and not options.resume:
+        raise ConfigError("--allow-changes is of a run that goes on: add --resume, or leave it out")
     path = options.config or options.run / "config.yaml"
     run = options.run or Path("runs") / path.stem
     trainer = build_trainer(

@@ -17,14 +17,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "planning": {"train", "config", "objective", "data", "forward", "devices"},
     "train": {"cli", "config", "training", "models", "objective", "data", "registry"},
-    "doctor": {"forward", "registry"},
+    "doctor": {"contract", "forward", "registry"},
     "cli": set(),  # it finds each command by name
+    "evaluation": {"config", "sampling", "models", "data", "pictures", "files", "devices", "distributed"},
     "config": {"training", "models", "objective", "data", "registry"},
     "__init__": {"training", "sampling", "models", "objective", "forward"},
     "training": {
         "sampling", "models", "objective", "data", "contract", "pictures", "files", "devices", "distributed",
     },
-    "evaluation": {"sampling", "models", "data", "pictures", "files", "devices", "distributed"},
     "sampling": {"models", "data", "contract", "pictures", "files", "devices", "registry"},
     "models": {"forward", "contract", "files", "registry"},
     "objective": {"forward", "ops", "contract"},

@@ -50,6 +50,11 @@ def test_guidance_is_off_or_typed(toy: Path) -> None:
     assert config.load(toy, ["loss.guidance.omega=2"]).loss["guidance"] == Guidance(omega=2.0)
 
 
+def test_nothing_written_is_an_empty_text_or_none(toy: Path) -> None:
+    loaded = config.load(toy, ["train.zero=zero1.json", "train.zero=", "train.init=", "loss.guidance="])
+    assert (loaded.train.zero, loaded.train.init, loaded.loss["guidance"]) == ("", "", None)
+
+
 def test_a_component_may_be_named_in_short(toy: Path) -> None:
     loaded = config.load(toy, ["data=checkerboard", "loss=flow_matching"])
     assert loaded.data["name"] == "checkerboard"
@@ -67,6 +72,7 @@ def test_a_component_may_be_named_in_short(toy: Path) -> None:
         ("loss.tangnet=predicted", "loss.tangnet", "loss.tangent"),
         ("loss.guidance.omga=2", "loss.guidance.omga", "loss.guidance.omega"),
         ("train.steps=many", "train.steps", "int"),
+        ("train.steps=", "train.steps", "int"),
         ("train.steps=1.5", "train.steps", "int"),
         ("train.compile=1", "train.compile", "bool"),
         ("optimizer.lr=true", "optimizer.lr", "float"),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmf_fast.devices import PEAK_FLOPS, choose_device, peak_flops
 
@@ -51,3 +52,18 @@ def test_published_figures() -> None:
 def test_a_device_without_content_is_refused() -> None:
     with pytest.raises(ValueError, match="device 'meta' cannot be used here: choose auto, cpu or cuda"):
         choose_device("meta")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_is_chosen_with_its_index(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device refuses a device without one. Fake tensors stand for those of a GPU."""
+    activated: list[torch.device] = []
+    monkeypatch.setattr("mmf_fast.devices.flash.activate", activated.append)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with FakeTensorMode():
+        assert choose_device(name) == torch.device("cuda", 0)
+    assert activated == [torch.device("cuda", 0)]
+
+
+def test_a_cpu_is_chosen_as_it_is_called() -> None:
+    assert choose_device("cpu") == torch.device("cpu")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmf_fast import cli
 from mmf_fast.doctor import examine
+from mmf_fast.forward import jvp
 
 
 class Velocity(nn.Module):
@@ -49,6 +50,54 @@ def test_what_is_in_the_way_is_named_with_the_ways_out(spoil: Any, names: str) -
     said = examine(Velocity(spoil), (3,))
     assert said["runs as a Dual"].startswith("no: ") and names in said["runs as a Dual"]
     assert 'jvp="finite_difference" instead' in said and "tangent" not in said
+
+
+class Single(nn.Module):
+    """A network that casts what it is given to float32."""
+
+    def __init__(self, spoil: Any = None) -> None:
+        super().__init__()
+        self.inner = Velocity(spoil)
+
+    def forward(self, z: Any, r: Any, t: Any) -> Any:
+        return self.inner(z.float(), r.float(), t.float())
+
+
+def test_a_network_of_float32_is_examined_in_it() -> None:
+    said = examine(Single(), (3,))
+    assert said.pop("runs on tensors, in float32").startswith("yes; examined in it, as float64 fails: RuntimeError: ")
+    assert {"tangent", "gradient through the tangent", "compiles whole"} < said.keys()
+    assert all(verdict.startswith(("yes", "exact")) for verdict in said.values())
+
+
+def test_in_float32_too_what_is_wrong_or_known_by_differences_alone_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Strict(Single):
+        def forward(self, z: Any, r: Any, t: Any) -> Any:
+            return super().forward(z, r, t) * (1 if type(z) is Tensor else 1.01)
+
+    said = examine(Strict(), (3,), compiling=False)
+    assert said["primal"].startswith("NO: ")
+
+    def no_func(f: Any, primals: Any, tangents: Any, tangent_grad: bool, mode: str) -> Any:
+        if mode == "func":
+            raise NotImplementedError
+        return jvp(f, primals, tangents, tangent_grad, mode)
+
+    monkeypatch.setattr("mmf_fast.doctor.jvp", no_func)
+    said = examine(Single(), (3,), compiling=False)
+    assert said["tangent"].startswith("exact: ") and said["gradient through the tangent"].startswith("exact: ")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda u: (u, u), "no: the network returned a tuple of 2 ((2, 3), (2, 3)) for z (2, 3)"),
+        (lambda u: u[:, :2], "no: the network returned u of shape (2, 2) for z of shape (2, 3)"),
+    ],
+)
+def test_what_is_no_velocity_is_said_as_the_loss_says_it(spoil: Any, sentence: str) -> None:
+    said = examine(Velocity(spoil), (3,))
+    assert list(said) == ["runs on tensors, in float64"] and said["runs on tensors, in float64"].startswith(sentence)
 
 
 def test_a_network_that_does_something_else_with_a_dual_is_noticed() -> None:

@@ -129,13 +129,32 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture) -> None:
     assert text in (HERE.parent / "docs" / "scaling.md").read_text()  # or print it there again
 
 
+def test_the_gpus_that_were_asked_for_have_rows() -> None:
+    text = planning.report(tree(train={"batch": 32}), 2, planning.Cluster())
+    assert text.count("\n| 2 | ") == 2 + 1 + 1  # ZeRO-2 twice, held by 2 GPUs, the step of 2 GPUs
+
+
+def test_an_eager_step_takes_the_host_its_launches() -> None:
+    """The small network is done in microseconds; each kernel takes the host 5."""
+    for compiled in (False, True, "blocks"):
+        step = planning.job(tree(train={"batch": 32, "compile": compiled}), 0.0)
+        compute, _ = planning.step_time(step, planning.Cluster(), 8, 1)
+        least = planning.LAUNCH * step.launches
+        assert compute == least if compiled is False else 0 < compute < 0.1 * least
+    large = planning.Job(1000, 8, 1, "bf16", 989.5e12, 0.0, (3, 2), launches=100, eager=True)
+    assert planning.step_time(large, planning.Cluster(utilisation=1.0), 1, 1)[0] == pytest.approx(1)
+    text = planning.report(tree(train={"batch": 32}), 1, planning.Cluster())
+    assert "no step of these tables is shorter" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--gpus", "7", "data=synthetic", "data.count=1"], "cannot share train.batch=256"),
         (["--gpus", "8"], "data=synthetic"),
         (["--gpus", "0"], "--gpus"),
-        (["--gpus", "8", "--device", "abacus", "data=synthetic", "data.count=1"], "abacus"),
+        (["--gpus", "8", "--device", "abacus", "data=synthetic", "data.count=1"], "take one of GB200, B200, "),
+        (["--gpus", "8", "--utilisation", "40", "data=synthetic"], "--utilisation 40: is a share of the peak"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:

@@ -155,8 +155,9 @@ def run_of_before(tmp_path: Path) -> list[Any]:
         (lambda tmp_path: ["model.dim=3"], "leave model.dim out"),
         (file_instead_of_folder, "another --run"),
         (run_of_before, "go on with --resume"),
+        (lambda tmp_path: ["--allow-changes"], "add --resume, or leave it out"),
     ],
-    ids=["key", "share", "shape", "folder", "run"],
+    ids=["key", "share", "shape", "folder", "run", "changes"],
 )
 def test_wrong_input_is_one_line_and_status_2(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Callable[[Path], list[Any]], advice: str

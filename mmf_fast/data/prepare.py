@@ -57,6 +57,8 @@ def prepare(
     """
     path, folder, chosen = Path(source), Path(out), Options(**options)
     given = {**chosen.given(), **({} if num_classes is None else {"num_classes": num_classes})}
+    if path.resolve() == folder.resolve():
+        raise DataError(f"{folder}: is the source itself, which stays as it is; pass another OUT")
     try:
         if overwrite:
             (folder / MANIFEST).unlink(missing_ok=True)
@@ -156,7 +158,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("source", metavar="SRC", type=Path, help="archive or folder, as it was downloaded")
     result.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder of the prepared set")
-    result.add_argument("--check", action="store_true", help="SRC is a prepared set: compare its checksums")
+    result.add_argument(
+        "--check", action="store_true", help="SRC is a prepared set: compare its checksums, without OUT"
+    )
     result.add_argument("--format", choices=FORMATS, help="default: detected")
     result.add_argument("--split", choices=("train", "validation"), default="train", help="where SRC holds both")
     result.add_argument("--root", metavar="FOLDER", help="the folder in SRC that holds the class folders; . is SRC")
@@ -187,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     check, options["ignore"] = options.pop("check"), tuple(options["ignore"])
     try:
+        if check and options["out"] is not None:
+            raise DataError(f"--check is for one prepared set: mmf prepare {options['out']} --check, without SRC")
         if check:
             folder, manifest = options["source"], verify(options["source"])
         elif options["out"] is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,11 @@ def open_pair(
 ) -> tuple[PreparedSet, PreparedSet | None]:
     """The training and the validation set, which must be alike. check: compares checksums first. Raises DataError."""
     folders = [path] if validation is None else [path, validation]
+    for key, folder in zip(("path", "validation"), folders, strict=False):
+        if not os.path.exists(folder):
+            raise DataError(
+                f"{folder}: does not exist; make it: mmf prepare SRC {folder}, or where it has moved: data.{key}=FOLDER"
+            )
     if check:
         for folder in folders:
             verify(folder)

@@ -1,6 +1,7 @@
 """How good samples are, beside the same figures for real data the network has not seen.
 
     mmf evaluate --run runs/digits
+    mmf evaluate --run runs/faces data.validation=data/faces-val    # the run's data, but for what is written so
 
 prints a table and writes evaluation.json and evaluation_*.png into the run folder. Points (toys):
 
@@ -118,21 +119,30 @@ def evaluate_run(
     dataset: data.Dataset | None = None,
     count: int = MOST,
     sampler: Sampler = "average",
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`evaluate` for the network and the dataset of a run folder; writes evaluation.json and the pictures there.
 
     net, dataset: of one's own, in place of those the run names; net takes the weights of the run.
+    overrides: of the options of the data that the run names, as data.validation=FOLDER.
     Raises ValueError for a missing or damaged run too.
     """
     net, extra = load_pretrained(run, net)
     shape, num_classes = samples_of(net, extra, run)
+    saved: Mapping[str, Any] = extra["data"] if isinstance(extra.get("data"), Mapping) else {}
+    if overrides:
+        from mmf_fast.config import data_options  # it needs omegaconf, which the extra [eval] does not bring
+
+        if dataset is not None:
+            raise ValueError(f"{overrides[0]}: is of the data that the run names; leave it out, or --data")
+        saved = data_options(saved, overrides, Path(run) / "model.json")
     if dataset is None:
-        if not isinstance(extra.get("data"), Mapping) or "name" not in extra["data"]:
+        if "name" not in saved:
             raise ValueError(
                 f"{Path(run) / 'model.json'} does not name its data; give the folder of a training run, or its data "
                 "with --data package.module:make"
             )
-        dataset = data.load(**extra["data"])
+        dataset = data.load(**saved)
     if (shape, num_classes) != (dataset.shape, dataset.num_classes):
         raise ValueError(
             f"the network of {run} has shape {shape} and {num_classes} classes, "
@@ -250,20 +260,33 @@ def parser() -> argparse.ArgumentParser:
         prog="mmf evaluate", description="Judge the samples of a trained run.", allow_abbrev=False
     )
     result.add_argument("--run", type=Path, required=True, help="run folder; evaluation.json and pictures go there")
-    result.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
+    result.add_argument("--steps", type=number, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
     sampler_option(result)
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     result.add_argument("--count", type=int, default=MOST, help=f"images per column at most (default: {MOST})")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     network_option(result)
     result.add_argument("--data", metavar="MODULE:MAKE", help="data.Dataset of one's own")
+    result.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="data.key=value",
+        help="other options of the run's data: data.validation=FOLDER, data.path=FOLDER of moved data",
+    )
     return result
 
 
+def number(word: str) -> int | str:
+    """An int; but data.key=value behind --steps, which argparse takes for one of them, as it is."""
+    return word if "=" in word else int(word)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
+    options.overrides += [word for word in options.steps if isinstance(word, str)]
+    options.steps = [word for word in options.steps if isinstance(word, int)]
     own = {"net": import_made(options.net), "dataset": import_made(options.data)}
-    own |= {"count": options.count, "sampler": options.sampler}
+    own |= {"count": options.count, "sampler": options.sampler, "overrides": options.overrides}
     result = evaluate_run(options.run, options.steps, options.seed, options.device, **own)
     print(
         f"{options.run}: {result['data']} after {result['step']} training steps, {result['samples']} samples per column"

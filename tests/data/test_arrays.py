@@ -185,6 +185,15 @@ def test_arrays_that_leave_a_doubt(case, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_an_order_that_is_not_read_is_named_and_matters_in_the_images_alone(tmp_path):
+    fortran = np.asfortranarray(COLOUR)
+    (tmp_path / "a.npz").write_bytes(npz(x=fortran, y=DIGITS))
+    with pytest.raises(DataError, match=r"Fortran order; save it with numpy\.ascontiguousarray"):
+        open_source(tmp_path / "a.npz")  # the format is found nevertheless
+    (tmp_path / "b.npz").write_bytes(npz(x=COLOUR, y=DIGITS, features=np.asfortranarray(np.ones((6, 2, 3)))))
+    assert loaded(tmp_path / "b.npz", "arrays")[1] == DIGITS.tolist()
+
+
 def test_the_array_of_labels_that_was_named(tmp_path):
     (tmp_path / "a.npz").write_bytes(npz(x=COLOUR, fine=DIGITS, coarse=DIGITS // 5))
     assert loaded(tmp_path, "arrays", label_column="coarse")[1] == (DIGITS // 5).tolist()

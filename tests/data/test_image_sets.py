@@ -107,6 +107,13 @@ def test_a_split_that_is_too_large_is_refused(folder, monkeypatch):
 # ---- damaged sets ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["path", "validation"])
+def test_a_set_that_has_moved_can_be_named_anew(folder, key):
+    way_out = rf"^/nowhere: does not exist; make it: mmf prepare SRC /nowhere, or .* moved: data\.{key}=FOLDER$"
+    with pytest.raises(ValueError, match=way_out):
+        load("images", **{"path": folder, key: "/nowhere"})
+
+
 def edit(folder, **changes):
     path = os.path.join(folder, "manifest.json")
     with open(path) as file:

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import tarfile
 import zipfile
 
@@ -282,6 +283,14 @@ REFUSED = {
     "two spellings": (images("Cat/1.png", "cat/2.png"), "are 'Cat' and 'cat' one class"),
     "two numbers": (images("1/1.png", "01/2.png"), "one class"),
     "a table of labels": (images("1.png", "2.png") | {"train.csv": b"id,label"}, r"train\.csv: may hold the labels"),
+    "a .json beside each file": (
+        images("1.png", "2.png") | {"1.json": b"{}", "2.json": b"{}"},
+        r"1\.json: may hold a label.*to a \.cls file beside it, or pass --labels none$",
+    ),
+    "shards with a .json beside each file": (
+        images("a-000000/1.png", "a-000001/2.png") | {"a-000000/1.json": b"{}", "a-000001/2.json": b"{}"},
+        r"a-000000/1\.json: may hold a label.*to a \.cls file.*--root '\.' for class folders",
+    ),
     "metadata of Hugging Face": (images("1.png") | {"metadata.jsonl": b"{}"}, "may hold the labels"),
     "labels in the names": (images("cat.0.jpg", "cat.1.jpg", "dog.0.jpg", "dog.1.jpg"), "names begin with cat, dog"),
     "several dataset.json": (
@@ -335,10 +344,17 @@ def test_doubt_is_refused_with_a_way_out(case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_class_folders_with_a_json_beside_each_file_are_read_as_told(tmp_path):
+    write_folder(tmp_path, CATS | {name.replace(".png", ".json"): b"{}" for name in CATS})
+    assert len(open_source(tmp_path, root=".").classes) == 2
+    assert open_source(tmp_path, labels="none").classes is None
+
+
 def test_an_empty_class_folder(tmp_path):
     write_folder(tmp_path, CATS)
     (tmp_path / "bird").mkdir()
-    with pytest.raises(DataError, match=r"bird: holds no sample that is read \(it is empty\).*--allow-empty"):
+    named = rf"^{re.escape(str(tmp_path))}/bird: holds no sample that is read \(it is empty\).*--allow-empty"
+    with pytest.raises(DataError, match=named):
         open_source(tmp_path)
     assert [item.label for item in open_source(tmp_path, allow_empty=True).items()] == [1, 1, 2]
     assert [item.label for item in open_source(tmp_path, ignore=("bird",)).items()] == [0, 0, 1]

@@ -315,14 +315,23 @@ def test_command_line(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["{}/none", "{}/out"], "error: {}/none: does not exist; pass the archive or folder as it was downloaded"),
+        (["{}", "{}/../{name}"], "error: {}/../{name}: is the source itself, which stays as it is; pass another OUT"),
+        (
+            ["{}", "{}/out", "--check"],
+            "error: --check is for one prepared set: mmf prepare {}/out --check, without SRC",
+        ),
         (["{}/none"], "error: OUT is missing: the folder to write to"),
         (["{}", "--check"], "error: {}: is no prepared set (manifest.json: No such file or directory); make one: "),
     ],
 )
 def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):
-    assert main(["prepare", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    assert main(["prepare", *(argument.format(tmp_path, name=tmp_path.name) for argument in arguments)]) == 2
     found = capsys.readouterr()
-    assert found.err.startswith(message.format(tmp_path)) and found.err.count("\n") == 1 and not found.out
+    assert (
+        found.err.startswith(message.format(tmp_path, name=tmp_path.name))
+        and found.err.count("\n") == 1
+        and not found.out
+    )
 
 
 def test_the_documentation_names_every_option_and_format():

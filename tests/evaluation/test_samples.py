@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -307,6 +308,25 @@ def test_command(run, capsys):
     assert saved["figures"]["sliced_wasserstein"]["2"] == pytest.approx(mixed, rel=1e-5)
 
 
+def test_the_data_of_a_run_take_other_options(run):
+    """As data.validation=FOLDER, where the run had none, or data.path=FOLDER, where it has moved."""
+    assert main(["evaluate", "--run", str(run), "data.factor=0.8", "--steps", "1", "data.noise=0.01"]) == 0
+    figures = json.loads((run / "evaluation.json").read_text())["figures"]["sliced_wasserstein"]
+    circles = data.load("circles", factor=0.8, noise=0.01)
+    assert figures["validation"] == pytest.approx(
+        sliced_wasserstein(circles.split("validation")[0], circles.split("train")[0]), rel=1e-6
+    )
+    models.save_pretrained(run, models.load_pretrained(run)[0], {})  # of data that have no name
+    assert evaluate_run(run, (1,), pictures=False, overrides=["data=two_moons"])["data"] == "two_moons"
+
+
+def test_other_options_of_the_data_need_the_extra_that_reads_them(run, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "mmf_fast.config", raising=False)
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    assert main(["evaluate", "--run", str(run), "data.factor=0.8"]) == 2
+    assert "[train]" in capsys.readouterr().err
+
+
 def spoil(run, what):
     net, extra = models.load_pretrained(run)
     if what == "extra":
@@ -329,6 +349,11 @@ def spoil(run, what):
         ("missing", [], "model.safetensors is missing"),
         ("nothing", ["--steps", "0"], "steps are [0]"),
         ("nothing", ["--device", "tpu9"], "device 'tpu9'"),
+        ("nothing", ["data.factr=0.5"], "unknown key data.factr; did you mean data.factor?"),
+        ("nothing", ["data.factor=big"], "data.factor: must be float, is 'big'"),
+        ("nothing", ["train.batch=3"], "unknown key train; valid keys: data"),
+        ("nothing", ["data.factor"], "write it as key=value"),
+        ("nothing", ["data.factor=0.5", "--data", "mmf_fast.data.digits:digits"], "leave it out, or --data"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(run, capsys, what, arguments, message):

@@ -72,6 +72,8 @@ def open_arrays(tree: Tree, options: Options) -> Source:
         stated = read_array(tree, labels.name, labels.key)
         stated = stated.reshape(count) if stated.shape == (count, 1) else stated
     channels_last = _channels_last(images.shape, place)
+    with array_file(tree, images.name, images.key):
+        pass  # before anything is written: its rows lie one after the other
 
     def pixels(row: np.ndarray) -> np.ndarray:
         row = row[None] if row.ndim == 2 else row
@@ -114,7 +116,7 @@ def _arrays(tree: Tree) -> list[_Array]:
             with _zip(tree, name) as archive:
                 keys = [member.removesuffix(".npy") for member in archive.namelist()]
         for key in keys:
-            with array_file(tree, name, key) as (_, shape, dtype):
+            with array_file(tree, name, key, any_order=True) as (_, shape, dtype):
                 found.append(_Array(name, key, shape, dtype))
     return found
 
@@ -162,19 +164,24 @@ def _channels_last(shape: tuple[int, ...], place: str) -> bool:
 
 
 @contextmanager
-def array_file(tree: Tree, name: str, key: str | None) -> Iterator[tuple[BinaryIO, tuple[int, ...], np.dtype]]:
-    """(file at the first number, shape, dtype) of an .npy, or of an array of an .npz; damage becomes DataError."""
+def array_file(
+    tree: Tree, name: str, key: str | None, any_order: bool = False
+) -> Iterator[tuple[BinaryIO, tuple[int, ...], np.dtype]]:
+    """(file at the first number, shape, dtype) of an .npy, or of an array of an .npz; damage becomes DataError.
+
+    any_order: also of an array whose rows do not lie one after the other, which is not read.
+    """
     place = tree.label(name)
     try:
         if key is None:
             with tree.open(name) as file:
-                yield file, *_header(file, place)
+                yield file, *_header(file, place, any_order)
             return
         with _zip(tree, name) as archive:
             if f"{key}.npy" not in archive.namelist():
                 raise DataError(f"{place}: has no {key}.npy, but {', '.join(archive.namelist()[:4])}; fetch it again")
             with archive.open(f"{key}.npy") as member:
-                yield member, *_header(member, place)  # type: ignore[misc]  # IO[bytes]
+                yield member, *_header(member, place, any_order)  # type: ignore[misc]  # IO[bytes]
                 member.read(1)  # zipfile compares its checksum at the end
     except DataError:
         raise
@@ -209,11 +216,11 @@ def _zip(tree: Tree, name: str) -> Iterator[zipfile.ZipFile]:
         raise DataError(f"{tree.label(name)}: damaged or truncated ({error}); fetch it again") from error
 
 
-def _header(file: Any, place: str) -> tuple[tuple[int, ...], np.dtype]:
+def _header(file: Any, place: str, any_order: bool) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    if fortran and len(shape) > 1:
+    if fortran and len(shape) > 1 and not any_order:
         raise DataError(f"{place}: is {shape} in Fortran order; save it with numpy.ascontiguousarray")
     return shape, dtype
 

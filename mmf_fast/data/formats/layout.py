@@ -193,6 +193,8 @@ def _labelled(tree: Tree, names: Sequence[str], at: str, told: bool, labels: str
     if _has_cls(tree, at):
         return _by_cls(tree, names)
     tops = {name.split("/")[0] for name in inner if "/" in name}
+    if not (told and tops):
+        _check_beside(tree, names, at, bool(tops))
     if not tops:
         _check_flat(tree, inner, at)
         return None, None, "no labels: all files lie in one folder"
@@ -280,6 +282,18 @@ def _key(name: str) -> str:
 # ---- doubts ----------------------------------------------------------------------------------------------------------
 
 
+def _check_beside(tree: Tree, names: Sequence[str], at: str, folders: bool) -> None:
+    """Raises DataError where each file has a .json of its name, which may hold its label: WebDataset's shards, which
+    would be taken for classes else, or for one set without labels."""
+    tables = {_key(name): name for name in tree.names if ending(name) == ".json"}
+    if tables.keys() >= {_key(name) for name in names}:
+        classes = f", --root '{at or '.'}' for class folders" if folders else ""
+        raise DataError(
+            f"{tree.label(tables[_key(names[0])])}: may hold a label, as WebDataset has it, and is not read; write "
+            f"each label to a .cls file beside it, or pass --labels none{classes}"
+        )
+
+
 def _check_flat(tree: Tree, inner: Sequence[str], at: str) -> None:
     """Raises DataError where a table beside the files, or their names, may hold labels."""
     tables = [name for name in tree.names if name.startswith(at) and ending(name) in _TABLES]
@@ -336,7 +350,7 @@ def _check_gone(tree: Tree, at: str, tops: Iterable[str], way_out: str) -> None:
     if gone:
         inside = Counter(ending(n) or "no ending" for n in tree.names if n.startswith(f"{at}{gone[0]}/"))
         raise DataError(
-            f"{_place(tree, at)}{'' if not at else '/'}{gone[0]}: holds no sample that is read "
+            f"{_place(tree, at)}/{gone[0]}: holds no sample that is read "
             f"({_kinds(dict(inside))}) beside {_some(tops)}; {way_out}, or --ignore '{gone[0]}'"
         )
 
