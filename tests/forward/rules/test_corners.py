@@ -56,6 +56,26 @@ def test_running_statistics_are_updated_once() -> None:
             assert torch.equal(buffer, expected[name])
 
 
+@pytest.mark.parametrize("operators", ["", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_epsilon_of_rms_norm_is_that_of_its_statistics(
+    operators: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a scale of 1e-2 the epsilon of bfloat16 is a hundred times the mean square, that of float32 a thousandth."""
+    monkeypatch.setenv("MMF_FAST_OPS", operators)
+    layer = nn.RMSNorm(64, dtype=dtype)
+    x, dx = (1e-2 * torch.randn(4, 64, dtype=dtype) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, out = layer(x), layer(Dual(x, dx))
+    x, dx = x.double(), dx.double()
+    r_rms = (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+    slope = r_rms * (dx - x * r_rms**2 * (x * dx).mean(-1, keepdim=True))
+    tolerance = dict(rtol=2e-2, atol=2e-2, check_dtype=False)
+    torch.testing.assert_close(out.primal, plain, **tolerance)
+    torch.testing.assert_close(out.tangent, slope, **tolerance)
+
+
 @pytest.mark.parametrize("dims", [0, 1, 2, 3])
 def test_dropout_draws_one_mask_the_one_of_the_plain_call(dims: int) -> None:
     layer = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[dims](0.5)
