@@ -297,6 +297,7 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
 Dual.__hash__ = tuple.__hash__  # type: ignore[method-assign]  # defining __eq__ removed it
 Dual.__getitem__ = lambda self, index: type(self).__torch_function__(Tensor.__getitem__, (), (self, index))  # type: ignore
 setattr(Dual, "__neg__", lambda self: type(self).__torch_function__(torch.neg, (), (self,)))  # noqa: B010
+setattr(Dual, "__pos__", lambda self: type(self).__torch_function__(torch.positive, (), (self,)))  # noqa: B010
 Dual.__abs__ = lambda self: type(self).__torch_function__(torch.abs, (), (self,))  # type: ignore[attr-defined]
 
 
