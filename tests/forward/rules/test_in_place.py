@@ -173,6 +173,34 @@ def test_value_tangent_and_gradient_through_it(network: Callable[[Any], Any], wa
     torch.testing.assert_close(detached, (y, dy))
 
 
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize("strides", ["steps", "slice", "expanded", "transposed", "transposed slice"])
+def test_inputs_of_any_strides_are_written_through_their_views(strides: str, way: str) -> None:
+    torch._dynamo.reset()
+    x = {
+        "steps": torch.randn(2, 3, 8).double()[:, :, ::2],
+        "slice": torch.randn(2, 6, 4).double()[:, :3],
+        "expanded": torch.randn(1, 3, 4).double().expand(2, 3, 4),
+        "transposed": torch.randn(2, 4, 3).double().transpose(1, 2),
+        "transposed slice": torch.randn(6, 3, 4).double()[::3].transpose(0, 1),
+    }[strides]
+
+    def network(x: Any) -> Any:
+        x.reshape(-1).mul_(2)  # of primal and tangent a view, or of both a copy
+        first = x[0]
+        first += 1
+        return x * x
+
+    def run(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(network, (x,), (dx,))
+
+    dx, step, dense = torch.randn(x.shape, dtype=x.dtype), 1e-5, x.clone()
+    slope = (network(dense + step * dx) - network(dense - step * dx)) / (2 * step)
+    y, dy = (torch.compile(run, backend="aot_eager", fullgraph=True) if way == "compiled" else run)(x, dx)
+    torch.testing.assert_close(y, network(dense))
+    torch.testing.assert_close(dy, slope, rtol=1e-7, atol=1e-7)
+
+
 def test_an_integer_quotient_is_written_through_a_view() -> None:
     """PyTorch has no gradient of it."""
 
