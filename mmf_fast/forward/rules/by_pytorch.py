@@ -89,8 +89,6 @@ by_pytorch(*WITHOUT_GRAPH, in_graph=False)  # linear_algebra.py, which is import
 
 # -- right for some arguments only -------------------------------------------------------------------------------------
 
-by_pytorch(*spellings("logcumsumexp"), complex_too=False)
-
 
 @rule("cov")
 def cov(input: Value, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -1,26 +1,42 @@
-"""Standard deviation, norms and running products, by hand because of zeros, where PyTorch's second derivative is nan.
+"""Standard deviation, norms and running products, by hand because of zeros, where PyTorch's second derivative is nan;
+running sums of exponentials, where its first is wrong.
 
-There the tangent is 0, as autograd's gradient is, and so is the gradient through it.
+At zeros the tangent is 0, as autograd's gradient is, and so is the gradient through it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import Value, register_rule, tangent_scope
+from mmf_fast.forward.dual import Value, missing_rule_error, register_rule, tangent_scope
 from mmf_fast.forward.rules.families import forward_derivative, rule
 
 
 @rule("cumprod")
 def cumprod(input: Value, dim: int, *, dtype: Any = None) -> Any:
-    """Products of twice as many entries in each step: no quotient, of which PyTorch's derivative at 0 is made."""
-    y = input.clone() if dtype is None else input.to(dtype, copy=True)
+    """No quotient, of which PyTorch's derivative at 0 is made."""
+    return _running(torch.mul, input.clone() if dtype is None else input.to(dtype, copy=True), dim)
+
+
+@rule("logcumsumexp")
+def logcumsumexp(input: Value, dim: int) -> tuple[Any, Any]:
+    """No exponential of a difference of more than two numbers, of which PyTorch's derivative is made."""
+    if input.dtype.is_complex:
+        raise missing_rule_error(torch.logcumsumexp, "of complex numbers it has none, teach it with register_rule")
+    with tangent_scope(input):
+        dy = _running(torch.logaddexp, input.clone(), dim).tangent
+    return torch.logcumsumexp(input.primal, dim), dy
+
+
+def _running(combined: Callable[[Value, Value], Value], y: Value, dim: int) -> Value:
+    """y_i = x_1 o ... o x_i: after each step of twice as many entries."""
     size, reach = (y.shape[dim] if y.ndim else 1), 1
     while reach < size:
-        rest = y.narrow(dim, reach, size - reach) * y.narrow(dim, 0, size - reach)
+        rest = combined(y.narrow(dim, reach, size - reach), y.narrow(dim, 0, size - reach))
         y, reach = torch.cat([y.narrow(dim, 0, reach), rest], dim), 2 * reach
     return y
 

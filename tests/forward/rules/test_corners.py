@@ -138,6 +138,22 @@ def test_at_the_origin_tangent_and_gradient_are_zero_or_finite(function: Callabl
     assert torch.isfinite(torch.autograd.grad((out.primal + out.tangent).sum(), x)[0]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("x", [[30.0, 88.0], [-500.0, 900.0, 3.0, 1.0], [88.0, 30.0, -60.0, 88.0]])
+def test_running_sums_of_exponentials_of_any_spread(x: list[float], dtype: torch.dtype) -> None:
+    """PyTorch's own forward derivative of [30, 88] is [1, 0]: dy_i is a mean of the dx_j, weighted by e^x_j."""
+    value, dx = torch.tensor(x, dtype=dtype), torch.randn(len(x), dtype=dtype)
+    leaf = value.clone().requires_grad_()
+    out = torch.logcumsumexp(Dual(leaf, dx), 0)
+    ones = torch.logcumsumexp(Dual(value, torch.ones_like(value)), 0)
+    weights = [torch.softmax(value[: i + 1], 0) for i in range(len(x))]
+    slope = torch.stack([(p * dx[: i + 1]).sum() for i, p in enumerate(weights)])
+    curvature = sum(F.pad(p * (dx[: i + 1] - slope[i]), (0, len(x) - 1 - i)) for i, p in enumerate(weights))
+    assert torch.equal(out.primal, torch.logcumsumexp(value, 0))
+    torch.testing.assert_close((out.tangent, ones.tangent), (slope, torch.ones_like(value)))
+    torch.testing.assert_close(torch.autograd.grad(out.tangent.sum(), leaf)[0], curvature)
+
+
 def test_the_variance_of_one_element_is_nan_as_for_tensors() -> None:
     x = Dual(torch.ones(2, 1), torch.ones(2, 1))
     for function in (torch.var, torch.std):
