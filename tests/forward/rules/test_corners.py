@@ -130,12 +130,36 @@ def test_what_pytorch_differentiates_wrongly_in_the_graph_is_served_without_one_
 @pytest.mark.parametrize("function", [
     lambda x: x.std(1), lambda x: x.norm(dim=1), lambda x: torch.linalg.norm(x, dim=1), lambda x: torch.linalg.norm(x),
     lambda x: F.normalize(x, dim=1, eps=0.1), lambda x: x.var(1), lambda x: torch.std_mean(x, 1)[0],
+    *(lambda x, p=p: x.norm(p, dim=1) for p in (0.5, 1, 1.5, 3, torch.inf, -torch.inf)), lambda x: x.norm(3),
+    lambda x: torch.linalg.norm(x, 3, dim=1), lambda x: torch.linalg.vector_norm(x, 3),
+    lambda x: F.normalize(x, p=3, eps=0.1), lambda x: F.pairwise_distance(x, torch.zeros_like(x), 3, eps=0),
 ])  # fmt: skip
 def test_at_the_origin_tangent_and_gradient_are_zero_or_finite(function: Callable[[Any], Any]) -> None:
     x = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     out = function(Dual(x, torch.randn(2, 3, dtype=torch.float64)))
     assert torch.isfinite(out.tangent).all()
     assert torch.isfinite(torch.autograd.grad((out.primal + out.tangent).sum(), x)[0]).all()
+
+
+@pytest.mark.parametrize("p", [0.5, 1, 1.5, 3, 4.5, torch.inf])
+def test_p_norms_at_a_distance_from_zero(p: float) -> None:
+    """The tangent against a central difference, the gradient through it against one of that tangent; some x are 0."""
+    x, dx, step = torch.randn(2, 4).double(), torch.randn(2, 4).double(), 1e-5
+    if p > 3:
+        x[1, 2:] = 0
+
+    def slope(x: Tensor) -> Any:
+        return F.normalize(Dual(x, dx), p=p).tangent
+
+    def plain(x: Tensor) -> Tensor:
+        return F.normalize(x, p=p)
+
+    torch.testing.assert_close(slope(x), (plain(x + step * dx) - plain(x - step * dx)) / (2 * step))
+    x.requires_grad_()
+    g, b = torch.randn(2, 2, 4).double()
+    (found,) = torch.autograd.grad((g * slope(x)).sum(), x)
+    expected = (g * (slope(x + step * b) - slope(x - step * b))).sum() / (2 * step)
+    torch.testing.assert_close((found * b).sum(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
