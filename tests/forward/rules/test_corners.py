@@ -141,6 +141,30 @@ def test_at_the_origin_tangent_and_gradient_are_zero_or_finite(function: Callabl
     assert torch.isfinite(torch.autograd.grad((out.primal + out.tangent).sum(), x)[0]).all()
 
 
+@pytest.mark.parametrize("power", [torch.pow, torch.float_power, lambda x, n: x**n, lambda x, n: x.clone().pow_(n)])
+@pytest.mark.parametrize("n", [-1.0, 0.0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.long])
+def test_powers_of_negative_numbers_and_zero_have_a_second_derivative(
+    power: Callable[[Any, Any], Any], n: float, dtype: torch.dtype
+) -> None:
+    x = torch.tensor([-1.5, 0.0, 2.0] if n >= 0 else [-1.5, -1.0, 2.0], dtype=torch.float64)
+    for exponent in (torch.tensor(n, dtype=dtype), torch.full((3,), n, dtype=dtype), n):
+        dx, leaf = torch.randn(3).double(), x.clone().requires_grad_()
+        out = power(Dual(leaf, dx), exponent)
+        (curvature,) = torch.autograd.grad(out.tangent.sum(), leaf)
+        first = torch.zeros(3).double() if n == 0 else n * x ** (n - 1)
+        second = torch.zeros(3).double() if n in (0, 1) else n * (n - 1) * x ** (n - 2)
+        torch.testing.assert_close((out.primal, out.tangent, curvature), (x**n, first * dx, second * dx))
+
+
+def test_a_constant_exponent_has_a_gradient_through_the_tangent() -> None:
+    """d/dn of n x^(n-1) dx is x^(n-1) (1 + n log x) dx, also at n = 0."""
+    x, dx = torch.rand(4).double() + 0.5, torch.randn(4).double()
+    n = torch.tensor([-1.0, 0.0, 1.0, 2.5], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad((Dual(x, dx) ** n).tangent.sum(), n)
+    torch.testing.assert_close(found, x ** (n.detach() - 1) * (1 + n.detach() * x.log()) * dx)
+
+
 @pytest.mark.parametrize("p", [0.5, 1, 1.5, 3, 4.5, torch.inf])
 def test_p_norms_at_a_distance_from_zero(p: float) -> None:
     """The tangent against a central difference, the gradient through it against one of that tangent; some x are 0."""
