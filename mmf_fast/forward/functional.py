@@ -306,7 +306,9 @@ def _attention(
     if attn_mask is not None:
         bias = attn_mask
         logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias
-    return F.dropout(torch.softmax(logits, -1), dropout_p) @ value
+    nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row is 0; twice, since softmax of it has no gradient
+    weights = torch.softmax(logits.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+    return F.dropout(weights, dropout_p) @ value
 
 
 def _group_norm(
