@@ -242,6 +242,19 @@ def test_a_padded_encoder_in_eval_is_asked_for_its_fast_path(left: bool) -> None
         torch.testing.assert_close(dy, (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+def test_vmap_within_a_network(activation: nn.Module) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4)).double()
+    parameters, (x, dx) = list(net.parameters()), torch.randn(2, 2, 5, 4).double()
+
+    def squares(fn: Callable) -> tuple[Tensor, ...]:
+        y, dy = jvp(fn, (x,), (dx,))
+        return y, dy, *torch.autograd.grad((y + dy).square().sum(), parameters)
+
+    torch.testing.assert_close(squares(torch.vmap(net)), squares(net))
+    assert not jvp(torch.vmap(net), (x,), (dx,), tangent_grad=False)[1].requires_grad
+
+
 def test_an_error_names_operation_module_and_ways_out() -> None:
     class Histogram(nn.Module):
         def forward(self, x: Any) -> Any:
