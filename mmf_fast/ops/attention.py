@@ -277,7 +277,7 @@ def attention_tangent(
 
     parts = []
     if dq is not None or dk is not None:
-        d_logits = None if dq is None else scale * dq @ k.mT
+        d_logits: Any = None if dq is None else scale * dq @ k.mT
         if dk is not None:
             from_k = scale * q @ dk.mT
             d_logits = from_k if d_logits is None else d_logits + from_k

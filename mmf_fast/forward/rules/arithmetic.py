@@ -82,7 +82,7 @@ def power(input: Value, exponent: Value) -> tuple[Any, Any]:
     with tangent_scope(input):
         n = n.long() if isinstance(n, Tensor) and n.dtype == torch.bool else n
         base = torch.where((x == 0) & (n == 0), 1.0, x) if isinstance(n, Tensor) or n == 0 else x
-        dy = n * torch.pow(base, n - 1) * tangent(input)
+        dy = n * torch.pow(base, n - 1) * input.tangent
     return torch.pow(x, n), dy
 
 

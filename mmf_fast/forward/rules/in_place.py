@@ -146,6 +146,6 @@ def register() -> None:
     for function, rule in list(_RULES.items()):
         if isinstance(function, FunctionType) and "inplace" in inspect.signature(function).parameters:
             _with_inplace(function, rule)
-    _writes(Tensor.__ipow__, Dual.pow)  # which is not Tensor.pow_
+    _writes(Tensor.__ipow__, torch.pow)  # which is not Tensor.pow_
     for name, method in _OPERATORS.items():  # without these Python takes x + y for x += y, and no view is written to
         setattr(Dual, f"__i{name}__", lambda self, other, method=method: getattr(self, method)(other))
