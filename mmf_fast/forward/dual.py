@@ -294,9 +294,11 @@ for _name in ("add", "sub", "mul", "truediv", "pow", "matmul", "mod", "floordiv"
     setattr(Dual, f"__r{_name}__", _operator(_name, reflected=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Dual, f"__{_name}__", _operator(_name))
+Dual.__format__ = lambda self, spec: format(self.primal, spec) if spec else str(self)  # type: ignore  # f"{h.mean():.3f}"
 Dual.__hash__ = tuple.__hash__  # type: ignore[method-assign]  # defining __eq__ removed it
 Dual.__getitem__ = lambda self, index: type(self).__torch_function__(Tensor.__getitem__, (), (self, index))  # type: ignore
 setattr(Dual, "__neg__", lambda self: type(self).__torch_function__(torch.neg, (), (self,)))  # noqa: B010
+setattr(Dual, "__pos__", lambda self: type(self).__torch_function__(torch.positive, (), (self,)))  # noqa: B010
 Dual.__abs__ = lambda self: type(self).__torch_function__(torch.abs, (), (self,))  # type: ignore[attr-defined]
 
 

@@ -74,10 +74,7 @@ def jvp(
     if mode == "dual":
         kind = Dual if tangent_grad else DetachedDual
         given = [dx if dx is None or tangent_grad else dx.detach() for dx in tangents]
-        # a copy: the network may write into its input, and the tangents are the caller's
-        duals = [
-            x if dx is None else kind(x, torch.empty_like(x).copy_(dx)) for x, dx in zip(primals, given, strict=True)
-        ]
+        duals = [x if dx is None else kind(*_in_own_memory(x, dx)) for x, dx in zip(primals, given, strict=True)]
         with intercepted(primals) as buffers:
             out = buffers.of(fn(*duals))
         y, dy = primal(out), tangent(out)
@@ -90,6 +87,15 @@ def jvp(
         raise TypeError(f"jvp needs a function that returns one tensor, not {type(y).__name__}: wrap it to pick one")
     dy = torch.zeros_like(y) if dy is None else dy  # no operation carried a tangent: fn is constant in its arguments
     return y, dy if tangent_grad else dy.detach()
+
+
+def _in_own_memory(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    """x and a copy of dx in the strides of x: the network may write into its input, and the tangents are the caller's.
+
+    An x with gaps, or expanded, has no copy of its strides: it is copied too, so that a view of one is one of both.
+    """
+    own = torch.empty_like(x).copy_(dx)
+    return x if x.stride() == own.stride() else x.clone(), own
 
 
 def check_mode(mode: Any) -> None:
@@ -300,7 +306,9 @@ def _attention(
     if attn_mask is not None:
         bias = attn_mask
         logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias
-    return F.dropout(torch.softmax(logits, -1), dropout_p) @ value
+    nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row is 0; twice, since softmax of it has no gradient
+    weights = torch.softmax(logits.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+    return F.dropout(weights, dropout_p) @ value
 
 
 def _group_norm(

@@ -23,7 +23,7 @@ from torch.utils import checkpoint
 
 from mmf_fast.forward.buffers import CURRENT, LIVE, WRITES, Buffers, using
 from mmf_fast.forward.dual import DETACH, LOOK_INTO_TUPLES, DetachedDual, Dual, duals_in, package_of_caller, primal
-from mmf_fast.forward.teaching import teach
+from mmf_fast.forward.teaching import still_builtin, teach
 
 __all__ = ["intercepted"]
 
@@ -130,6 +130,7 @@ def _replacing() -> Iterator[None]:
             if not _passes:
                 for owner, name, original, _ in _REPLACED:
                     setattr(owner, name, original)
+                still_builtin(_ISINSTANCE, _isinstance)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from mmf_fast.forward.dual import (
 )
 from mmf_fast.ops.dispatch import constant_to_dynamo
 
-__all__ = ["operands_keep_their_order", "teach"]
+__all__ = ["operands_keep_their_order", "still_builtin", "teach"]
 
 
 @constant_to_dynamo
@@ -33,6 +33,16 @@ def teach() -> bool:
     if "torch.nn.attention.flex_attention" in sys.modules:
         _teach_flex_attention()
     return True
+
+
+def still_builtin(original: Any, replacement: Any) -> None:
+    """Dynamo notes the builtin functions when it is imported. In a pass, where PyTorch may do so for a derivative, it
+    notes what replaces one there, and would refuse to trace the original in the whole process."""
+    known = getattr(sys.modules.get("torch._dynamo.trace_rules"), "_builtin_function_ids", None)
+    if known is not None and id(original) not in known():
+        known.remove(id(replacement))
+        known.add(id(original))
+        known.function_names[id(original)] = f"builtins.{original.__name__}"
 
 
 def _teach_dynamo() -> None:

@@ -273,17 +273,15 @@ def attention_tangent(
         logits = logits.masked_fill(~allowed, -math.inf)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    p = torch.softmax(logits, -1)
-    if mask is not None and mask.dtype == torch.bool:
-        p = p.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # a row that attends to nothing is 0, as in SDPA
+    p = torch.ops.aten._safe_softmax(logits, -1)  # a row that attends to nothing is 0, as in SDPA
 
     parts = []
     if dq is not None or dk is not None:
-        d_logits = None if dq is None else scale * dq @ k.mT
+        d_logits: Any = None if dq is None else scale * dq @ k.mT
         if dk is not None:
             from_k = scale * q @ dk.mT
             d_logits = from_k if d_logits is None else d_logits + from_k
-        d_p = torch.ops.aten._softmax_backward_data(d_logits, p, -1, p.dtype)
+        d_p = torch.ops.aten._softmax_backward_data(d_logits.to(p.dtype), p, -1, p.dtype)
         parts.append(d_p @ v)
     if dv is not None:
         parts.append(p @ dv)

@@ -189,13 +189,16 @@ def _tangent(dx: Tensor, x: Tensor, slope: Callable[..., Tensor], curvature: Cal
 
 
 class _Tangent(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, dx: Tensor, x: Tensor, slope: Callable[..., Tensor], curvature: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        ctx.save_for_backward(dx, x)
-        ctx.slope, ctx.curvature = slope, curvature
+    def forward(dx: Tensor, x: Tensor, slope: Callable[..., Tensor], curvature: Callable[[Tensor], Tensor]) -> Tensor:
         return slope(dx, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        dx, x, ctx.slope, ctx.curvature = inputs
+        ctx.save_for_backward(dx, x)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:

@@ -65,6 +65,13 @@ def test_repr_names_both_parts(kind: type[Dual]) -> None:
     assert repr(kind(torch.zeros(1), None)) == f"{kind.__name__}(primal=tensor([0.]), tangent=None)"
 
 
+def test_a_number_is_formatted_as_the_primal() -> None:
+    x = torch.tensor(1.25)
+    assert f"{Dual(x, x):.1f}" == f"{x:.1f}" and "tangent" in f"{Dual(x, x)}"
+    with pytest.raises(TypeError):
+        f"{Dual(x[None], x[None]):.1f}"
+
+
 def test_duals_can_be_members_of_sets_and_keys() -> None:
     x = Dual(tensor(2), tensor(2))
     assert {x: 1}[x] == 1

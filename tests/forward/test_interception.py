@@ -129,6 +129,21 @@ def test_a_pass_in_which_dynamo_first_traces_leaves_it_the_functions_of_torch() 
     assert torch.equal(asks(W), 2 * W)
 
 
+IMPORTED_IN_A_PASS = """
+import sys, torch
+from mmf_fast import jvp
+assert "torch._dynamo" not in sys.modules
+x = torch.rand(3)
+jvp(lambda x: [x.asinh(), __import__("torch._dynamo")][0], (x,), (x,))  # as some of PyTorch's derivatives do
+asks = torch.compile(lambda x: 2 * x if isinstance(x, torch.Tensor) else x, fullgraph=True, backend="eager")
+assert torch.equal(asks(x), 2 * x)
+"""
+
+
+def test_dynamo_may_be_imported_in_a_pass() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTED_IN_A_PASS], check=True)
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

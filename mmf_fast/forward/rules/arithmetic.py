@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import Value, no_tangent, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Dual, Value, no_tangent, primal, register_rule, tangent, tangent_scope
 from mmf_fast.forward.rules.families import add_tangents, forward_derivative, linear_in_first, rule, spellings
 
 linear_in_first("neg", "negative", "positive")
@@ -75,13 +75,23 @@ def div(input: Value, other: Value, *, rounding_mode: str | None = None) -> tupl
 
 @rule("pow")
 def power(input: Value, exponent: Value) -> tuple[Any, Any]:
-    """d x^n = n x^(n-1) dx for a number n."""
-    if not isinstance(exponent, (int, float)) or exponent == 0 or input.dtype.is_complex:
+    """d x^n = n x^(n-1) dx for a constant n; 0 for x = n = 0."""
+    x, n = primal(input), primal(exponent)
+    if tangent(exponent) is not None or any(torch.is_complex(a) for a in (x, n) if isinstance(a, Tensor)):
         return forward_derivative(torch.pow, (input, exponent), {})
-    x = input.primal
     with tangent_scope(input):
-        dy = exponent * torch.pow(x, exponent - 1) * input.tangent
-    return torch.pow(x, exponent), dy
+        n = n.long() if isinstance(n, Tensor) and n.dtype == torch.bool else n
+        base = torch.where((x == 0) & (n == 0), 1.0, x) if isinstance(n, Tensor) or n == 0 else x
+        dy = n * torch.pow(base, n - 1) * input.tangent
+    return torch.pow(x, n), dy
+
+
+@rule("float_power")
+def float_power(input: Value, exponent: Value) -> Any:
+    def wide(x: Value) -> Any:
+        return x.to(torch.promote_types(x.dtype, torch.float64)) if isinstance(x, (Tensor, Dual)) else x
+
+    return torch.pow(wide(input), wide(exponent))
 
 
 @rule("logaddexp")

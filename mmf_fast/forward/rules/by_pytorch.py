@@ -19,7 +19,7 @@ from mmf_fast.forward.rules.families import by_pytorch, constant_arguments, forw
 _ELEMENTWISE = """
     exp2 expm1 log2 log10 log1p tan asin acos atan sinh cosh asinh acosh atanh arcsin arccos arctan arcsinh arccosh
     arctanh erf erfc erfcx erfinv ndtr ndtri log_ndtr lgamma gammaln digamma psi polygamma mvlgamma multigammaln i0 i0e
-    i1 i1e entr logit deg2rad rad2deg nan_to_num angle sgn copysign float_power frexp ldexp nextafter fill
+    i1 i1e entr logit deg2rad rad2deg nan_to_num angle sgn copysign frexp ldexp nextafter fill
     maximum minimum fmax fmin clamp clip clamp_min clamp_max addcmul addcdiv lerp atan2 arctan2 hypot logaddexp2 xlogy
     xlog1py complex polar conj_physical constant_pad_nd
 """
@@ -88,8 +88,6 @@ WITHOUT_GRAPH = spellings(*_NAMES_WITHOUT_GRAPH.split())
 by_pytorch(*WITHOUT_GRAPH, in_graph=False)  # linear_algebra.py, which is imported later, has rules of most
 
 # -- right for some arguments only -------------------------------------------------------------------------------------
-
-by_pytorch(*spellings("logcumsumexp"), complex_too=False)
 
 
 @rule("cov")

@@ -110,27 +110,22 @@ def _pointwise(function: Any, derivative: Callable[..., Tensor]) -> None:
 # -- PyTorch's own forward derivative of one function ------------------------------------------------------------------
 
 
-def by_pytorch(*functions: Any, in_graph: bool = True, complex_too: bool = True) -> None:
+def by_pytorch(*functions: Any, in_graph: bool = True) -> None:
     """Functions whose tangent PyTorch's own forward derivative gives rightly.
 
     in_graph: so it does the gradient through that tangent; otherwise they serve SG_0 only.
-    complex_too: that holds for complex tensors as well; otherwise these are refused.
     """
     for function in functions:
-        register_rule(function)(_by_pytorch(function, in_graph, complex_too))
+        register_rule(function)(_by_pytorch(function, in_graph))
 
 
-def _by_pytorch(function: Any, in_graph: bool, complex_too: bool) -> Rule:
+def _by_pytorch(function: Any, in_graph: bool) -> Rule:
     def rule_of_pytorch(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not in_graph and not any(isinstance(x, DetachedDual) for x in _duals((*args, *kwargs.values()))):
             raise missing_rule_error(
                 function,
                 "PyTorch's gradient through its tangent is wrong or missing: use tangent_grad=False (lambda 0), "
                 "other functions, or teach it with mmf_fast.register_rule",
-            )
-        if not complex_too and any(x.dtype.is_complex for x in _duals((*args, *kwargs.values()))):
-            raise missing_rule_error(
-                function, "PyTorch's tangent of complex tensors is wrong, teach it with register_rule"
             )
         return forward_derivative(function, args, kwargs)
 

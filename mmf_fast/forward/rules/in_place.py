@@ -35,6 +35,11 @@ _NOT_A_WRITE = {
     *("transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_", "detach_", "bernoulli_")
 }
 
+_OPERATORS = {
+    **{"add": "add_", "sub": "sub_", "mul": "mul_", "truediv": "div_", "pow": "pow_"},
+    **{"mod": "remainder_", "floordiv": "floor_divide_"},
+}
+
 
 def written(function: Any, x: Value, y: Any) -> tuple[Tensor, Tensor | None]:
     """Writes y into x, both Duals or tensors of one shape; returns the parts of x."""
@@ -132,6 +137,8 @@ def register() -> None:
             for space in (Tensor, torch, F):
                 if callable(getattr(space, name, None)):
                     _writes(getattr(space, name), getattr(Dual, name[:-1]))
+    for in_place in (Tensor.fill_, torch.fill_):  # there is no Tensor.fill
+        _writes(in_place, torch.fill)
     WRITES.update((Tensor.copy_, Tensor.zero_, Tensor.__setitem__))
     for name in ("celu", "elu", "hardtanh", "leaky_relu", "rrelu", "selu", "threshold"):
         for in_place in spellings(f"{name}_"):
@@ -139,5 +146,6 @@ def register() -> None:
     for function, rule in list(_RULES.items()):
         if isinstance(function, FunctionType) and "inplace" in inspect.signature(function).parameters:
             _with_inplace(function, rule)
-    for name, method in {"add": "add_", "sub": "sub_", "mul": "mul_", "truediv": "div_", "pow": "pow_"}.items():
+    _writes(Tensor.__ipow__, torch.pow)  # which is not Tensor.pow_
+    for name, method in _OPERATORS.items():  # without these Python takes x + y for x += y, and no view is written to
         setattr(Dual, f"__i{name}__", lambda self, other, method=method: getattr(self, method)(other))

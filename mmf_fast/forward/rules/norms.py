@@ -43,7 +43,7 @@ from mmf_fast.ops.layer_norm import layer_norm_tangent, modulated_layer_norm, pe
 aten = torch.ops.aten
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
+def _statistics_dtype(x: Value) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -130,7 +130,7 @@ def rms_norm(
         return forward_derivative(F.rms_norm, (input, normalized_shape, weight, eps), {})
     shape = tuple(normalized_shape)
     dims = tuple(range(-len(shape), 0))
-    epsilon = torch.finfo(input.dtype).eps if eps is None else eps
+    epsilon = torch.finfo(_statistics_dtype(input)).eps if eps is None else eps  # as PyTorch's kernels have it
     if len(shape) == 1 and (pair := _fused_layer_norm(input, weight, None, epsilon, rms=True)) is not None:
         return pair
     y = F.rms_norm(primal(input), shape, primal(weight), eps)

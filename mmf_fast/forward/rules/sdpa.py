@@ -15,7 +15,7 @@ from mmf_fast.ops.attention import attention as dual_attention
 from mmf_fast.ops.attention import attention_tangent
 from mmf_fast.ops.dispatch import serve
 
-__all__ = ["attention", "attention_weights"]
+__all__ = ["attention"]
 
 
 def attention(
@@ -50,7 +50,8 @@ def scaled_dot_product_attention(
     if dropout_p > 0 or tangent(attn_mask) is not None:
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        return torch.matmul(F.dropout(attention_weights(query, key, attn_mask, scale), dropout_p), value)
+        weights = torch.ops.aten._safe_softmax.default(_logits(query, key, attn_mask, scale), -1)
+        return torch.matmul(F.dropout(weights, dropout_p), value)
     q, k, v, mask = (_as_autocast(primal(x)) for x in (query, key, value, attn_mask))
     dq, dk, dv = (_as_autocast(tangent(x)) for x in (query, key, value))
     if serve("attention", q, dq, k, dk, v, dv, mask):
@@ -70,13 +71,13 @@ def _as_autocast(x: Value) -> Any:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def attention_weights(query: Value, key: Value, mask: Value, scale: float | None = None) -> Any:
-    """softmax(s q k^T + mask), where the weights themselves are needed."""
+def _logits(query: Value, key: Value, mask: Value, scale: float | None = None) -> Any:
+    """s q k^T + mask, where the weights themselves are needed."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     logits = scale * query @ key.transpose(-2, -1)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    return torch.softmax(logits, -1)
+    return logits
 
 
 @register_rule(F.multi_head_attention_forward)
@@ -132,7 +133,7 @@ def multi_head_attention_forward(
     dropout_p = dropout_p if training else 0.0
     mask = _additive_mask(attn_mask, key_padding_mask, q)
     if need_weights:
-        weights = F.dropout(attention_weights(q, k, mask), dropout_p)
+        weights = F.dropout(torch.softmax(_logits(q, k, mask), -1), dropout_p)  # nan in rows of -inf, as PyTorch's
         out = torch.matmul(weights, v)
         weights = weights.mean(1) if average_attn_weights else weights
         weights = weights if batched else weights.squeeze(0)

@@ -37,7 +37,7 @@ linear_by_example("view_as", "reshape_as", "expand_as", "type_as", "to", "type")
 no_tangent(
     *spellings("size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "storage_offset"),
     *spellings("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_pinned"),
-    *spellings("is_tensor"),
+    *spellings("is_tensor", "_nested_tensor_from_mask_left_aligned"),  # which nn.TransformerEncoder asks in eval
     *spellings("get_device", "data_ptr", "result_type", "is_same_size", "ndimension", "dim_order", "untyped_storage"),
     *spellings("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like"),
     *spellings("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "new_empty_strided"),

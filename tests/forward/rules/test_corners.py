@@ -56,6 +56,26 @@ def test_running_statistics_are_updated_once() -> None:
             assert torch.equal(buffer, expected[name])
 
 
+@pytest.mark.parametrize("operators", ["", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_epsilon_of_rms_norm_is_that_of_its_statistics(
+    operators: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a scale of 1e-2 the epsilon of bfloat16 is a hundred times the mean square, that of float32 a thousandth."""
+    monkeypatch.setenv("MMF_FAST_OPS", operators)
+    layer = nn.RMSNorm(64, dtype=dtype)
+    x, dx = (1e-2 * torch.randn(4, 64, dtype=dtype) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, out = layer(x), layer(Dual(x, dx))
+    x, dx = x.double(), dx.double()
+    r_rms = (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+    slope = r_rms * (dx - x * r_rms**2 * (x * dx).mean(-1, keepdim=True))
+    tolerance = dict(rtol=2e-2, atol=2e-2, check_dtype=False)
+    torch.testing.assert_close(out.primal, plain, **tolerance)
+    torch.testing.assert_close(out.tangent, slope, **tolerance)
+
+
 @pytest.mark.parametrize("dims", [0, 1, 2, 3])
 def test_dropout_draws_one_mask_the_one_of_the_plain_call(dims: int) -> None:
     layer = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[dims](0.5)
@@ -110,12 +130,76 @@ def test_what_pytorch_differentiates_wrongly_in_the_graph_is_served_without_one_
 @pytest.mark.parametrize("function", [
     lambda x: x.std(1), lambda x: x.norm(dim=1), lambda x: torch.linalg.norm(x, dim=1), lambda x: torch.linalg.norm(x),
     lambda x: F.normalize(x, dim=1, eps=0.1), lambda x: x.var(1), lambda x: torch.std_mean(x, 1)[0],
+    *(lambda x, p=p: x.norm(p, dim=1) for p in (0.5, 1, 1.5, 3, torch.inf, -torch.inf)), lambda x: x.norm(3),
+    lambda x: torch.linalg.norm(x, 3, dim=1), lambda x: torch.linalg.vector_norm(x, 3),
+    lambda x: F.normalize(x, p=3, eps=0.1), lambda x: F.pairwise_distance(x, torch.zeros_like(x), 3, eps=0),
 ])  # fmt: skip
 def test_at_the_origin_tangent_and_gradient_are_zero_or_finite(function: Callable[[Any], Any]) -> None:
     x = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     out = function(Dual(x, torch.randn(2, 3, dtype=torch.float64)))
     assert torch.isfinite(out.tangent).all()
     assert torch.isfinite(torch.autograd.grad((out.primal + out.tangent).sum(), x)[0]).all()
+
+
+@pytest.mark.parametrize("power", [torch.pow, torch.float_power, lambda x, n: x**n, lambda x, n: x.clone().pow_(n)])
+@pytest.mark.parametrize("n", [-1.0, 0.0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.long])
+def test_powers_of_negative_numbers_and_zero_have_a_second_derivative(
+    power: Callable[[Any, Any], Any], n: float, dtype: torch.dtype
+) -> None:
+    x = torch.tensor([-1.5, 0.0, 2.0] if n >= 0 else [-1.5, -1.0, 2.0], dtype=torch.float64)
+    for exponent in (torch.tensor(n, dtype=dtype), torch.full((3,), n, dtype=dtype), n):
+        dx, leaf = torch.randn(3).double(), x.clone().requires_grad_()
+        out = power(Dual(leaf, dx), exponent)
+        (curvature,) = torch.autograd.grad(out.tangent.sum(), leaf)
+        first = torch.zeros(3).double() if n == 0 else n * x ** (n - 1)
+        second = torch.zeros(3).double() if n in (0, 1) else n * (n - 1) * x ** (n - 2)
+        torch.testing.assert_close((out.primal, out.tangent, curvature), (x**n, first * dx, second * dx))
+
+
+def test_a_constant_exponent_has_a_gradient_through_the_tangent() -> None:
+    """d/dn of n x^(n-1) dx is x^(n-1) (1 + n log x) dx, also at n = 0."""
+    x, dx = torch.rand(4).double() + 0.5, torch.randn(4).double()
+    n = torch.tensor([-1.0, 0.0, 1.0, 2.5], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad((Dual(x, dx) ** n).tangent.sum(), n)
+    torch.testing.assert_close(found, x ** (n.detach() - 1) * (1 + n.detach() * x.log()) * dx)
+
+
+@pytest.mark.parametrize("p", [0.5, 1, 1.5, 3, 4.5, torch.inf])
+def test_p_norms_at_a_distance_from_zero(p: float) -> None:
+    """The tangent against a central difference, the gradient through it against one of that tangent; some x are 0."""
+    x, dx, step = torch.randn(2, 4).double(), torch.randn(2, 4).double(), 1e-5
+    if p > 3:
+        x[1, 2:] = 0
+
+    def slope(x: Tensor) -> Any:
+        return F.normalize(Dual(x, dx), p=p).tangent
+
+    def plain(x: Tensor) -> Tensor:
+        return F.normalize(x, p=p)
+
+    torch.testing.assert_close(slope(x), (plain(x + step * dx) - plain(x - step * dx)) / (2 * step))
+    x.requires_grad_()
+    g, b = torch.randn(2, 2, 4).double()
+    (found,) = torch.autograd.grad((g * slope(x)).sum(), x)
+    expected = (g * (slope(x + step * b) - slope(x - step * b))).sum() / (2 * step)
+    torch.testing.assert_close((found * b).sum(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("x", [[30.0, 88.0], [-500.0, 900.0, 3.0, 1.0], [88.0, 30.0, -60.0, 88.0]])
+def test_running_sums_of_exponentials_of_any_spread(x: list[float], dtype: torch.dtype) -> None:
+    """PyTorch's own forward derivative of [30, 88] is [1, 0]: dy_i is a mean of the dx_j, weighted by e^x_j."""
+    value, dx = torch.tensor(x, dtype=dtype), torch.randn(len(x), dtype=dtype)
+    leaf = value.clone().requires_grad_()
+    out = torch.logcumsumexp(Dual(leaf, dx), 0)
+    ones = torch.logcumsumexp(Dual(value, torch.ones_like(value)), 0)
+    weights = [torch.softmax(value[: i + 1], 0) for i in range(len(x))]
+    slope = torch.stack([(p * dx[: i + 1]).sum() for i, p in enumerate(weights)])
+    curvature = sum(F.pad(p * (dx[: i + 1] - slope[i]), (0, len(x) - 1 - i)) for i, p in enumerate(weights))
+    assert torch.equal(out.primal, torch.logcumsumexp(value, 0))
+    torch.testing.assert_close((out.tangent, ones.tangent), (slope, torch.ones_like(value)))
+    torch.testing.assert_close(torch.autograd.grad(out.tangent.sum(), leaf)[0], curvature)
 
 
 def test_the_variance_of_one_element_is_nan_as_for_tensors() -> None:

@@ -75,6 +75,14 @@ def shared(x: Any) -> Any:
     return skip * x
 
 
+def remainders(x: Any) -> Any:
+    y = +x * 3
+    first, last = y[0], y[2]
+    first %= 0.7
+    last %= x[1].exp()
+    return y * x
+
+
 # -- tensors that the network made without a tangent -----------------------------------------------------------------
 
 
@@ -104,6 +112,16 @@ def seen_through_views(x: Any) -> Any:
     return before[:, 1:].t() * before.t()[:3] + 2 * y[1:] + (y + x.new_ones(4, 3))[1:]
 
 
+def by_other_spellings(x: Any) -> Any:
+    y = torch.full((3, 3), 2.0, dtype=x.dtype)
+    y[:1].fill_(x[0, 0])
+    torch.fill_(y[1], x[1, 1])
+    last = y[2]
+    last **= x[2]
+    last %= x[0].exp()
+    return y.square()
+
+
 def in_lists(x: Any) -> Any:
     y = torch.zeros(3, 3, dtype=x.dtype)
     y[:] = torch.cos(x)
@@ -119,8 +137,8 @@ def the_buffer_itself(x: Any) -> Any:
 
 
 NETWORKS = [
-    *(constant_sums, views, assignments, activations, scattered, shared),
-    *(filled, summed, seen_through_views, in_lists, the_buffer_itself),
+    *(constant_sums, views, assignments, activations, scattered, shared, remainders),
+    *(filled, summed, seen_through_views, by_other_spellings, in_lists, the_buffer_itself),
 ]
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=lambda f: f.__name__)
 
@@ -153,6 +171,48 @@ def test_value_tangent_and_gradient_through_it(network: Callable[[Any], Any], wa
     torch.testing.assert_close((gradients[0] * a).sum() + (gradients[1] * b).sum(), expected, rtol=1e-6, atol=1e-6)
     detached = jvp(network, (x,), (dx,), tangent_grad=False)
     torch.testing.assert_close(detached, (y, dy))
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize("strides", ["steps", "slice", "expanded", "transposed", "transposed slice"])
+def test_inputs_of_any_strides_are_written_through_their_views(strides: str, way: str) -> None:
+    torch._dynamo.reset()
+    x = {
+        "steps": torch.randn(2, 3, 8).double()[:, :, ::2],
+        "slice": torch.randn(2, 6, 4).double()[:, :3],
+        "expanded": torch.randn(1, 3, 4).double().expand(2, 3, 4),
+        "transposed": torch.randn(2, 4, 3).double().transpose(1, 2),
+        "transposed slice": torch.randn(6, 3, 4).double()[::3].transpose(0, 1),
+    }[strides]
+
+    def network(x: Any) -> Any:
+        x.reshape(-1).mul_(2)  # of primal and tangent a view, or of both a copy
+        first = x[0]
+        first += 1
+        return x * x
+
+    def run(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(network, (x,), (dx,))
+
+    dx, step, dense = torch.randn(x.shape, dtype=x.dtype), 1e-5, x.clone()
+    slope = (network(dense + step * dx) - network(dense - step * dx)) / (2 * step)
+    y, dy = (torch.compile(run, backend="aot_eager", fullgraph=True) if way == "compiled" else run)(x, dx)
+    torch.testing.assert_close(y, network(dense))
+    torch.testing.assert_close(dy, slope, rtol=1e-7, atol=1e-7)
+
+
+def test_an_integer_quotient_is_written_through_a_view() -> None:
+    """PyTorch has no gradient of it."""
+
+    def network(x: Any) -> Any:
+        y = x * 3
+        first = y[0]
+        first //= 2
+        return y
+
+    x, dx = torch.randn(2, 3), torch.ones(2, 3)
+    y, dy = jvp(network, (x,), (dx,))
+    assert torch.equal(y, network(x)) and torch.equal(dy, torch.tensor([[0.0] * 3, [3.0] * 3]))
 
 
 def test_the_tangents_of_the_caller_are_not_written_to() -> None:

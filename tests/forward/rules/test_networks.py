@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmf_fast import jvp
 from mmf_fast.forward.dual import DetachedDual, Dual
 
 STEP = 1e-5
@@ -224,6 +225,34 @@ def test_compiles_whole(name: str, kind: type[Dual]) -> None:
     assert torch.allclose(dy, expected, rtol=1e-10) and dy.requires_grad == (kind is Dual)
     for a, b in zip(gradients(compiled, net), gradients(eager, net), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "scattered"])
+def test_a_padded_encoder_in_eval_is_asked_for_its_fast_path(left: bool) -> None:
+    """With a padding mask PyTorch asks whether nested tensors would do, and finds that a Dual does not allow them."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).double().eval()
+    padding = torch.tensor([[False, False, False, False], [False, not left, left, left]])
+    x, dx, step = torch.randn(2, 4, 8).double(), torch.randn(2, 4, 8).double(), 1e-6
+    for tangent_grad in (True, False):
+        y, dy = jvp(lambda x: net(x, src_key_padding_mask=padding), (x,), (dx,), tangent_grad)
+        with torch.enable_grad():  # or PyTorch takes its fast path, which gives zeros where there is padding
+            above, below = (net(x + h * dx, src_key_padding_mask=padding) for h in (step, -step))
+        torch.testing.assert_close(y, net(x, src_key_padding_mask=padding))
+        torch.testing.assert_close(dy, (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+def test_vmap_within_a_network(activation: nn.Module) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4)).double()
+    parameters, (x, dx) = list(net.parameters()), torch.randn(2, 2, 5, 4).double()
+
+    def squares(fn: Callable) -> tuple[Tensor, ...]:
+        y, dy = jvp(fn, (x,), (dx,))
+        return y, dy, *torch.autograd.grad((y + dy).square().sum(), parameters)
+
+    torch.testing.assert_close(squares(torch.vmap(net)), squares(net))
+    assert not jvp(torch.vmap(net), (x,), (dx,), tangent_grad=False)[1].requires_grad
 
 
 def test_an_error_names_operation_module_and_ways_out() -> None:
