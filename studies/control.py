@@ -304,7 +304,7 @@ def answer(rows: Rows) -> str:
 def draw(rows: Rows) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     for axes, (task, ways) in zip(figure.subplots(1, 2, sharey=True), EXECUTIONS.items(), strict=True):
         for setting, color in zip(METHODS, ("#8C8C8C", "#4C72B0", "#C44E52"), strict=True):
             found = rows.where(task=task, **setting)
@@ -320,8 +320,8 @@ def draw(rows: Rows) -> Figure:
         axes.axhline(100 * TARGET, color="k", lw=0.5)
         axes.set(title=task, xscale="log", xlabel="evaluations of the network")
         axes.set_xticks((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32))
-        axes.legend(fontsize=6)
     figure.axes[0].set_ylabel("success, %")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return figure
 
 
