@@ -43,7 +43,10 @@ _PRESENT = re.compile(
     r"(ts?|times?|timesteps?|sigmas?|noise_(label|level)s?|c_noise|log_snr)(_(cond|emb|embedding)s?)?"
 )
 _SOME_TIME = re.compile(r"(.*_)?(ts?|t\d|times?|timesteps?|tau|end|stop|later)")
-_NO_TIME = re.compile(r"y|h|dt|d|c|aug.*|cond.*|context.*|.*labels?|class.*|encoder.*|text.*|emb.*|prompt.*|mask.*")
+_CONDITION = re.compile(
+    r"y|aug.*|cond.*|context.*|.*labels?|class.*|encoder.*|text.*|emb.*|prompt.*|mask.*|return_dict"
+)
+_NO_TIME = re.compile(rf"h|dt|d|c|{_CONDITION.pattern}")
 
 
 def check_network(net: Any) -> None:
@@ -68,9 +71,12 @@ def check_network(net: Any) -> None:
         fits = third.default is third.empty and not _NO_TIME.fullmatch(third.name)
     if not fits:
         names = ", ".join(p.name for p in positional)
+        one_time = all(_CONDITION.fullmatch(p.name) for p in positional[2:])
+        way = ADAPT.format(call="net(z, t, **c)" if one_time else "net(z, t, r, **c)")
+        more = "; it knows no r then, which examples/finetune.py gives to such a network" if one_time else ""
         raise ValueError(
             f"{_name(net)} is called as ({names}), not as u(z, r, t, **cond), where t is the time of z and r < t the "
-            f"other end of the interval: adapt it, for instance {ADAPT.format(call='net(z, t, r, **c)')}"
+            f"other end of the interval: adapt it, for instance {way}{more}"
         )
 
 

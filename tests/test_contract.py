@@ -100,6 +100,8 @@ def test_another_signature_is_refused_with_the_adapter(call: Callable[..., Any])
         with pytest.raises(ValueError, match=r"not as u\(z, r, t, \*\*cond\).*mmf_fast.Adapter\(net, lambda") as error:
             MeanFlowLoss(net)
         assert "\n" not in str(error.value)
+        knows_one_time = call in (z_t_y, diffusers, edm, guided, condition, one_time, no_time)
+        assert ("net(z, t, **c)); it knows no r then" in str(error.value)) == knows_one_time
         with pytest.raises(ValueError, match="mmf_fast.Adapter"):
             sample(net, (2, 3))
 
