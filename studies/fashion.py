@@ -25,6 +25,7 @@ from mmf_fast.evaluation.distances import frechet_distance, nearest, precision_r
 from mmf_fast.sampling import sample_in_chunks
 from mmf_fast.train import build_loss
 from mmf_fast.training.engines import Engine, build_engine
+from studies.methods import sampler_of
 from studies.rows import Rows, Setting, Spread, cheapest, compared, table
 from studies.runner import Study, main
 from studies.training import relative_cost, train
@@ -130,7 +131,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     result = {"steps": float(count), "nearest_test": float(nearest(test, train_images)[0].median())}
     result |= figures(images, test, labels, "_test")
     for k in EVALUATIONS:
-        x = sample_in_chunks(net, noise, k, 200, y=y)
+        x = sample_in_chunks(net, noise, k, 200, sampler=sampler_of(setting), y=y)
         result |= figures(images, x, y, f"_{k}")
         if k == 1:
             result["nearest_1"] = float(nearest(x, train_images)[0].median())
