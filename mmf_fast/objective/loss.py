@@ -30,6 +30,7 @@ from mmf_fast.objective.draws import (
     WHOLE_BATCH,
     BatchShare,
     Draw,
+    Kinds,
     Points,
     arrange,
     chances,
@@ -194,25 +195,20 @@ class MeanFlowLoss(nn.Module):
             check_cond(self.net, given, "loss_fn")
         check(x, noise, times, cond)
         rows, dtype = len(x), torch.float64 if x.dtype == torch.float64 else torch.float32
-        told, step = step, step or 0
-        stream = part.stream(step, x, dtype)
+        stream = part.stream(step or 0, x, dtype)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
             cond = self._drop(cond, self.guidance, stream.uniform())
         if times is None:
-            chance = chances(told, part)
-            intervals = self._intervals(rows, part.count, step, chance[0])
-            lam, graphs = self._graphs(intervals, step, chance[1])
-            kinds = draw_kinds(rows, part, step, intervals, graphs, self.paired)
+            kinds, lam = self._draw_kinds(rows, step, part)
             r, t = self.times.draw(stream)
         else:
             r, t = (time.to(x.device, dtype) for time in times)
-            intervals = int((r < t).sum())
-            lam, graphs = self._graphs(intervals, step, chances(told, part)[1] if self.stochastic else 0.0)
-            kinds = given_kinds(r, t, graphs, self.paired)
+            kinds, lam = self._given_kinds(r, t, step, part)
         noise = stream.noise() if noise is None else noise.to(dtype)
         x = x if x.dtype == torch.uint8 else x.to(dtype)
-        padded = self._called_elsewhere(step) if times is None else (False, False, False)
+        padded = self._called_elsewhere(step or 0) if times is None else (False, False, False)
         d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
+
         of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a new value needs no new graph
         weight = None if self.by_times is None else self.by_times(d)
         if self.compiled is None:
@@ -221,11 +217,25 @@ class MeanFlowLoss(nn.Module):
             loss, found, square = self.compiled(x, self, d, of_graph, weight)
         if self.by_times is not None and weight is not None and self.training and torch.is_grad_enabled():
             self.by_times.add(d, found / d.counted(weight), part)
+
         per_sample_loss = torch.empty_like(found).index_copy_(0, order, found)
-        share = intervals / (rows * part.count if times is None else rows)
-        metrics = _errors(square, rows, share)
-        metrics["lam"] = torch.tensor(lam * graphs / intervals if intervals else self.lam(step))
+        metrics = _errors(square, rows, kinds.intervals / (rows * part.count if times is None else rows))
+        lam = lam * kinds.graphs / kinds.intervals if kinds.intervals else self.lam(step or 0)
+        metrics["lam"] = torch.tensor(lam)
         return LossOutput(loss, per_sample_loss, metrics)
+
+    def _draw_kinds(self, rows: int, step: int | None, part: BatchShare) -> tuple[Kinds, float]:
+        """Which rows are intervals, and lambda of those that keep their tangent in the graph."""
+        chance = chances(step, part)
+        intervals = self._intervals(rows, part.count, step or 0, chance[0])
+        lam, graphs = self._graphs(intervals, step or 0, chance[1])
+        return draw_kinds(rows, part, step or 0, intervals, graphs, self.paired), lam
+
+    def _given_kinds(self, r: Tensor, t: Tensor, step: int | None, part: BatchShare) -> tuple[Kinds, float]:
+        """The same where the times of the rows are given."""
+        chance = chances(step, part)[1] if self.stochastic else 0.0
+        lam, graphs = self._graphs(int((r < t).sum()), step or 0, chance)
+        return given_kinds(r, t, graphs, self.paired), lam
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the loss computation in place (fullgraph). Noise and times are still drawn eagerly, so a seed gives
@@ -270,9 +280,9 @@ class MeanFlowLoss(nn.Module):
     def _called_elsewhere(self, step: int) -> tuple[bool, bool, bool]:
         """Which kinds of rows another rank may have at this step. All must call the network alike, for ZeRO-3 and FSDP
         gather its weights at each call, so a rank without such a row evaluates one for nothing."""
-        share, lam = self.times.share_at(step), self.lam(step)
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return False, False, False
+        share, lam = self.times.share_at(step), self.lam(step)
         return share < 1, share > 0 and lam > 0, share > 0 and (lam == 0 or (self.stochastic and lam < 1))
 
     def _compute(
