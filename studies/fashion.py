@@ -266,8 +266,8 @@ STUDY = Study(
     f"as intervals of all ends, paired; r = 0 has half of them, which end at r = 0, lambda 0, conditional tangents; "
     f"after flow matching: no intervals in the first third of the steps. Judged are {COUNT:,} samples, in the "
     f"features of a classifier of the training images, beside as many test images. The rows of flow matching here were "
-    f"drawn by u(z, r, t) for a step from t to r; by u(z, t, t), which is what it learned, another run of 2 minutes has "
-    f"a distance of 436, 260 and 116 with 1, 2 and 16 evaluations, within the error bars of these rows.",
+    f"drawn by u(z, r, t) for a step from t to r; by u(z, t, t), which is what it learned, another run of 2 minutes "
+    f"has a distance of 436, 260 and 116 with 1, 2 and 16 evaluations, within the error bars of these rows.",
     recommend=recommend,
     draw=draw,
     answer=answer,
