@@ -101,9 +101,12 @@ def evaluate(
 
     with evaluating(net):
         if len(dataset.shape) == 1:
-            result = _evaluate_points(drawn, dataset, sorted(set(steps)))
+            size = len(dataset.split("validation")[0])
+            samples = {k: drawn(size, k) for k in sorted(set(steps))}
+            result = _evaluate_points(samples, dataset)
             if path and dataset.shape == (2,):
-                _draw_points(net, noises(result["samples"], 1)[0], drawn(result["samples"], 1), dataset, path)
+                one_step = samples[1] if 1 in samples else drawn(size, 1)
+                _draw_points(net, noises(size, 1)[0], one_step, dataset, path)
         else:
             result = _evaluate_images(drawn, dataset, sorted(set(steps)), path, count)
     return {"data": dataset.name, "seed": seed, "sampler": sampler, **result}
@@ -166,10 +169,10 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _evaluate_points(drawn: Callable[..., Tensor], dataset: data.Dataset, steps: Sequence[int]) -> dict[str, Any]:
-    """drawn: (number of samples, steps) -> samples"""
+def _evaluate_points(samples: Mapping[int, Tensor], dataset: data.Dataset) -> dict[str, Any]:
+    """samples: by the number of steps."""
     (train, _), (validation, _) = dataset.split("train"), dataset.split("validation")
-    sets = {"validation": validation} | {str(k): drawn(len(validation), k) for k in steps}
+    sets = {"validation": validation} | {str(k): x for k, x in samples.items()}
     row = {name: sliced_wasserstein(x, train) for name, x in sets.items()}
     return {"samples": len(validation), "figures": {"sliced_wasserstein": row}}
 

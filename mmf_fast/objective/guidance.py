@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmf_fast.objective.draws import column
+
 __all__ = ["Guidance"]
 
 
@@ -52,7 +54,7 @@ class Guidance:
 
     def drop(self, cond: Tensor, null: Tensor | int, uniform: Tensor) -> Tensor:
         """Replace each row of cond (B, ...) by `null` with chance `dropout`; uniform (B,) are draws in [0, 1)."""
-        return torch.where((uniform < self.dropout).view(-1, *[1] * (cond.ndim - 1)), null, cond)
+        return torch.where(column(uniform < self.dropout, cond), null, cond)
 
     def target(self, v: Tensor, u_class: Tensor | None, u_null: Tensor, t: Tensor, is_null: Tensor) -> Tensor:
         """v_target (B, ...) from v, u(z, t, t | c) (None: kappa = 0), u(z, t, t | null), and t, is_null (B,)."""
@@ -60,4 +62,4 @@ class Guidance:
         if u_class is not None:
             guided = guided + self.kappa * u_class
         applies = (t >= self.t_min) & (t <= self.t_max) & ~is_null
-        return torch.where(applies.view(-1, *[1] * (v.ndim - 1)), guided, v)
+        return torch.where(column(applies, v), guided, v)

@@ -154,19 +154,20 @@ class MeanFlowLoss(nn.Module):
                 "guidance needs to know what no condition is: pass null_label (the label of no class), or null={name: "
                 "row} of another condition"
             )
-        (teacher,) = self._teacher
-        if teacher is not None:
-            check_network(teacher)
-        if teacher is not None and (teacher is self.net or self.guidance is not None):
-            raise ValueError(
-                "teacher is the network itself: give copy.deepcopy(net)"
-                if teacher is self.net
-                else "teacher and guidance do not go together: give a teacher that guides its own velocity"
-            )
-        if self.tangent == "conditional" and teacher is None and self.lam.maximum > 0 and self.times.share > 0:
+        if self.teacher is not None:
+            check_network(self.teacher)
+            if self.teacher is self.net:
+                raise ValueError("teacher is the network itself: give copy.deepcopy(net)")
+            if self.guidance is not None:
+                raise ValueError("teacher and guidance do not go together: give a teacher that guides its own velocity")
+        if self.tangent == "conditional" and self.teacher is None and self.lam.maximum > 0 and self.times.share > 0:
             warnings.warn(
                 'conditional tangents bias the minimiser when lambda > 0; use tangent="predicted"', stacklevel=3
             )
+
+    @property
+    def teacher(self) -> Callable[..., Any] | None:
+        return self._teacher[0]
 
     def forward(
         self,
@@ -260,7 +261,7 @@ class MeanFlowLoss(nn.Module):
         cost = 3 * (batch - intervals) + 4 * intervals + 2 * graphs
         cost += intervals if needs_u and not self.paired else 0
         cost += intervals + 2 * graphs if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
-        more = self._teacher[0] is not None or (self.guidance is not None and self.guidance.active)
+        more = self.teacher is not None or (self.guidance is not None and self.guidance.active)
         return cost + (batch if more else 0)
 
     def _intervals(self, rows: int, parts: int, step: int, chance: float) -> int:
@@ -325,16 +326,14 @@ class MeanFlowLoss(nn.Module):
     @torch.no_grad()
     def _taught(self, points: Points, v: Tensor) -> Tensor:
         """v, or that of the teacher."""
-        (teacher,) = self._teacher
-        if teacher is None:
+        if self.teacher is None:
             return v
-        return check_output(teacher(points.z, points.t, points.t, **points.cond), points.z).to(v.dtype)
+        return check_output(self.teacher(points.z, points.t, points.t, **points.cond), points.z).to(v.dtype)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MeanFlowLoss:
         """Moves the teacher to where this module goes."""
-        (teacher,) = self._teacher
-        if isinstance(teacher, nn.Module):
-            teacher._apply(fn)
+        if isinstance(self.teacher, nn.Module):
+            self.teacher._apply(fn)
         return super()._apply(fn, recurse)
 
     def _velocity(self, points: Points) -> Tensor:
