@@ -70,24 +70,28 @@ def attention(
     if dq is None and dk is None and dv is None:
         tangent_grad = False
 
-    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    lead = q.shape[:-2]
+    if not k.shape[:-2] == lead == v.shape[:-2]:
+        lead = torch.broadcast_shapes(lead, k.shape[:-2], v.shape[:-2])
     q, dq, k, dk, v, dv = (_four_dimensions(x, lead) for x in (q, dq, k, dk, v, dv))
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         mask = _four_dimensions(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2]), lead)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     o, d_o, _, _ = _operator(q, dq, k, dk, v, dv, mask, is_causal, scale, tangent_grad)
-    shape = (*lead, *o.shape[-2:])
-    if dq is None and dk is None and dv is None:
-        return o.reshape(shape), None
-    return o.reshape(shape), (d_o if tangent_grad else d_o.detach()).reshape(shape)
+    d_o = None if dq is None and dk is None and dv is None else d_o if tangent_grad else d_o.detach()
+    if len(lead) != 2:
+        shape = (*lead, *o.shape[-2:])
+        o, d_o = o.reshape(shape), None if d_o is None else d_o.reshape(shape)
+    return o, d_o
 
 
 def _four_dimensions(x: Tensor | None, lead: torch.Size) -> Any:
     """(..., N, D) as (B, H, N, D), its leading dimensions expanded to `lead`."""
     if x is None:
         return None
-    x = x.expand(*lead, *x.shape[-2:])
+    if x.shape[:-2] != lead:
+        x = x.expand(*lead, *x.shape[-2:])
     if x.ndim < 4:
         return x[(None,) * (4 - x.ndim)]
     return x if x.ndim == 4 else x.flatten(0, -4)
@@ -208,7 +212,7 @@ def _backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Any) -> tuple:
     return (*(None if x is None else grad for x, grad in zip(present, grads, strict=True)), None, None, None, None)
 
 
-torch.library.register_autograd(_operator, _backward, setup_context=_setup)
+_operator.differentiate(_backward, _setup)
 
 
 def _flash_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:

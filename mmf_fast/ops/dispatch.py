@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,15 +45,60 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 BEATS_INDUCTOR = {("attention", "native"), ("attention", "triton"), ("group_norm_silu", "native")}
 
 _ORDINARY = {Tensor, torch.nn.Parameter, type(None)}
+_DIRECT = _ORDINARY | {bool, int, float, str}  # arguments of a call that needs no dispatcher
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 _library = torch.library.Library("mmf_fast", "FRAGMENT")
 _Function = TypeVar("_Function", bound=Callable)
 
 
-class Operator(NamedTuple):
-    kinds: dict[str, Callable[..., Any]]  # kind -> implementation, without native, which is looked up at the first call
-    takes: Callable[..., bool]  # (kind, *arguments) -> whether a kernel of this kind takes them
+class Operator:
+    """An operator, called with the arguments of its schema by position.
+
+    kinds: kind -> implementation, without native, which is looked up at the first call.
+    takes: (kind, *arguments) -> whether a kernel of this kind takes them.
+    overload: what the dispatcher calls, and torch.compile, torch.export and modes see.
+
+    Eager calls on ordinary tensors go past the dispatcher: its Python layers take several times as long on the host as
+    a small kernel does.
+    """
+
+    def __init__(self, name: str, kinds: dict[str, Callable[..., Any]], takes: Callable[..., bool]) -> None:
+        self.name, self.kinds, self.takes = name, kinds, takes
+        self.overload: Any = None
+        self.function: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_direct(args):
+            return self.overload(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self.function.apply(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        return implementation(self.name, _kernel(self.name, args) or "reference")(*args)
+
+    def differentiate(self, backward: Callable[..., Any], setup: Callable[..., None] | None = None) -> None:
+        """The gradient, as torch.library.register_autograd takes it: setup(ctx, inputs, output), backward(ctx, *g)."""
+        torch.library.register_autograd(self.overload, backward, setup_context=setup, lib=_library)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self.run(*args)
+            if setup is not None:
+                setup(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.function = type(self.name, (torch.autograd.Function,), methods)
+
+
+def _is_direct(args: Sequence[Any]) -> bool:
+    """Whether nobody but autograd has to see a call on these arguments."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and _DIRECT.issuperset(map(type, args))
+    )
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -156,14 +201,14 @@ def define(
     *,
     check: Callable[..., Any],
     takes: Callable[..., bool] = one_dtype,
-) -> Any:
-    """Define the operator mmf_fast::<schema> and return it (an OpOverload, to call and to give an autograd formula).
+) -> Operator:
+    """Define the operator mmf_fast::<schema> and return it, to call and to give a gradient (Operator.differentiate).
 
     schema: "name(Tensor x, ...) -> ...". reference: its specification. fake: shapes and dtypes of the result.
     triton: the launcher. check: raises ValueError for arguments that these must not be called with (the C++ kernel
     checks by itself, in csrc). takes: (kind, *arguments) -> whether a kernel of this kind takes them; if not, the
     reference serves. The C++ kernel is torch.ops.mmf_fast_native.<name>, if there is one. All of them take the
-    arguments of the schema by position. Gradients: torch.library.register_autograd.
+    arguments of the schema by position.
     """
     name = schema.partition("(")[0]
 
@@ -175,17 +220,13 @@ def define(
         return after_check
 
     kinds = {"reference": checked(reference)} | ({} if triton is None else {"triton": checked(triton)})
-    OPERATORS[name] = Operator(kinds, takes)
+    OPERATORS[name] = operator = Operator(name, kinds, takes)
     _library.define(schema)
-
-    def run(*args: Any) -> Any:
-        return implementation(name, _kernel(name, args) or "reference")(*args)
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, operator.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmf_fast::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.mmf_fast, name).default
+    operator.overload = getattr(torch.ops.mmf_fast, name).default
     if name.endswith("_backward"):  # or its own derivative would be zero, with no more than a warning
-        torch.library.register_autograd(operator, functools.partial(_no_second_derivative, name), lib=_library)
+        operator.differentiate(functools.partial(_no_second_derivative, name))
     return operator
 
 
@@ -195,7 +236,7 @@ def _no_second_derivative(name: str, *_: Any) -> Any:
     )
 
 
-def register_affine_norm(operator: Any, backward_operator: Any) -> None:
+def register_affine_norm(operator: Operator, backward_operator: Operator) -> None:
     """The autograd formula of a norm (x, dx, gain, dgain, bias, dbias, *options, tangent_grad) -> (y, dy), from its
     backward operator (g, h, x, dx, gain, dgain, bias, dbias, *options) -> what each of the six receives."""
 
@@ -218,7 +259,7 @@ def register_affine_norm(operator: Any, backward_operator: Any) -> None:
         g_x, *others = backward_operator(g, h, x, dx, gain, dgain, bias, dbias, *ctx.options)
         return (g_x, *(out if out.numel() else None for out in others), *rest)
 
-    torch.library.register_autograd(operator, backward, setup_context=setup)
+    operator.differentiate(backward, setup)
 
 
 # ---- for their launchers ---------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def _grouped(p: Tensor | None, x: Tensor, groups: int) -> Tensor | None:
         return None
     if not per_row(p, x):
         raise ValueError(f"gain and bias are (D,) or (B, 1, ..., 1, D) for x {tuple(x.shape)}, not {tuple(p.shape)}")
-    return p.reshape(-1, p.shape[-1]).expand(groups, -1).contiguous()
+    p = p.reshape(-1, p.shape[-1])
+    return (p if len(p) == groups else p.expand(groups, -1)).contiguous()
 
 
 # -- Triton: one program per row; backward: one per part of a group, which sums what its gain and bias receive ---------

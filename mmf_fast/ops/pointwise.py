@@ -159,7 +159,7 @@ def _backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple:
     return *_backward_operator(g, layout_of(h, x), x, *tangents, ctx.act), None, None
 
 
-torch.library.register_autograd(_operator, _backward, setup_context=_setup)
+_operator.differentiate(_backward, _setup)
 
 
 def _slope(v: Tensor, x: Tensor, act: str) -> Tensor:

@@ -219,4 +219,4 @@ def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
     return (g_u, g_du if ctx.tangent_grad else None, *[None] * 7)
 
 
-torch.library.register_autograd(_operator, _backward, setup_context=_setup)
+_operator.differentiate(_backward, _setup)

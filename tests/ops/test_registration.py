@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmf_fast.ops import attention, dispatch, gpu, group_norm, layer_norm, native, pointwise, sg_loss
 
@@ -46,12 +47,46 @@ def samples():
 def test_registration_is_what_torch_expects(name):
     """Schema, autograd, fake kernels and tracing with dynamic shapes."""
     operator, args = samples()[name]
-    torch.library.opcheck(operator, args)
+    torch.library.opcheck(operator.overload, args)
+
+
+class Calls(TorchDispatchMode):
+    """The operators that the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", samples())
-def test_a_second_derivative_is_refused_not_wrong(name):
+def test_a_call_past_the_dispatcher_is_one_through_it(name):
+    """Values and gradients, bit for bit; who watches the dispatcher still sees the operator and its backward."""
     operator, args = samples()[name]
+    inputs = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    with Calls() as calls:
+        sum(y.square().sum() for y in operator(*args) if y.requires_grad).backward()
+    assert {f"mmf_fast::{operator.name}", f"mmf_fast::{operator.name}_backward"} <= set(calls.seen)
+    found = []
+    for call in (operator, operator.overload):
+        with torch.no_grad():
+            outputs = list(call(*args))
+        outputs += call(*args)
+        watched = [y for y in outputs if y.requires_grad]
+        received = torch.autograd.grad(sum(y.square().sum() for y in watched), inputs, allow_unused=True)
+        found.append([*outputs, *received])
+    for x, y in zip(*found, strict=True):
+        assert x is y is None or (torch.equal(x, y) and x.requires_grad == y.requires_grad)
+
+
+@pytest.mark.parametrize("through", ("past", "through"))
+@pytest.mark.parametrize("name", samples())
+def test_a_second_derivative_is_refused_not_wrong(name, through):
+    operator, args = samples()[name]
+    operator = operator.overload if through == "through" else operator
     inputs = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
     outputs = [y for y in operator(*args) if y.requires_grad]
     (gradient,) = torch.autograd.grad(sum(y.square().sum() for y in outputs), inputs[:1], create_graph=True)
@@ -66,7 +101,7 @@ def test_every_operator_agrees_with_the_reference_on_what_opcheck_ran(kind):
     if kind == "triton" and (not gpu.available() or torch.cuda.is_available()):
         pytest.skip("no interpreter")
     for name, (operator, args) in samples().items():
-        op = operator._schema.name.split("::")[1]
+        op = operator.name
         ours = dispatch.implementation(op, kind)
         with torch.no_grad():
             for a, b in zip(ours(*args), dispatch.implementation(op, "reference")(*args), strict=True):
