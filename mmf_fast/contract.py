@@ -30,6 +30,7 @@ __all__ = [
     "hidden_modules",
     "names_taken",
     "per_sample",
+    "sent",
     "take",
     "to_device",
 ]
@@ -247,8 +248,16 @@ def take(cond: Any, rows: slice | Tensor, paths: Paths) -> Any:
 
 
 def to_device(cond: Any, device: torch.device | str) -> Any:
-    """The conditions with every tensor moved to the device; copies from pinned memory do not block."""
-    return _mapped(cond, lambda x: x.to(device, non_blocking=True))
+    """The conditions with every tensor moved to the device, as `sent` moves one."""
+    return _mapped(cond, lambda x: sent(x, device))
+
+
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on the device. A copy from pageable memory would wait until a GPU has done all that it was asked before, and
+    the host could not run ahead of it."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def _mapped(cond: Any, move: Callable[[Tensor], Tensor]) -> Any:

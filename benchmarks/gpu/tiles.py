@@ -28,7 +28,7 @@ from mmf_fast.ops.tiles import Config
 PRODUCTS = {"forward": 6, "key": 12, "query": 9}
 # What a kernel sums in registers, each as wide as a head: P v, P v' and (P S') v; the gradients that it writes.
 SUMS = {"forward": 3, "key": 4, "query": 2}
-REGISTERS = 255  # of a thread
+REGISTERS = 1.15 * 255  # of a thread; a little beyond them spills outside of the inner loop, which costs little
 TOLERANCE = 3e-2  # relative, of what bfloat16 products make of bfloat16 inputs
 FINALISTS = 3
 
@@ -161,7 +161,7 @@ class Kernel(NamedTuple):
         return {"kernel": self.name, "numbers": self.numbers, **sizes, "config": list(config[:4])}
 
     def launch(self, config: Config) -> None:
-        autotune.run(self.call._replace(configs=lambda chip: [config]))
+        autotune.launch(self.call, config)
 
     def time(self, config: Config, rounds: int) -> Row:
         """Raises ValueError where the kernel writes something else than the reference, or less."""

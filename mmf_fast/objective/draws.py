@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmf_fast.contract import Paths, take
+from mmf_fast.contract import Paths, sent, take
 from mmf_fast.objective.streams import GlobalStream, NumberedStream, hashed
 
 __all__ = [
@@ -214,15 +214,15 @@ def arrange(
         partners = kinds.partners.split([len(kinds.with_graph), len(kinds.without_graph)])
         data[now:] = torch.cat([_at_least(pad, rows) for rows, pad in zip(partners, padded[1:], strict=True)])
         times[torch.searchsorted(kinds.instants, kinds.partners)] = torch.cat(kinds[1:3])
-        pair = torch.searchsorted(kinds.instants, data[now:]).to(x.device)
-    data, times = data.to(x.device), times.to(x.device)
+        pair = sent(torch.searchsorted(kinds.instants, data[now:]), x.device)
+    data, times = sent(data, x.device), sent(times, x.device)
     r, t = r[times], t[times]
     r = torch.cat([t[:now], r[now:]])
     drawn = Draw(
         x[data], noise[data], r, t, take(cond, data, paths), paths, tuple(map(len, groups)),  # type: ignore[arg-type]
         tuple(len(rows) / len(x) for rows in kinds[:3]), pair,  # type: ignore[arg-type]
     )  # fmt: skip
-    return drawn, torch.cat(kinds[:3]).to(x.device)
+    return drawn, sent(torch.cat(kinds[:3]), x.device)
 
 
 def _at_least(one: bool, rows: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmf_fast.contract import sent
+
 __all__ = ["GlobalStream", "NumberedStream", "hashed"]
 
 _G, _C1, _C2 = (int(x, 16) - 2**64 for x in ("9E3779B97F4A7C15", "BF58476D1CE4E5B9", "94D049BB133111EB"))  # as int64
@@ -61,7 +63,7 @@ class NumberedStream:
         dtype: torch.dtype = torch.float32, shape: Sequence[int] = (),
     ) -> None:  # fmt: skip
         base = int.from_bytes(hashed(seed, step), "little", signed=True)
-        keys = _mix(torch.arange(first, first + rows) * _G + base).to(device)
+        keys = sent(_mix(torch.arange(first, first + rows) * _G + base), device)
         places = torch.arange(_PLACES + math.prod(shape), device=device)
         bits = _mix(torch.add(keys[:, None], places, alpha=_G))
         below_one = 1 - torch.finfo(dtype).eps / 2  # the largest number below 1, since the bits round to 2^63

@@ -24,7 +24,7 @@ from torch import Tensor
 from mmf_fast.ops.gpu import triton
 from mmf_fast.ops.tiles import Config
 
-__all__ = ["Call", "blocks", "chip", "run"]
+__all__ = ["Call", "blocks", "chip", "launch", "run"]
 
 
 class Call(NamedTuple):
@@ -53,7 +53,7 @@ def run(call: Call) -> None:
     """Launch with the fastest configuration."""
     device = next(x.device for x in call.arguments.values() if isinstance(x, Tensor))
     if device.type != "cuda":
-        return _launch(call, _INTERPRETED)
+        return launch(call, _INTERPRETED)
     with torch.cuda.device(device):
         _launch_what_fits(call, device)
 
@@ -63,14 +63,14 @@ def _launch_what_fits(call: Call, device: torch.device) -> None:
     have 99 KiB, 8.0 has 163), with the next smaller ones, from then on."""
     chosen = _choice(call, device)
     try:
-        return _launch(call, chosen)
+        return launch(call, chosen)
     except triton.runtime.errors.OutOfResources as error:
         too_large = error
     configs = call.configs(chip(torch.cuda.get_device_capability(device)))
     for config in (*configs, *(c._replace(stages=1) for c in configs), _SMALL):
         if config != chosen:
             with suppress(triton.runtime.errors.OutOfResources):
-                _launch(call, config)
+                launch(call, config)
                 _chosen[_key(call, device)] = config
                 return
     raise too_large
@@ -110,12 +110,12 @@ def _several_ranks() -> bool:
 
 def _time(call: Call, config: Config) -> float:
     try:
-        return triton.testing.do_bench(lambda: _launch(call, config), warmup=5, rep=20, return_mode="median")
+        return triton.testing.do_bench(lambda: launch(call, config), warmup=5, rep=20, return_mode="median")
     except triton.runtime.errors.OutOfResources:
         return float("inf")
 
 
-def _launch(call: Call, config: Config) -> None:
+def launch(call: Call, config: Config) -> None:
     call.kernel[(call.grid(config),)](
         **call.arguments,
         **call.constants,

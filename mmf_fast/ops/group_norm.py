@@ -93,7 +93,7 @@ def tile(start, C, P, CPG, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, B
 
 @jit
 def statistics(
-    x_ptr, dx_ptr, C, P, CPG, eps, HAS_DX: tl.constexpr, CHANNELS_LAST: tl.constexpr, wide: tl.constexpr,
+    x_ptr, dx_ptr, C, P, CPG, eps: tl.constexpr, HAS_DX: tl.constexpr, CHANNELS_LAST: tl.constexpr, wide: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """mean, r, mean(x') and mean(x^ x') of the group."""
@@ -118,7 +118,7 @@ def statistics(
 
 @jit
 def forward_kernel(
-    x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, y_ptr, dy_ptr, C, P, CPG, gain_rows, eps,
+    x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, y_ptr, dy_ptr, C, P, CPG, gain_rows, eps: tl.constexpr,
     HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_DGAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DBIAS: tl.constexpr, ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -167,7 +167,7 @@ def cotangents(
 @jit
 def backward_kernel(
     g_ptr, h_ptr, x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, g_x_ptr, g_dx_ptr, sums_ptr,
-    B, C, P, CPG, gain_rows, eps,
+    B, C, P, CPG, gain_rows, eps: tl.constexpr,
     HAS_G: tl.constexpr, HAS_H: tl.constexpr, HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_DGAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -233,7 +233,7 @@ def _launch(x: Tensor, groups: int, act: str, gain_rows: int, eps: float, tile_s
 
 
 def _gain_rows(*parameters: Tensor | None) -> int:
-    return max((len(p) for p in parameters if p is not None), default=1)
+    return max((p.shape[0] for p in parameters if p is not None), default=1)
 
 
 def _rows_alike(*parameters: Tensor | None) -> list[Tensor | None]:
@@ -272,9 +272,9 @@ def _backward_triton(
     parameters = _rows_alike(gain, dgain, bias, dbias)
     grid, sizes, constants = _launch(x, groups, act, _gain_rows(*parameters), eps, 1024)
     flags = has_flags(G=g, H=h, DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias)
-    backward_kernel[grid](g, h, x, dx, *parameters, *outputs[:2], sums, len(x), *sizes, **flags, **constants)
+    backward_kernel[grid](g, h, x, dx, *parameters, *outputs[:2], sums, x.shape[0], *sizes, **flags, **constants)
     columns = (
-        out if out.numel() == 0 else (s if len(out) == len(x) else s.sum(0, keepdim=True)).to(x.dtype)
+        out if out.numel() == 0 else (s if out.shape[0] == x.shape[0] else s.sum(0, keepdim=True)).to(x.dtype)
         for out, s in zip(outputs[2:], sums, strict=True)
     )
     return (*outputs[:2], *columns)
@@ -308,7 +308,7 @@ def _check(
     divides = groups > 0 and x.shape[1] % groups == 0
     arguments.holds(divides, f"{x.shape[1]} channels do not divide into {groups} groups")
     for key, p in {"gain": gain, "dgain": dgain, "bias": bias, "dbias": dbias}.items():
-        rows = len(x) if p is not None and p.ndim == 2 and len(p) == len(x) else 1
+        rows = x.shape[0] if p is not None and p.ndim == 2 and p.shape[0] == x.shape[0] else 1
         arguments.tensors((rows, x.shape[1]), None, True, **{key: p})
     return arguments
 

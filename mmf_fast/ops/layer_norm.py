@@ -72,7 +72,7 @@ def _grouped(p: Tensor | None, x: Tensor, groups: int) -> Tensor | None:
     if not per_row(p, x):
         raise ValueError(f"gain and bias are (D,) or (B, 1, ..., 1, D) for x {tuple(x.shape)}, not {tuple(p.shape)}")
     p = p.reshape(-1, p.shape[-1])
-    return (p if len(p) == groups else p.expand(groups, -1)).contiguous()
+    return (p if p.shape[0] == groups else p.expand(groups, -1)).contiguous()
 
 
 # -- Triton: one program per row; backward: one per part of a group, which sums what its gain and bias receive ---------
@@ -81,7 +81,7 @@ def _grouped(p: Tensor | None, x: Tensor, groups: int) -> Tensor | None:
 @jit
 def forward_kernel(
     x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, y_ptr, dy_ptr,
-    rows_per_group, D, eps,
+    rows_per_group, D, eps: tl.constexpr,
     HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_DGAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DBIAS: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def forward_kernel(
 def backward_kernel(
     g_ptr, h_ptr, x_ptr, dx_ptr, gain_ptr, dgain_ptr, g_x_ptr, g_dx_ptr,
     g_gain_ptr, g_dgain_ptr, g_bias_ptr, g_dbias_ptr,
-    rows_per_group, rows_per_part, D, eps,
+    rows_per_group, rows_per_part, D, eps: tl.constexpr,
     HAS_G: tl.constexpr, HAS_H: tl.constexpr, HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_DGAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, RMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -204,8 +204,8 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor]:
     y, dy = _fake(x, dx, gain, dgain, bias, dbias, rms, eps, tangent_grad)
     if x.numel():
-        forward_kernel[(len(x),)](
-            x, dx, gain, dgain, bias, dbias, y, dy, len(x) // _groups(gain, dgain, bias, dbias), x.shape[1], eps,
+        forward_kernel[(x.shape[0],)](
+            x, dx, gain, dgain, bias, dbias, y, dy, x.shape[0] // _groups(gain, dgain, bias, dbias), x.shape[1], eps,
             **has_flags(DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias), RMS=rms, **_block(x.shape[1]),
         )  # fmt: skip
     return y, dy
@@ -218,12 +218,12 @@ def _backward_triton(
     if x.numel() == 0:
         return tuple(out.zero_() for out in outputs)
     groups = _groups(gain, dgain, bias, dbias)
-    parts = min(len(x) // groups, triton.cdiv(4 * processors(x.device), groups))
-    per_part = triton.cdiv(len(x) // groups, parts)
+    parts = min(x.shape[0] // groups, triton.cdiv(4 * processors(x.device), groups))
+    per_part = triton.cdiv(x.shape[0] // groups, parts)
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = [x.new_empty((groups, parts, x.shape[1]) if out.numel() else 0, dtype=wide) for out in outputs[2:]]
     backward_kernel[(groups, parts)](
-        g, h, x, dx, gain, dgain, *outputs[:2], *sums, len(x) // groups, per_part, x.shape[1], eps,
+        g, h, x, dx, gain, dgain, *outputs[:2], *sums, x.shape[0] // groups, per_part, x.shape[1], eps,
         **has_flags(G=g, H=h, DX=dx, GAIN=gain, BIAS=bias), HAS_DGAIN=dgain is not None and h is not None,
         HAS_DBIAS=dbias is not None and h is not None, RMS=rms, **_block(x.shape[1]),
     )  # fmt: skip
@@ -231,7 +231,7 @@ def _backward_triton(
 
 
 def _groups(*parameters: Tensor | None) -> int:
-    return next((len(p) for p in parameters if p is not None and p.ndim), 1)
+    return next((p.shape[0] for p in parameters if p is not None and p.ndim), 1)
 
 
 # -- registration ------------------------------------------------------------------------------------------------------
@@ -265,8 +265,8 @@ def _check(
     groups = _groups(gain, dgain, bias, dbias)
     shape = (groups, x.shape[1])
     arguments.tensors(shape, contiguous=True, gain=gain, dgain=dgain, bias=bias, dbias=dbias)
-    divides = len(x) % groups == 0 if groups else len(x) == 0
-    arguments.holds(divides, f"{groups} rows of gain and bias do not divide {len(x)} rows of x")
+    divides = x.shape[0] % groups == 0 if groups else x.shape[0] == 0
+    arguments.holds(divides, f"{groups} rows of gain and bias do not divide {x.shape[0]} rows of x")
     return arguments
 
 

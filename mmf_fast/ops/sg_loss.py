@@ -56,7 +56,9 @@ def sg_loss(
     if (target is None) == (x is None) or (x is None) != (noise is None):
         raise ValueError("sg_loss needs either target, or x and noise")
     dtype = torch.promote_types(u.dtype, torch.float32)
-    lam = torch.as_tensor(lam, dtype=dtype, device=u.device).detach()
+    if not isinstance(lam, Tensor):
+        lam = torch.full((), lam, dtype=dtype, device=u.device)  # as_tensor would wait for the device
+    lam = lam.to(u.device, dtype).detach()
     fixed = noise if target is None else target
     given = (
         _rows(u, u.dtype), _rows(du, u.dtype), _rows(x, dtype, True), _rows(fixed, dtype, True),
@@ -74,7 +76,7 @@ def _rows(a: Tensor | None, to: torch.dtype, constant: bool = False) -> Any:
     if a is None:
         return None
     a = a.detach() if constant else a
-    return a.reshape(len(a), math.prod(a.shape[1:])).to(to).contiguous()
+    return a.reshape(a.shape[0], math.prod(a.shape[1:])).to(to).contiguous()
 
 
 # -- Triton: one program per block of a sample -------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def forward_kernel(
 
 @jit
 def backward_kernel(
-    g_ptr, error_ptr, square_ptr, interval_ptr, lam_ptr, g_u_ptr, g_du_ptr, B, K, p, c,
+    g_ptr, error_ptr, square_ptr, interval_ptr, lam_ptr, g_u_ptr, g_du_ptr, B, K, p: tl.constexpr, c: tl.constexpr,
     TANGENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
@@ -125,9 +127,9 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     error, options = torch.empty_like(u, dtype=noise.dtype), _block(u.shape[1])
     blocks = triton.cdiv(u.shape[1], options["BLOCK"])
-    parts = error.new_empty(len(u), blocks)
+    parts = error.new_empty(u.shape[0], blocks)
     if u.numel():
-        forward_kernel[(len(u), blocks)](
+        forward_kernel[(u.shape[0], blocks)](
             u, du, x, noise, interval, error, parts, u.shape[1], HAS_DU=du is not None, HAS_X=x is not None, **options
         )
     square = parts.sum(1)
@@ -142,7 +144,7 @@ def _backward_triton(
     g_u, g_du = _fake_backward(g, error, square, interval, lam, p, c, tangent_grad, dtype)
     if error.numel():
         options = _block(error.shape[1])
-        backward_kernel[(len(error), triton.cdiv(error.shape[1], options["BLOCK"]))](
+        backward_kernel[(error.shape[0], triton.cdiv(error.shape[1], options["BLOCK"]))](
             g, error, square, interval, lam, g_u, g_du, *error.shape, p, c, TANGENT=tangent_grad, **options
         )
     return g_u, g_du
@@ -152,7 +154,7 @@ def _backward_triton(
 
 
 def _fake(u: Tensor, du: Any, x: Any, noise: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    per_sample = noise.new_empty(len(u))
+    per_sample = noise.new_empty(u.shape[0])
     return noise.new_empty(()), per_sample, torch.empty_like(per_sample), torch.empty_like(u, dtype=noise.dtype)
 
 

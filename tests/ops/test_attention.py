@@ -267,7 +267,7 @@ def test_several_threads_share_few_heads(device):
     primals, tangents = draw((1, 1), 300, 70, 16)
     torch.set_num_threads(2)
     try:
-        check_attention(primals, tangents, torch.float32, "cpu") if not interpreted(device) else None
+        check_attention(primals, tangents, torch.float32, device) if not interpreted(device) else None
     finally:
         torch.set_num_threads(1)
 

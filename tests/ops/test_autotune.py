@@ -65,7 +65,7 @@ def test_tiles_too_large_for_a_chip_give_way_to_smaller_ones(timed, monkeypatch)
 
     def kernel(): ...
 
-    monkeypatch.setattr(autotune, "_launch", launch)
+    monkeypatch.setattr(autotune, "launch", launch)
     monkeypatch.setenv("MMF_FAST_AUTOTUNE", "0")
     call = Call(kernel, lambda c: 1, {"x": torch.zeros(1)}, {"D": 64}, {90: CONFIGS[:2]}.__getitem__, (256,))
     autotune._launch_what_fits(call, "cuda:0")

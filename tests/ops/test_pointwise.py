@@ -66,5 +66,5 @@ def test_channels_last_and_strided_arguments(device):
 
 def test_gradcheck(device):
     for act in FUNCTIONS:
-        x, dx = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        x, dx = (torch.randn(4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
         assert torch.autograd.gradcheck(lambda x, dx, act=act: activation(x, dx, act), (x, dx), fast_mode=True)

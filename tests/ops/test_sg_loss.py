@@ -64,7 +64,7 @@ def test_lambda_acts_on_the_gradient_alone(device, lam):
 
 def test_gradcheck_at_lambda_one(device):
     """Without weights (p = 0) and at lam = 1 the gradient is the derivative of the value."""
-    u, du, x, noise, tau = draw((2, 6))
+    u, du, x, noise, tau = (a.to(device) for a in draw((2, 6)))
     arguments = (u.requires_grad_(), du.requires_grad_())
     assert torch.autograd.gradcheck(
         lambda u, du: sg_loss(u, du, tau, 1.0, x=x, noise=noise, p=0.0).loss, arguments, fast_mode=True
