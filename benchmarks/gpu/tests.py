@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ import torch
 
 from benchmarks.gpu.rows import AGAIN, Rows, leave_a_lost_device
 
-WORKERS = 6  # compilation is what takes the time, on the CPU
+WORKERS = 12  # compilation is what takes the time, on the CPU
 TOY_TESTS, TOY_COUNT = "tests/ops/test_pointwise.py", 3
 
 
 def run(rows: Rows, device: str, toy: bool) -> None:
     arguments = ["-p", "benchmarks.gpu.tests", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-q"]
-    arguments += [TOY_TESTS] if toy else ["-m", "gpu", "tests"]
+    arguments += [TOY_TESTS] if toy else ["-m", "gpu", *marked()]
     if not toy and importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "load"]
     arguments += [f"--deselect={row['test']}" for row in rows.rows]  # it goes on
@@ -30,6 +31,12 @@ def run(rows: Rows, device: str, toy: bool) -> None:
         raise KeyboardInterrupt
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         rows.add({"test": "all", "error": f"pytest ended with {pytest.ExitCode(status).name}"})
+
+
+def marked() -> list[str]:
+    """Where tests are marked gpu: the others need packages that a machine with a GPU may lack."""
+    files = [path for path in sorted(Path("tests").rglob("*.py")) if "mark.gpu" in path.read_text()]
+    return [str(path.parent if path.name == "conftest.py" else path) for path in files]
 
 
 class Report:

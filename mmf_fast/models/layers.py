@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmf_fast.forward.rules.norms import fused_modulated_norm
+from mmf_fast.forward.rules.norms import fused_modulated_norm, fused_norm_silu
 
 __all__ = [
     "Attention",
@@ -27,6 +27,7 @@ __all__ = [
     "linear_flops",
     "modulate",
     "modulated_norm",
+    "norm_silu",
     "sinusoids",
     "total_flops",
     "zero_init",
@@ -47,6 +48,15 @@ def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> 
     """modulate(norm(x), shift, scale), which is one operator on Duals where there is a fused one."""
     y = fused_modulated_norm(norm, x, shift, scale)
     return modulate(norm(x), shift, scale) if y is None else y
+
+
+def norm_silu(norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """silu(norm(x)), modulated before the activation where shift and scale are given; as `modulated_norm`."""
+    y = fused_norm_silu(norm, x, shift, scale)
+    if y is not None:
+        return y
+    y = norm(x)
+    return F.silu(y if shift is None or scale is None else modulate(y, shift, scale))
 
 
 def sinusoids(t: Tensor, count: int, highest: float = HIGHEST) -> Tensor:

@@ -20,7 +20,7 @@ from mmf_fast.models.layers import (
     check_sample,
     conv_flops,
     linear_flops,
-    modulate,
+    norm_silu,
     total_flops,
     zero_init,
 )
@@ -88,8 +88,8 @@ class ResBlock(nn.Module):
         if earlier_BCYX:
             x_BCYX = torch.cat([x_BCYX, *earlier_BCYX], dim=1)
         shift, scale = self.modulation(c_BD).unsqueeze(-1).unsqueeze(-1).chunk(2, dim=1)
-        h_BCYX = self.conv1(F.silu(self.norm1(x_BCYX)))
-        h_BCYX = self.conv2(self.dropout(F.silu(modulate(self.norm2(h_BCYX), shift, scale))))
+        h_BCYX = self.conv1(norm_silu(self.norm1, x_BCYX))
+        h_BCYX = self.conv2(self.dropout(norm_silu(self.norm2, h_BCYX, shift, scale)))
         x_BCYX = h_BCYX + (x_BCYX if self.skip is None else self.skip(x_BCYX))
         return x_BCYX if self.attention is None else self.attention(x_BCYX)
 
@@ -221,7 +221,7 @@ class UNet(nn.Module):
         for layer in self.up:
             earlier = [skips.pop()] if isinstance(layer, ResBlock) else []
             x_BCYX = layer(x_BCYX, c_BD, *earlier)
-        return self.output(F.silu(self.norm(x_BCYX))).to(z.dtype)
+        return self.output(norm_silu(self.norm, x_BCYX)).to(z.dtype)
 
     def flops(self, batch: int = 1) -> int:
         """FLOPs of one forward pass: matrix products and convolutions, 2 per multiply-add."""

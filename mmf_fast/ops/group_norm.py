@@ -18,7 +18,15 @@ from torch import Tensor
 
 from mmf_fast.ops import reference
 from mmf_fast.ops.arguments import Arguments
-from mmf_fast.ops.dispatch import define, empty_or, has_flags, is_channels_last, layout_of, register_affine_norm
+from mmf_fast.ops.dispatch import (
+    define,
+    empty_or,
+    has_flags,
+    is_channels_last,
+    layout_of,
+    one_dtype,
+    register_affine_norm,
+)
 from mmf_fast.ops.gpu import jit, tl, triton
 from mmf_fast.ops.pointwise import check_activation, value_and_slopes
 
@@ -274,7 +282,7 @@ def _backward_triton(
     flags = has_flags(G=g, H=h, DX=dx, GAIN=gain, DGAIN=dgain, BIAS=bias, DBIAS=dbias)
     backward_kernel[grid](g, h, x, dx, *parameters, *outputs[:2], sums, x.shape[0], *sizes, **flags, **constants)
     columns = (
-        out if out.numel() == 0 else (s if out.shape[0] == x.shape[0] else s.sum(0, keepdim=True)).to(x.dtype)
+        out if out.numel() == 0 else (s if out.shape[0] == x.shape[0] else s.sum(0, keepdim=True)).to(out.dtype)
         for out, s in zip(outputs[2:], sums, strict=True)
     )
     return (*outputs[:2], *columns)
@@ -307,14 +315,28 @@ def _check(
     check_activation(arguments, act)
     divides = groups > 0 and x.shape[1] % groups == 0
     arguments.holds(divides, f"{x.shape[1]} channels do not divide into {groups} groups")
+    wide = torch.promote_types(x.dtype, torch.float32)
     for key, p in {"gain": gain, "dgain": dgain, "bias": bias, "dbias": dbias}.items():
-        rows = x.shape[0] if p is not None and p.ndim == 2 and p.shape[0] == x.shape[0] else 1
-        arguments.tensors((rows, x.shape[1]), None, True, **{key: p})
+        if p is not None:
+            rows = x.shape[0] if p.ndim == 2 and p.shape[0] == x.shape[0] else 1
+            arguments.tensors((rows, x.shape[1]), wide if p.dtype == wide else None, True, **{key: p})
     return arguments
 
 
 def _check_backward(g: Any, h: Any, x: Tensor, *rest: Any) -> None:
     _check(x, *rest, name="group_norm_silu_backward").like(g=g, h=h)
+
+
+def _takes(kind: str, x: Tensor, dx: Any, *parameters: Any) -> bool:
+    """One dtype; Triton's kernels take gain, bias and their tangents in float32 too."""
+    if kind != "triton":
+        return one_dtype(kind, x, dx, *parameters)
+    known = (x.dtype, torch.promote_types(x.dtype, torch.float32))
+    return one_dtype(kind, x, dx) and all(p.dtype in known for p in parameters if isinstance(p, Tensor))
+
+
+def _takes_backward(kind: str, g: Any, h: Any, *rest: Any) -> bool:
+    return one_dtype(kind, g, h, rest[0]) and _takes(kind, *rest)
 
 
 _PARAMETERS = (
@@ -326,6 +348,7 @@ _operator = define(
     _fake,
     _forward_triton,
     check=_check,
+    takes=_takes,
 )
 _backward_operator = define(
     f"group_norm_silu_backward(Tensor? g, Tensor? h, {_PARAMETERS})"
@@ -334,6 +357,7 @@ _backward_operator = define(
     _fake_backward,
     _backward_triton,
     check=_check_backward,
+    takes=_takes_backward,
 )
 
 

@@ -134,7 +134,8 @@ def group_norm_silu_backward(
 
     def summed(of_channel: Tensor, p: Tensor | None) -> Tensor:
         sums = of_channel.flatten(2).sum(2)
-        return _present((sums if p is None or len(p) == len(x) else sums.sum(0, keepdim=True)).to(x.dtype), p)
+        sums = sums if p is None or len(p) == len(x) else sums.sum(0, keepdim=True)
+        return _present(sums.to(x.dtype if p is None else p.dtype), p)
 
     of_gain, of_dgain = summed(of_u * x_hat + of_du * d_hat, gain), summed(of_du * x_hat, dgain)
     return g_x, _present(g_dx, dx), of_gain, of_dgain, summed(of_u, bias), summed(of_du, dbias)

@@ -18,4 +18,4 @@ def test_lambda_zero_keeps_no_more_than_flow_matching(kind: str, tangent: str) -
     meanflow = saved_bytes(MeanFlowLoss(net, lam=0.0, tangent=tangent), x, noise=noise, times=(r, t), net=net)
     assert meanflow <= 1.05 * flow_matching
     exact = saved_bytes(MeanFlowLoss(net, lam=1.0, tangent=tangent), x, noise=noise, times=(r, t), net=net)
-    assert exact > 1.5 * flow_matching  # the count does see a tangent that is kept
+    assert exact > 1.3 * flow_matching  # the count does see a tangent that is kept, little as fused operators keep

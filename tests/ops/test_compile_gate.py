@@ -19,6 +19,9 @@ TENSOR_MEMORY = 512  # columns of a Blackwell multiprocessor; what asks for more
 # gradients as wide as a head, and tf32 numbers take twice the registers. At most so many instructions of the loops.
 CROWDED = {("key_kernel", "16 bits", 96): 80, ("key_kernel", "tf32", 72): 270, ("query_kernel", "tf32", 72): 140}
 
+# Tiles that a GPU preferred to all that spill nothing, with what their loops spill: benchmarks/results/h200/tiles.json.
+MEASURED = {("query_kernel", "sm_90a", 64, (64, 64, 4, 2)): 2}  # 521 TFLOP/s; the best of the others 445
+
 
 @pytest.mark.parametrize(
     "options",
@@ -55,14 +58,16 @@ def faults(r):
         yield "no tensor-core instruction"
     if not r["default"]:
         return
-    numbers = "tf32" if r["constants"].get("PRECISION") == "tf32" else "16 bits"
-    allowed = CROWDED.get((r["kernel"].rpartition(".")[2], numbers, r["constants"].get("D")), 0)
+    kernel, c, o = r["kernel"].rpartition(".")[2], r["constants"], r["options"]
+    numbers = "tf32" if c.get("PRECISION") == "tf32" else "16 bits"
+    tile = c.get("BLOCK_M"), c.get("BLOCK_N"), o.get("num_warps"), o.get("num_stages")
+    allowed = CROWDED.get((kernel, numbers, c.get("D")), 0) or MEASURED.get((kernel, r["chip"], c.get("D"), tile), 0)
     if r["matmul"] and r["spills_in_loops"] > allowed:
         yield f"{r['spills_in_loops']} instructions of the inner loops spill registers"
     if not r["matmul"] and r["spills"]:
         yield f"{r['spills']} bytes of register spills"
-    tuned = numbers == "16 bits" or r["constants"].get("D", 0) <= 72  # wider heads of TF32 have kept their old tiles
+    tuned = numbers == "16 bits" or c.get("D", 0) <= 72  # wider heads of TF32 have kept their old tiles
     if r["executed"] is not None and tuned and not 0.99 <= r["executed"] <= 1.15:  # below 1: the count misses products
         yield f"{r['executed']:.2f} times the products of the formulas"
-    if r["serialized"] and r["constants"].get("MASK") == "none":  # a boolean mask is read between the products
+    if r["serialized"] and c.get("MASK") == "none":  # a boolean mask is read between the products
         yield "the assembler runs its products one after another"

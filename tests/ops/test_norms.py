@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.operator_harness import check
+from support.operator_harness import check, distance
 
 from mmf_fast.ops.group_norm import group_norm_silu
 from mmf_fast.ops.layer_norm import modulated_layer_norm
@@ -185,6 +185,25 @@ def test_group_norm_refuses_what_does_not_fit():
 def test_group_norm_of_drawn_shapes(batch, groups, per_group, pixels, channels_last, silu):
     shape = (batch, groups * per_group, 1, pixels)
     check_group_norm(*draw(shape, shape[1:2]), torch.float64, "cpu", groups, silu, channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_group_norm_of_16_bits_beside_parameters_in_float32(device, rows, layout):
+    """As under autocast: what the network keeps in float32 stays so, and so do its gradients."""
+    given = [torch.randn(2, 8, 5, 3, dtype=torch.bfloat16).contiguous(memory_format=layout) for _ in range(2)]
+    shape = (8,) if rows == 1 else (2, 8, 1, 1)
+    given += [torch.randn(shape) for _ in range(4)]
+
+    def run(dtype, device):
+        leaves = [a.to(device, dtype or a.dtype).requires_grad_() for a in given]
+        x, dx, gain, dgain, bias, dbias = leaves
+        y, dy = group_norm_silu(x, dx, 4, gain, dgain, bias, dbias)
+        return [y, dy, *torch.autograd.grad(y.square().sum() + 2 * dy.square().sum(), leaves)]
+
+    for ours, right, like in zip(run(None, device), run(torch.float64, "cpu"), given[:2] + given, strict=True):
+        assert ours.dtype == like.dtype
+        assert distance(ours, right) < 4 * 2**-8  # what is summed was rounded to 16 bits before and after
 
 
 # -- derivatives against differences -----------------------------------------------------------------------------------

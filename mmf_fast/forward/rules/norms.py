@@ -112,13 +112,18 @@ def fused_modulated_norm(norm: Any, x: Value, shift: Value, scale: Value) -> Any
     have tangents, which only functions of torch know.
     """
     plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and len(norm.normalized_shape) == 1
-    if not plain or torch.compiler.is_compiling() or LIVE or not any(isinstance(a, Dual) for a in (x, shift, scale)):
+    if not plain or not _fuses(x, shift, scale):
         return None
     gain = 1 + scale
     with unwatched():
         pair = _fused_layer_norm(x, gain, shift, norm.eps)
     kind = Dual if keeps_tangent(x, shift, scale) else DetachedDual
     return None if pair is None else kind(*pair)
+
+
+def _fuses(*args: Value) -> bool:
+    """Whether a network may name a fused operator itself: on Duals, and where nobody has to see functions of torch."""
+    return not torch.compiler.is_compiling() and not LIVE and any(isinstance(a, Dual) for a in args)
 
 
 @register_rule(F.rms_norm, torch.rms_norm)
@@ -149,7 +154,7 @@ def rms_norm(
 def group_norm(
     input: Value, num_groups: int, weight: Value = None, bias: Value = None, eps: float = 1e-5, *_: Any
 ) -> tuple[Any, Any]:
-    if (pair := _fused_group_norm(input, num_groups, weight, bias, eps)) is not None:
+    if (pair := _fused_group_norm([as_autocast(a) for a in (input, weight, bias)], num_groups, eps)) is not None:
         return pair
     x = primal(input)
     dx: Any = tangent(input)
@@ -172,14 +177,36 @@ def group_norm(
         return y, _affine_tangent(x_hat, d_hat, weight, bias, shape)
 
 
-def _fused_group_norm(input: Value, groups: int, weight: Value, bias: Value, eps: float) -> tuple[Any, Any] | None:
-    args = [as_autocast(a) for a in (input, weight, bias)]
+def _fused_group_norm(args: Sequence[Value], groups: int, eps: float, silu: bool = False) -> tuple[Any, Any] | None:
+    """y and its tangent from one operator, where there is one for these input, weight and bias."""
     if not serve("group_norm_silu", *args):
         return None
     (x, dx), (gain, dgain), (shift, dshift) = ((primal(a), tangent(a)) for a in args)
     return group_norm_silu(
-        x, dx, groups, gain, dgain, shift, dshift, eps=eps, silu=False, tangent_grad=keeps_tangent(*args)
+        x, dx, groups, gain, dgain, shift, dshift, eps=eps, silu=silu, tangent_grad=keeps_tangent(*args)
     )
+
+
+def fused_norm_silu(norm: Any, x: Value, shift: Value = None, scale: Value = None) -> Any:
+    """silu(norm(x) (1 + scale) + shift) in one operator, for a group norm; shift and scale: (B, C, 1, ...), or absent.
+
+    None where it does not apply, as in `fused_modulated_norm`. Autocast would have it in float32, for a convolution
+    that takes 16 bits again: x of 16 bits stays so where the kernel takes it beside weights in float32, in which it
+    computes.
+    """
+    if not isinstance(norm, nn.GroupNorm) or not _fuses(x, shift, scale):
+        return None
+    gain, bias = norm.weight, norm.bias
+    if scale is not None:
+        factor, column = 1 + scale, (-1, *[1] * (x.ndim - 2))
+        gain = factor if gain is None else factor * gain.view(column)
+        bias = shift if bias is None else factor * bias.view(column) + shift
+    with unwatched():
+        args = (x, gain, bias)
+        pair = _fused_group_norm(args, norm.num_groups, norm.eps, silu=True)
+        if pair is None:
+            pair = _fused_group_norm([as_autocast(a) for a in args], norm.num_groups, norm.eps, silu=True)
+    return None if pair is None else (Dual if keeps_tangent(x, shift, scale) else DetachedDual)(*pair)
 
 
 @register_rule(F.batch_norm)
