@@ -68,8 +68,9 @@ def compile_blocks(blocks: Sequence[nn.Module], mode: str = "default") -> None:
     on duals with a graph, one without, whatever the depth. mode: of torch.compile."""
     limit = GRAPHS + 8 * len(blocks)  # the graphs of all blocks of a class count together
     torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+    backend = Unseen(mode)  # of all: a graph is that of one backend
     for block in blocks:
-        block.forward = torch.compile(block.forward, backend=Unseen(mode), fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
 
 
 class Unseen:

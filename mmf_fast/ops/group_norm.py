@@ -87,7 +87,7 @@ def load_parameter(ptr, at, inside, HAS: tl.constexpr, absent: tl.constexpr, wid
 
 
 @jit
-def tile(start, C, P, CPG, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def tile(start, C, P, CPG: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Offsets and mask of the pixels from `start` on of the group of this program."""
     channel, pixel = tl.arange(0, BLOCK_C), start + tl.arange(0, BLOCK_P)
     base = tl.program_id(0).to(tl.int64) * C * P
@@ -101,8 +101,8 @@ def tile(start, C, P, CPG, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, B
 
 @jit
 def statistics(
-    x_ptr, dx_ptr, C, P, CPG, eps: tl.constexpr, HAS_DX: tl.constexpr, CHANNELS_LAST: tl.constexpr, wide: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x_ptr, dx_ptr, C, P, CPG: tl.constexpr, eps: tl.constexpr, HAS_DX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    wide: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """mean, r, mean(x') and mean(x^ x') of the group."""
     count = CPG * P
@@ -126,7 +126,8 @@ def statistics(
 
 @jit
 def forward_kernel(
-    x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, y_ptr, dy_ptr, C, P, CPG, gain_rows, eps: tl.constexpr,
+    x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, y_ptr, dy_ptr, C, P, gain_rows, CPG: tl.constexpr,
+    eps: tl.constexpr,
     HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_DGAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DBIAS: tl.constexpr, ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -175,7 +176,7 @@ def cotangents(
 @jit
 def backward_kernel(
     g_ptr, h_ptr, x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, g_x_ptr, g_dx_ptr, sums_ptr,
-    B, C, P, CPG, gain_rows, eps: tl.constexpr,
+    B, C, P, gain_rows, CPG: tl.constexpr, eps: tl.constexpr,
     HAS_G: tl.constexpr, HAS_H: tl.constexpr, HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_DGAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -237,7 +238,7 @@ def _launch(x: Tensor, groups: int, act: str, gain_rows: int, eps: float, tile_s
     block_p = min(triton.next_power_of_2(pixels), max(tile_size // block_c, 1))
     constants = {"ACT": act, "CHANNELS_LAST": is_channels_last(x), "BLOCK_C": block_c, "BLOCK_P": block_p}
     warps = min(max(block_c * block_p // 256, 1), 8)
-    return (batch, groups), (channels, pixels, per_group, gain_rows, eps), constants | {"num_warps": warps}
+    return (batch, groups), (channels, pixels, gain_rows, per_group, eps), constants | {"num_warps": warps}
 
 
 def _gain_rows(*parameters: Tensor | None) -> int:

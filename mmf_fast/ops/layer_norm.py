@@ -93,6 +93,13 @@ def forward_kernel(
 
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     wide = x.to(tl.float64) if x.dtype == tl.float64 else x.to(tl.float32)
+    # All loads before the first sum: what waits for a sum is not on its way meanwhile.
+    if HAS_DX:
+        dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(wide.dtype)
+    if HAS_GAIN:
+        gain = tl.load(gain_ptr + at_group, mask=inside, other=0.0).to(wide.dtype)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + at_group, mask=inside, other=0.0).to(wide.dtype)
     mean = 0.0 if RMS else tl.sum(wide, 0) / D
     centred = tl.where(inside, wide - mean, 0.0)
     r = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
@@ -100,16 +107,14 @@ def forward_kernel(
 
     y = x_hat
     if HAS_GAIN:
-        gain = tl.load(gain_ptr + at_group, mask=inside, other=0.0).to(wide.dtype)
         y = y * gain
     if HAS_BIAS:
-        y += tl.load(bias_ptr + at_group, mask=inside, other=0.0).to(wide.dtype)
+        y += bias
     tl.store(y_ptr + at, y.to(x.dtype), mask=inside)
 
     if HAS_DX or HAS_DGAIN or HAS_DBIAS:
         dy = tl.zeros_like(x_hat)
         if HAS_DX:
-            dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(wide.dtype)
             m2 = tl.sum(x_hat * dx, 0) / D
             dy = r * (dx - (0.0 if RMS else tl.sum(dx, 0) / D) - x_hat * m2)
             if HAS_GAIN:
@@ -149,6 +154,12 @@ def backward_kernel(
     for i in range(part * rows_per_part, tl.minimum((part + 1) * rows_per_part, rows_per_group)):
         at = (group * rows_per_group + i) * D + column
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(wide)
+        if HAS_G:
+            g = tl.load(g_ptr + at, mask=inside, other=0.0).to(wide)
+        if HAS_H:
+            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(wide)
+        if HAS_H and HAS_DX:
+            dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(wide)
         mean = 0.0 if RMS else tl.sum(x, 0) / D
         centred = tl.where(inside, x - mean, 0.0)
         r = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
@@ -156,14 +167,12 @@ def backward_kernel(
 
         of_x_hat = tl.zeros_like(x_hat)
         if HAS_G:
-            g = tl.load(g_ptr + at, mask=inside, other=0.0).to(wide)
             of_x_hat = g * gain if HAS_GAIN else g
             if HAS_BIAS:
                 g_bias += g
             if HAS_GAIN:
                 g_gain += g * x_hat
         if HAS_H:
-            h = tl.load(h_ptr + at, mask=inside, other=0.0).to(wide)
             of_d_hat = h * gain if HAS_GAIN else h
             if HAS_DBIAS:
                 g_dbias += h
@@ -172,7 +181,6 @@ def backward_kernel(
                 of_x_hat += h * dgain
         g_x = r * (of_x_hat - (0.0 if RMS else tl.sum(of_x_hat, 0) / D) - x_hat * (tl.sum(of_x_hat * x_hat, 0) / D))
         if HAS_H and HAS_DX:
-            dx = tl.load(dx_ptr + at, mask=inside, other=0.0).to(wide)
             m2 = tl.sum(x_hat * dx, 0) / D
             d_hat = tl.where(inside, r * (dx - (0.0 if RMS else tl.sum(dx, 0) / D) - x_hat * m2), 0.0)
             dot = tl.sum(of_d_hat * x_hat, 0) / D

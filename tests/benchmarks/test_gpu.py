@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import packaging
 import pytest
 
-from benchmarks.gpu import PARTS, report, wheels
+from benchmarks.gpu import PARTS, report, tiles, wheels
 from benchmarks.gpu.__main__ import main, name_of
 from benchmarks.gpu.rows import AGAIN, LOST, Rows, TimeUp
 from benchmarks.gpu.tests import kind_of
@@ -43,7 +43,16 @@ def test_tiles_are_swept_and_reported(tmp_path):
     assert is_whole(run) and {row["kernel"] for row in run["rows"]} == {"forward", "key", "query"}
     assert all(row["error of values"] < 1e-5 and row["seconds"] > 0 for row in run["rows"])
     text = report.one_device(tmp_path)
-    assert "| forward | 16 | 16 |" in text and "not complete" not in text
+    assert "| forward | tf32 | 16 | 16 |" in text and "not complete" not in text
+
+
+def test_a_configuration_is_timed_itself_and_not_what_the_package_would_choose(monkeypatch):
+    """As after one that did not fit, which the package replaces by another from then on."""
+    launched = []
+    monkeypatch.setattr(tiles.autotune, "launch", lambda call, config: launched.append((call, config)))
+    kernel = tiles.Kernel("forward", 16, tiles.Size(1, 1, 16), "call", [], [])
+    kernel.launch(tiles.Config(128, 128, 8, 3))
+    assert launched == [("call", (128, 128, 8, 3))]
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from support.small_networks import KINDS, batch, network
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from mmf_fast import LambdaSchedule, MeanFlowLoss, TimeSampler
+from mmf_fast import LambdaSchedule, MeanFlowLoss, TimeSampler, jvp
+from mmf_fast.forward.interception import Interception
 from mmf_fast.models import DiT, UNet
-from mmf_fast.objective.compiled import better_by_block, blocks_of
+from mmf_fast.objective.compiled import better_by_block, blocks_of, compile_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:conditional tangents")
 
@@ -164,6 +165,38 @@ def test_blocks_are_found_by_name_once() -> None:
     unet = UNet(8, base_channels=8, channel_mults=(1, 2), blocks=1, attention_resolutions=())
     assert blocks_of(unet, ["blocks"]) == [*unet.down, *unet.middle, *unet.up]
     assert set(blocks_of(nn.Sequential(unet), ["blocks", "middle"])) == set(unet.blocks)
+
+
+def test_blocks_that_are_alike_share_graphs_in_which_the_mode_of_a_pass_sees_nothing(monkeypatch) -> None:
+    made, seen = [], []
+
+    def compile_nothing(graph: torch.fx.GraphModule, inputs: Any, options: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    def look(self: Any, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not torch.compiler.is_compiling():
+            seen.append(func.__name__)
+        return watched(self, func, types, args, kwargs)
+
+    watched = Interception.__torch_function__
+    monkeypatch.setattr(Interception, "__torch_function__", look)
+    monkeypatch.setattr(torch._inductor, "compile", compile_nothing)
+    net = DiT(8, channels=3, patch_size=4, width=32, depth=3, heads=2)
+    x, (r, t) = torch.randn(2, 3, 8, 8), (torch.rand(2), torch.ones(2))
+
+    def derivative() -> tuple[Tensor, Tensor]:
+        return jvp(lambda z, t: net(z, r, t), (x, t), (x, torch.ones(2)), tangent_grad=False)
+
+    eager = derivative()
+    assert "gelu" in seen
+    compile_blocks(blocks_of(net, ["blocks"]))
+    seen.clear()
+    for ours, right in zip(derivative(), eager, strict=True):
+        torch.testing.assert_close(ours, right)
+    assert len(made) == 1 and "linear" in seen and "gelu" not in seen
+    net(x, r, t)
+    assert len(made) == 2
 
 
 def test_many_large_blocks_that_are_alike_are_compiled_one_by_one() -> None:
