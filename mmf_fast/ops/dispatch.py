@@ -93,11 +93,12 @@ class Operator:
 
 
 def _is_direct(args: Sequence[Any]) -> bool:
-    """Whether nobody but autograd has to see a call on these arguments."""
+    """Whether nobody but autograd has to see a call on these arguments, and they have memory."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and _DIRECT.issuperset(map(type, args))
+        and not any(x.is_meta for x in args if isinstance(x, Tensor))
     )
 
 

@@ -82,6 +82,15 @@ def test_a_call_past_the_dispatcher_is_one_through_it(name):
         assert x is y is None or (torch.equal(x, y) and x.requires_grad == y.requires_grad)
 
 
+@pytest.mark.parametrize("name", samples())
+def test_tensors_without_memory_have_shapes_alone(name):
+    operator, args = samples()[name]
+    for found, right in zip(
+        operator(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args)), operator(*args), strict=True
+    ):
+        assert found.is_meta and (found.shape, found.dtype) == (right.shape, right.dtype)
+
+
 @pytest.mark.parametrize("through", ("past", "through"))
 @pytest.mark.parametrize("name", samples())
 def test_a_second_derivative_is_refused_not_wrong(name, through):

@@ -261,7 +261,7 @@ def test_the_mode_of_compilation_reaches_torch(compile: Any, monkeypatch: pytest
     seen = []
 
     def record(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        seen.append(options["mode"])
+        seen.append(options["mode"] if "mode" in options else options["backend"].mode)
         return function
 
     monkeypatch.setattr(torch, "compile", record)
