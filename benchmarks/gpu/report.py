@@ -25,10 +25,10 @@ def section(results: Path) -> str:
 
 def one_device(folder: Path) -> str:
     parts = {name: json.loads(path.read_text()) for name in PARTS if (path := folder / f"{name}.json").exists()}
-    machine = next(iter(parts.values()))["machine"]
+    machines = [part["machine"] for part in parts.values()]
+    machine = machines[0]
     commits = sorted({part["machine"]["commit"][:9] or "unknown" for part in parts.values()})
-    machines = [part["machine"] for part in parts.values()]  # a part whose process others disturb sees lower limits
-    copy = max(m["copy GB/s"] for m in machines)
+    copy = max(m["copy GB/s"] for m in machines)  # a part whose process others disturb sees lower limits
     product = max(m["product GFLOP/s"]["bf16"] for m in machines)
     files = ", ".join(f"[{name}](../benchmarks/results/{folder.name}/{name}.json)" for name in parts)
     said = [

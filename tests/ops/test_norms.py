@@ -77,7 +77,7 @@ def check_group_norm(primals, tangents, dtype, device, groups, silu=True, channe
 def test_layer_norm_of_any_shape(device, shape, dtype):
     modulated = (shape[0], *[1] * (len(shape) - 2), shape[-1])
     floor = 1e-3
-    if shape[-1] == 1:  # gradients of x and its tangent are zero: differences of numbers of size r^2 and r = eps^-1/2
+    if shape[-1] == 1 and device == "cuda":  # fuses multiply-adds: zeros are differences of numbers of size r and r^2
         floor = [floor, 32.0, 1e3, 32.0, floor, 32.0, 32.0, floor]
     check_layer_norm(*draw(shape, modulated), dtype, device, tiny=floor)
 

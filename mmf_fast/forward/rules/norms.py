@@ -117,13 +117,17 @@ def fused_modulated_norm(norm: Any, x: Value, shift: Value, scale: Value) -> Any
     gain = 1 + scale
     with unwatched():
         pair = _fused_layer_norm(x, gain, shift, norm.eps)
-    kind = Dual if keeps_tangent(x, shift, scale) else DetachedDual
-    return None if pair is None else kind(*pair)
+    return None if pair is None else _dual_like(pair, x, shift, scale)
 
 
 def _fuses(*args: Value) -> bool:
     """Whether a network may name a fused operator itself: on Duals, and where nobody has to see functions of torch."""
     return not torch.compiler.is_compiling() and not LIVE and any(isinstance(a, Dual) for a in args)
+
+
+def _dual_like(pair: tuple[Any, Any], *args: Value) -> Dual:
+    """Result and tangent as a Dual of the kind that the arguments are."""
+    return (Dual if keeps_tangent(*args) else DetachedDual)(*pair)
 
 
 @register_rule(F.rms_norm, torch.rms_norm)
@@ -206,7 +210,7 @@ def fused_norm_silu(norm: Any, x: Value, shift: Value = None, scale: Value = Non
         pair = _fused_group_norm(args, norm.num_groups, norm.eps, silu=True)
         if pair is None:
             pair = _fused_group_norm([as_autocast(a) for a in args], norm.num_groups, norm.eps, silu=True)
-    return None if pair is None else (Dual if keeps_tangent(x, shift, scale) else DetachedDual)(*pair)
+    return None if pair is None else _dual_like(pair, x, shift, scale)
 
 
 @register_rule(F.batch_norm)
