@@ -1,9 +1,9 @@
 """The tiles of the attention kernels: one configuration for each kernel, chip, head size and kind of numbers.
 
 Plain data, so that a sweep of tiles on a GPU can write it. Those of chip 90 for 16 bits and heads of 64, 80 and 128 are
-chosen by what an H200 took (benchmarks/results/h200/tiles.json, 1,024 tokens). The others are what a static model of
-the compiled kernels ranks first among those that pass tests/ops/test_compile_gate.py: their inner loop uses tensor cores,
-does no product twice and spills no register.
+chosen by what an H200 took for 1,024 tokens (benchmarks/results/h200/tiles.json). The others are what a static model of
+the compiled kernels ranks first among those that pass tests/ops/test_compile_gate.py: their inner loop uses tensor
+cores, does no product twice and spills no register.
 """
 
 from __future__ import annotations
