@@ -23,15 +23,15 @@ IMAGES = {"toy": (1, 3, 4, 4), "small": (64, 3, 64, 64), "large": (512, 3, 256, 
 
 def sg_loss_cases(draw: Draw, size: str) -> Iterator[Case]:
     shape = IMAGES[size]
-    u, du, x, noise = draw(*shape), draw(*shape), draw(*shape, grad=False), draw(*shape, grad=False)
+    u, du, target = draw(*shape), draw(*shape), draw(*shape, grad=False).float()
     tau, lam = torch.rand(shape[0], device=u.device), torch.tensor(0.5, device=u.device)
     yield Case(
         "sg_loss",
         str(shape),
         DUAL_BACKWARD,
-        fused=lambda: _loss(u, du, sg_loss(u, du, tau, lam, x=x, noise=noise).loss),
-        composed=lambda: _loss(u, du, _composed_loss(u, du, x, noise, tau, lam)),
-        bytes=6 * _bytes(u),
+        fused=lambda: _loss(u, du, sg_loss(u, du, tau, lam, target).loss),
+        composed=lambda: _loss(u, du, _composed_loss(u, du, target, tau, lam)),
+        bytes=6 * _bytes(u) + 2 * _bytes(target),
     )
 
 
@@ -84,9 +84,9 @@ def _loss(u: Tensor, du: Tensor, loss: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, (u, du))]
 
 
-def _composed_loss(u: Tensor, du: Tensor, x: Tensor, noise: Tensor, tau: Tensor, lam: Tensor) -> Tensor:
+def _composed_loss(u: Tensor, du: Tensor, target: Tensor, tau: Tensor, lam: Tensor) -> Tensor:
     blend = torch.lerp(du.detach(), du, lam.to(du.dtype))
-    error = u + tau.view(-1, 1, 1, 1).to(u.dtype) * blend - (noise - x)
+    error = u + tau.view(-1, 1, 1, 1).to(u.dtype) * blend - target
     square = error.float().square().flatten(1).sum(1)
     return (square * (square.detach() + 1e-3) ** -1.0).mean()
 

@@ -365,7 +365,7 @@ class MeanFlowLoss(nn.Module):
         if weight is None and serve("sg_loss", u):
             interval = target.new_zeros(len(u)) if interval is None else interval
             value, grad = (0.0, False) if lam is None else (lam, True)
-            return sg_loss(u, du, interval, value, target=target, p=self.p, c=self.c, tangent_grad=grad)
+            return sg_loss(u, du, interval, value, target, p=self.p, c=self.c, tangent_grad=grad)
         e = u.to(target.dtype) - target
         if du is not None:
             e = e + column(interval, u) * (du if lam is None else sg_lambda(du, lam)).to(target.dtype)

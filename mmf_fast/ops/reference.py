@@ -282,29 +282,32 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
 
 
 def sg_loss(
-    u: Tensor, du: Tensor | None, x: Tensor | None, noise: Tensor, interval: Tensor, lam: Tensor, p: float, c: float,
+    u: Tensor, du: Tensor | None, target: Tensor, interval: Tensor, lam: Tensor, p: float, c: float,
     tangent_grad: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """e = u + (t - r) SG_lam[du] - (noise - x),   s_b = ||e_b||^2,   loss = mean_b s_b / stopgrad(s_b + c)^p
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """e = u + (t - r) SG_lam[du] - target,   s_b = ||e_b||^2,   loss = mean_b s_b / stopgrad(s_b + c)^p
 
-    u, du (B, K); x, noise (B, K), interval t - r (B,) in at least float32; without x, `noise` is the target itself.
-    Returns the loss (0-d), its terms (B,), s (B,) and e (B, K). lam acts in the backward pass only.
+    u, du (B, K); target (B, K), interval t - r (B,) in at least float32. Returns the loss (0-d), its terms (B,) and
+    s (B,). lam acts in the backward pass only.
     """
-    target = noise if x is None else noise - x
-    e = _wide(u) - target + interval[:, None] * _or_zero(du, u)
-    square = (e * e).sum(1)
+    square = _loss_error(u, du, target, interval).square().sum(1)
     per_sample = square * (square + c) ** -p
-    return per_sample.mean(), per_sample, square, e
+    return per_sample.mean(), per_sample, square
 
 
 def sg_loss_backward(
-    g: Tensor, error: Tensor, square: Tensor, interval: Tensor, lam: Tensor, p: float, c: float, tangent_grad: bool,
-    dtype: torch.dtype,
+    g: Tensor, u: Tensor, du: Tensor | None, target: Tensor, square: Tensor, interval: Tensor, lam: Tensor, p: float,
+    c: float, tangent_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """g_u = 2 g e_b / (B (s_b + c)^p),   g_du = lam (t - r) g_u"""
-    g_u = (2 * g / max(len(square), 1) * (square + c) ** -p)[:, None] * error
+    weight = 2 * g / max(len(square), 1) * (square + c) ** -p
+    g_u = weight[:, None] * _loss_error(u, du, target, interval)
     g_du = (lam * interval)[:, None] * g_u
-    return g_u.to(dtype), g_du.to(dtype) if tangent_grad else error.new_empty(0, dtype=dtype)
+    return g_u.to(u.dtype), g_du.to(u.dtype) if tangent_grad else u.new_empty(0)
+
+
+def _loss_error(u: Tensor, du: Tensor | None, target: Tensor, interval: Tensor) -> Tensor:
+    return _wide(u) - target + interval[:, None] * _or_zero(du, u)
 
 
 # -- absent arguments, precision, layout -------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """The loss of the MeanFlow family, from network output to weighted mean.
 
-    e = u + (t - r) SG_lam[du] - v,   v = noise - x or a given target
+    e = u + (t - r) SG_lam[du] - v,   v the target
     loss = mean_b w_b s_b,   s_b = ||e_b||^2,   w_b = stopgrad(1 / (s_b + c)^p)
 
 SG_lam does not change the value, so lam enters in the backward pass only:  g_u = 2 g w_b e_b / B,
-g_du = lam (t - r) g_u. One pass over the data forward, which keeps e; one pass backward.
+g_du = lam (t - r) g_u. One pass over the data forward, which keeps nothing but s; one pass backward, which computes e
+again: to keep it would cost as much memory traffic, and fresh pages.
 
 Shape legend:  B batch   K elements of a sample
 """
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmf_fast.ops import native, reference
+from mmf_fast.ops import reference
 from mmf_fast.ops.arguments import Arguments
-from mmf_fast.ops.dispatch import define, serve
+from mmf_fast.ops.dispatch import define
 from mmf_fast.ops.gpu import jit, tl, triton
 
 __all__ = ["LossTerms", "sg_loss"]
@@ -38,10 +39,8 @@ def sg_loss(
     du: Tensor | None,
     interval: Tensor,
     lam: Tensor | float,
+    target: Tensor,
     *,
-    target: Tensor | None = None,
-    x: Tensor | None = None,
-    noise: Tensor | None = None,
     p: float = 1.0,
     c: float = 1e-3,
     tangent_grad: bool = True,
@@ -49,33 +48,22 @@ def sg_loss(
     """The loss of the formulas above, differentiable in u and du.
 
     u, du: (B, ...), any floating dtype; du=None where r = t. interval: t - r, (B,). lam: a number or a 0-d tensor on
-    u's device, whose value is not read on the host. target: (B, ...); or x and noise, whose difference it is.
-    tangent_grad=False: du gets no gradient (lam = 0). Arithmetic and result are in float32 at least.
-    Raises ValueError unless either target or both x and noise are given.
+    u's device, whose value is not read on the host. target: (B, ...). tangent_grad=False: du gets no gradient
+    (lam = 0). Arithmetic and result are in float32 at least. Raises ValueError for tensors of other shapes.
     """
-    if (target is None) == (x is None) or (x is None) != (noise is None):
-        raise ValueError("sg_loss needs either target, or x and noise")
     dtype = torch.promote_types(u.dtype, torch.float32)
     if not isinstance(lam, Tensor):
         lam = torch.full((), lam, dtype=dtype, device=u.device)  # as_tensor would wait for the device
     lam = lam.to(u.device, dtype).detach()
-    fixed = noise if target is None else target
-    given = (
-        _rows(u, u.dtype), _rows(du, u.dtype), _rows(x, dtype, True), _rows(fixed, dtype, True),
+    loss, per_sample, square = _operator(
+        _rows(u, u.dtype), None if du is None else _rows(du, u.dtype), _rows(target.detach(), dtype),
         interval.detach().to(dtype).contiguous(), lam, p, c, tangent_grad and du is not None,
     )  # fmt: skip
-    if serve("sg_loss", u) == "native" and (differentiable := native.op("sg_loss_differentiable")):
-        # the operator and its autograd formula in one call of C++, at less cost
-        return LossTerms(*differentiable(*given))
-    loss, per_sample, square, _ = _operator(*given)
     return LossTerms(loss, per_sample.detach(), square.detach())
 
 
-def _rows(a: Tensor | None, to: torch.dtype, constant: bool = False) -> Any:
+def _rows(a: Tensor, to: torch.dtype) -> Tensor:
     """(B, ...) as (B, K) of a dtype."""
-    if a is None:
-        return None
-    a = a.detach() if constant else a
     return a.reshape(a.shape[0], math.prod(a.shape[1:])).to(to).contiguous()
 
 
@@ -83,102 +71,106 @@ def _rows(a: Tensor | None, to: torch.dtype, constant: bool = False) -> Any:
 
 
 @jit
-def forward_kernel(
-    u_ptr, du_ptr, x_ptr, noise_ptr, interval_ptr, error_ptr, square_ptr, K,
-    HAS_DU: tl.constexpr, HAS_X: tl.constexpr, BLOCK: tl.constexpr,
+def error(
+    u_ptr, du_ptr, target_ptr, interval_ptr, K, HAS_DU: tl.constexpr, wide: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """e on the block of this program, zero outside; where it lies and what of it is inside."""
     b = tl.program_id(0)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < K
     at = b.to(tl.int64) * K + offset
-    wide: tl.constexpr = error_ptr.dtype.element_ty
-    e = tl.load(u_ptr + at, mask=inside, other=0.0).to(wide) - tl.load(noise_ptr + at, mask=inside, other=0.0)
-    if HAS_X:
-        e += tl.load(x_ptr + at, mask=inside, other=0.0)
+    e = tl.load(u_ptr + at, mask=inside, other=0.0).to(wide) - tl.load(target_ptr + at, mask=inside, other=0.0)
     if HAS_DU:
         e += tl.load(interval_ptr + b) * tl.load(du_ptr + at, mask=inside, other=0.0).to(wide)
-    tl.store(error_ptr + at, e, mask=inside)
-    tl.store(square_ptr + b * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(inside, e * e, 0.0)))
+    return e, at, inside
+
+
+@jit
+def forward_kernel(
+    u_ptr, du_ptr, target_ptr, interval_ptr, square_ptr, K, HAS_DU: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    e, _, _ = error(u_ptr, du_ptr, target_ptr, interval_ptr, K, HAS_DU, square_ptr.dtype.element_ty, BLOCK)
+    tl.store(square_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(e * e))
 
 
 @jit
 def backward_kernel(
-    g_ptr, error_ptr, square_ptr, interval_ptr, lam_ptr, g_u_ptr, g_du_ptr, B, K, p: tl.constexpr, c: tl.constexpr,
-    TANGENT: tl.constexpr, BLOCK: tl.constexpr,
+    g_ptr, u_ptr, du_ptr, target_ptr, square_ptr, interval_ptr, lam_ptr, g_u_ptr, g_du_ptr, B, K, p: tl.constexpr,
+    c: tl.constexpr, HAS_DU: tl.constexpr, TANGENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
-    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < K
-    at = b.to(tl.int64) * K + offset
+    e, at, inside = error(u_ptr, du_ptr, target_ptr, interval_ptr, K, HAS_DU, square_ptr.dtype.element_ty, BLOCK)
     weight = tl.exp2(-p * tl.log2(tl.load(square_ptr + b) + c))
-    g_u = 2.0 * tl.load(g_ptr) / B * weight * tl.load(error_ptr + at, mask=inside, other=0.0)
+    g_u = 2.0 * tl.load(g_ptr) / B * weight * e
     tl.store(g_u_ptr + at, g_u.to(g_u_ptr.dtype.element_ty), mask=inside)
     if TANGENT:
         g_du = tl.load(lam_ptr) * tl.load(interval_ptr + b) * g_u
         tl.store(g_du_ptr + at, g_du.to(g_du_ptr.dtype.element_ty), mask=inside)
 
 
-def _block(size: int) -> dict[str, int]:
-    return {"BLOCK": min(triton.next_power_of_2(max(size, 1)), 4096), "num_warps": 8}
+def _launch(size: int) -> tuple[int, dict[str, int]]:
+    """Programs of a sample, and the constants of both kernels."""
+    block = min(triton.next_power_of_2(max(size, 1)), 4096)
+    return triton.cdiv(size, block), {"BLOCK": block, "num_warps": 8}
 
 
 def _forward_triton(
-    u: Tensor, du: Any, x: Any, noise: Tensor, interval: Tensor, lam: Tensor, p: float, c: float, tangent_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    error, options = torch.empty_like(u, dtype=noise.dtype), _block(u.shape[1])
-    blocks = triton.cdiv(u.shape[1], options["BLOCK"])
-    parts = error.new_empty(u.shape[0], blocks)
+    u: Tensor, du: Any, target: Tensor, interval: Tensor, lam: Tensor, p: float, c: float, tangent_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    blocks, constants = _launch(u.shape[1])
+    parts = target.new_empty(u.shape[0], blocks)
     if u.numel():
         forward_kernel[(u.shape[0], blocks)](
-            u, du, x, noise, interval, error, parts, u.shape[1], HAS_DU=du is not None, HAS_X=x is not None, **options
+            u, du, target, interval, parts, u.shape[1], HAS_DU=du is not None, **constants
         )
     square = parts.sum(1)
     per_sample = square * (square + c) ** -p
-    return per_sample.mean(), per_sample, square, error
+    return per_sample.mean(), per_sample, square
 
 
 def _backward_triton(
-    g: Tensor, error: Tensor, square: Tensor, interval: Tensor, lam: Tensor, p: float, c: float, tangent_grad: bool,
-    dtype: torch.dtype,
+    g: Tensor, u: Tensor, du: Any, target: Tensor, square: Tensor, interval: Tensor, lam: Tensor, p: float, c: float,
+    tangent_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    g_u, g_du = _fake_backward(g, error, square, interval, lam, p, c, tangent_grad, dtype)
-    if error.numel():
-        options = _block(error.shape[1])
-        backward_kernel[(error.shape[0], triton.cdiv(error.shape[1], options["BLOCK"]))](
-            g, error, square, interval, lam, g_u, g_du, *error.shape, p, c, TANGENT=tangent_grad, **options
-        )
+    g_u, g_du = _fake_backward(g, u, du, target, square, interval, lam, p, c, tangent_grad)
+    if u.numel():
+        blocks, constants = _launch(u.shape[1])
+        backward_kernel[(u.shape[0], blocks)](
+            g, u, du, target, square, interval, lam, g_u, g_du, *u.shape, p, c, HAS_DU=du is not None,
+            TANGENT=tangent_grad, **constants,
+        )  # fmt: skip
     return g_u, g_du
 
 
 # -- registration ------------------------------------------------------------------------------------------------------
 
 
-def _fake(u: Tensor, du: Any, x: Any, noise: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    per_sample = noise.new_empty(u.shape[0])
-    return noise.new_empty(()), per_sample, torch.empty_like(per_sample), torch.empty_like(u, dtype=noise.dtype)
+def _fake(u: Tensor, du: Any, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    per_sample = target.new_empty(u.shape[0])
+    return target.new_empty(()), per_sample, torch.empty_like(per_sample)
 
 
-def _fake_backward(
-    g: Tensor, error: Tensor, square: Tensor, interval: Tensor, lam: Tensor, p: float, c: float, tangent_grad: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    g_u = torch.empty_like(error, dtype=dtype)
-    return g_u, torch.empty_like(g_u) if tangent_grad else g_u.new_empty(0)
+def _fake_backward(g: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), torch.empty_like(u) if rest[-1] else u.new_empty(0)
 
 
-def _check(u: Tensor, du: Any, x: Any, noise: Tensor, interval: Tensor, lam: Tensor, *_: Any) -> None:
-    arguments, wide = Arguments("sg_loss", u, dimensions=2), torch.promote_types(u.dtype, torch.float32)
+def _check(
+    u: Tensor, du: Any, target: Tensor, interval: Tensor, lam: Tensor, *_: Any, name: str = "sg_loss"
+) -> Arguments:
+    arguments, wide = Arguments(name, u, dimensions=2), torch.promote_types(u.dtype, torch.float32)
     arguments.tensors(u.shape, contiguous=True, u=u, du=du)
-    arguments.tensors(u.shape, wide, contiguous=True, x=x, target=noise)
+    arguments.tensors(u.shape, wide, contiguous=True, target=target)
     arguments.tensors(u.shape[:1], wide, contiguous=True, interval=interval)
     arguments.tensors((), wide, lam=lam)
+    return arguments
 
 
-def _check_backward(g: Tensor, error: Tensor, square: Tensor, interval: Tensor, lam: Tensor, *rest: Any) -> None:
-    arguments = Arguments("sg_loss_backward", error, dimensions=2)
-    arguments.tensors(error.shape, torch.promote_types(rest[-1], torch.float32), contiguous=True, error=error)
-    arguments.tensors(error.shape[:1], contiguous=True, square=square, interval=interval)
-    arguments.tensors((), lam=lam, g=g)
+def _check_backward(
+    g: Tensor, u: Tensor, du: Any, target: Tensor, square: Tensor, interval: Tensor, lam: Tensor, *_: Any
+) -> None:
+    arguments = _check(u, du, target, interval, lam, name="sg_loss_backward")
+    arguments.tensors(u.shape[:1], interval.dtype, contiguous=True, square=square)
+    arguments.tensors((), lam.dtype, g=g)
 
 
 def _takes(kind: str, *args: Any) -> bool:
@@ -187,8 +179,8 @@ def _takes(kind: str, *args: Any) -> bool:
 
 
 _operator = define(
-    "sg_loss(Tensor u, Tensor? du, Tensor? x, Tensor noise, Tensor interval, Tensor lam, float p, float c,"
-    " bool tangent_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sg_loss(Tensor u, Tensor? du, Tensor target, Tensor interval, Tensor lam, float p, float c, bool tangent_grad)"
+    " -> (Tensor, Tensor, Tensor)",
     reference.sg_loss,
     _fake,
     _forward_triton,
@@ -196,8 +188,8 @@ _operator = define(
     takes=_takes,
 )
 _backward_operator = define(
-    "sg_loss_backward(Tensor g, Tensor error, Tensor square, Tensor interval, Tensor lam, float p, float c,"
-    " bool tangent_grad, ScalarType dtype) -> (Tensor, Tensor)",
+    "sg_loss_backward(Tensor g, Tensor u, Tensor? du, Tensor target, Tensor square, Tensor interval, Tensor lam,"
+    " float p, float c, bool tangent_grad) -> (Tensor, Tensor)",
     reference.sg_loss_backward,
     _fake_backward,
     _backward_triton,
@@ -207,18 +199,16 @@ _backward_operator = define(
 
 
 def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    u, _, _, _, interval, lam, ctx.p, ctx.c, ctx.tangent_grad = inputs
-    _, _, square, error = output
-    ctx.dtype = u.dtype
+    u, du, target, interval, lam, *ctx.options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(error, square, interval, lam)
+    ctx.save_for_backward(u, du, target, output[2], interval, lam)
 
 
 def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
     if g is None:
-        return (None,) * 9
-    g_u, g_du = _backward_operator(g, *ctx.saved_tensors, ctx.p, ctx.c, ctx.tangent_grad, ctx.dtype)
-    return (g_u, g_du if ctx.tangent_grad else None, *[None] * 7)
+        return (None,) * 8
+    g_u, g_du = _backward_operator(g, *ctx.saved_tensors, *ctx.options)
+    return (g_u, g_du if ctx.options[-1] else None, *[None] * 6)
 
 
 _operator.differentiate(_backward, _setup)

@@ -18,7 +18,7 @@ def samples():
     rows = draw((6, 5), (6, 5), (2, 5), (2, 5), (2, 5), (2, 5))
     image = draw((2, 4, 3, 3), (2, 4, 3, 3), (1, 4), (1, 4), (1, 4), (1, 4))
     flat = draw((3, 7), (3, 7))
-    fixed = draw((3, 7), (3, 7), (3,), (), grad=False)
+    fixed = draw((3, 7), (3,), (), grad=False)
     q, dq = draw((2, 2, 5, 16), (2, 2, 5, 16))
     k, dk, v, dv = draw(*[(2, 2, 7, 16)] * 4)
     return {
@@ -30,10 +30,7 @@ def samples():
         "group norm": (group_norm._operator, (*image, 2, 1e-5, "silu", True)),
         "activation": (pointwise._operator, (*flat, "gelu_tanh", True)),
         "loss": (sg_loss._operator, (*flat, *fixed, 1.0, 1e-3, True)),
-        "loss without tangent": (
-            sg_loss._operator,
-            (flat[0], None, None, fixed[1], fixed[2], fixed[3], 1.0, 1e-3, False),
-        ),
+        "loss without tangent": (sg_loss._operator, (flat[0], None, *fixed, 1.0, 1e-3, False)),
         "attention": (attention._operator, (q, dq, k, dk, v, dv, None, False, 0.25, True)),
         "attention, detached": (
             attention._operator,

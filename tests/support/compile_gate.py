@@ -177,12 +177,12 @@ def call_operators() -> None:
         backward(*group_norm.group_norm_silu(x, dx, 32, a, None, b, None))
         x, dx = (v.to(memory_format=torch.channels_last) for v in (x, dx))
         backward(*group_norm.group_norm_silu(x, dx, 32, a, None, b, None, silu=False))
-        u, du, image, noise = draw(*[(2, 3, 64, 64)] * 4, dtype=dtype)
+        u, du, target = draw(*[(2, 3, 64, 64)] * 3, dtype=dtype)
         for act in ("silu", "gelu", "gelu_tanh"):
             backward(*pointwise.activation(u, du, act))
         tau = torch.zeros(2)
-        backward(sg_loss.sg_loss(u, du, tau, 0.5, x=image, noise=noise).loss)
-        backward(sg_loss.sg_loss(u, None, tau, 0.5, target=image).loss)
+        backward(sg_loss.sg_loss(u, du, tau, 0.5, target).loss)
+        backward(sg_loss.sg_loss(u, None, tau, 0.5, target).loss)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # attention has no kernels for exact float32
         short = dtype == torch.bfloat16
         few, many = ((64, 72), (32, 64, 72, 80, 96, 128)) if short else ((64,), (32, 64, 72, 128))
