@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     module, extra, _ = COMMANDS[options.command]
     try:
-        return importlib.import_module(module).main(options.arguments) or 0
+        status = importlib.import_module(module).main(options.arguments) or 0
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in OPTIONAL:
@@ -58,11 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 1
         if not getattr(error, "told", False):  # by another rank: see distributed.py
             if not isinstance(error, (ValueError, OSError, FloatingPointError)):
                 raise
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the output any more, as of `mmf ops | head`; the interpreter's own last flush is spared."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 if __name__ == "__main__":

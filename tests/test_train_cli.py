@@ -168,6 +168,16 @@ def test_wrong_input_is_one_line_and_status_2(
     assert err.startswith("error: ") and advice in err
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As in `mmf ops | head -1`; whatever of the output is written after the reader has left."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mmf_fast", "ops"]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, cwd=REPOSITORY)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (1, "")
+
+
 def test_the_process_ends_with_that_line_and_status() -> None:
     status, out, err = train("--resume")
     assert (status, out) == (2, "")
