@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats a traceback for each kind of accelerator
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     yield
     torch.set_default_dtype(torch.float32)
 

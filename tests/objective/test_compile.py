@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_networks import KINDS, batch, network
+from support.small_networks import batch, network
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -24,8 +24,10 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "paired"),
+    [("mlp", False), ("mlp", True), ("dit", False), ("dit", True), ("sequence", False), ("unet", True)],
+)
 def test_nothing_recompiles_when_lambda_step_or_times_change(kind: str, paired: bool) -> None:
     """A curriculum is two graphs: lambda = 0, where the tangent is detached, and lambda > 0."""
     net = network(kind).float()
@@ -121,7 +123,7 @@ def test_batches_of_many_sizes_are_normal() -> None:
     plain, compiled = (MeanFlowLoss(net, lam=0.5, times=TimeSampler(share=0.25)) for _ in range(2))
     counter = CompileCounter()
     compiled.compile(backend=counter)
-    sizes = [16, 12, *range(20, 44, 2), 16, 7, 3, 1, 2]
+    sizes = [16, 12, *range(20, 32, 2), 16, 7, 3, 1, 2]
     for step, size in enumerate(sizes):
         x = torch.randn(size, 2, 4, 4)
         found = []
