@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmf_fast.ops import attention, dispatch, gpu, group_norm, layer_norm, native, pointwise, sg_loss
@@ -91,6 +92,41 @@ def test_tensors_without_memory_have_shapes_alone(name):
         assert found.is_meta and (found.shape, found.dtype) == (right.shape, right.dtype)
 
 
+def skip_without(kind):
+    if kind == "native" and not native.available():
+        pytest.skip(native.reason())
+    if kind == "triton" and (not gpu.available() or torch.cuda.is_available()):
+        pytest.skip("no interpreter")
+
+
+@pytest.mark.parametrize("kind", ["native", "triton"])
+@pytest.mark.parametrize("name", samples())
+def test_numbers_that_are_stored_without_their_sign_have_it(name, kind, monkeypatch):
+    """As those of z.conj().imag are, or of a cotangent that comes back from complex arithmetic."""
+    skip_without(kind)
+    monkeypatch.setenv("MMF_FAST_OPS", kind)
+    operator, args = samples()[name]
+
+    def of_negative(stored):
+        return operator(*(stored(x.detach()) if isinstance(x, torch.Tensor) and x.requires_grad else x for x in args))
+
+    torch.testing.assert_close(of_negative(torch._neg_view), of_negative(torch.neg), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", samples())
+def test_a_trace_has_the_operator(name):
+    operator, args = samples()[name]
+    tensors = [x.detach() for x in args if isinstance(x, torch.Tensor)]
+
+    def call(*given):
+        left = iter(given)
+        return tuple(operator(*(next(left) if isinstance(x, torch.Tensor) else x for x in args)))
+
+    traced = torch.jit.trace(call, tuple(tensors), check_trace=False)
+    assert f"mmf_fast::{operator.name}(" in str(traced.graph)
+
+
 @pytest.mark.parametrize("through", ("past", "through"))
 @pytest.mark.parametrize("name", samples())
 def test_a_second_derivative_is_refused_not_wrong(name, through):
@@ -105,10 +141,7 @@ def test_a_second_derivative_is_refused_not_wrong(name, through):
 
 @pytest.mark.parametrize("kind", ["native", "triton"])
 def test_every_operator_agrees_with_the_reference_on_what_opcheck_ran(kind):
-    if kind == "native" and not native.available():
-        pytest.skip(native.reason())
-    if kind == "triton" and (not gpu.available() or torch.cuda.is_available()):
-        pytest.skip("no interpreter")
+    skip_without(kind)
     for name, (operator, args) in samples().items():
         op = operator.name
         ours = dispatch.implementation(op, kind)
@@ -145,7 +178,9 @@ def test_no_fused_operator_inside_transforms_or_traces():
 
     torch.func.jvp(look, (x,), (x,))
     torch.compile(look, backend="eager")(x)
-    assert seen == [None, None]
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(x, x))
+    assert seen == [None, None, None]
 
 
 def test_the_command_prints_every_operator():
