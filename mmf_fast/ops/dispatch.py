@@ -224,7 +224,9 @@ def define(
 
         return after_check
 
-    kinds = {"reference": checked(reference)} | ({} if triton is None else {"triton": checked(triton)})
+    kinds = {"reference": checked(reference)}
+    if triton is not None:
+        kinds["triton"] = checked(gpu.on_device_of_tensors(triton))
     OPERATORS[name] = operator = Operator(name, kinds, takes)
     _library.define(schema)
     _library.impl(name, operator.run, "CompositeExplicitAutograd")

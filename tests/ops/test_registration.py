@@ -1,10 +1,12 @@
 """Schema, fake kernels, autograd registration and the choice of an implementation."""
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -125,6 +127,26 @@ def test_a_trace_has_the_operator(name):
 
     traced = torch.jit.trace(call, tuple(tensors), check_trace=False)
     assert f"mmf_fast::{operator.name}(" in str(traced.graph)
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """As PyTorch's own are, wherever the program stands."""
+    stands, launched = [0], []
+
+    @contextlib.contextmanager
+    def on(device):
+        stands.append(device.index)
+        yield
+        stands.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: stands[-1])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    launch = gpu.on_device_of_tensors(lambda *_: launched.append(stands[-1]))
+    for device in ("cpu", "cuda:0", "cuda:1"):
+        with FakeTensorMode():
+            x = torch.empty(1, device=device)
+        launch(None, x)
+    assert launched == [0, 0, 1] and stands == [0]
 
 
 @pytest.mark.parametrize("through", ("past", "through"))
