@@ -254,10 +254,12 @@ def to_device(cond: Any, device: torch.device | str) -> Any:
 
 def sent(x: Tensor, device: torch.device | str) -> Tensor:
     """x on the device. A copy from pageable memory would wait until a GPU has done all that it was asked before, and
-    the host could not run ahead of it."""
-    if x.device.type == "cpu" and torch.device(device).type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    the host could not run ahead of it. One to the host does wait, or it would be read too early."""
+    if x.device.type != "cpu" or torch.device(device).type != "cuda":
+        return x.to(device)
+    if x.layout is torch.strided and not x.is_contiguous():
+        x = x.clone()  # what was expanded cannot be pinned
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def _mapped(cond: Any, move: Callable[[Tensor], Tensor]) -> Any:

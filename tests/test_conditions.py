@@ -209,6 +209,20 @@ def test_tensors_move_through_any_nesting() -> None:
     assert moved["a"][1] == "text" and moved["a"][2][1] == 3 and moved["b"] is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tensors_of_any_strides_go_to_a_gpu_and_back() -> None:
+    image = torch.arange(24.0).view(1, 2, 3, 4)
+    last = image.to(memory_format=torch.channels_last)
+    for x in (torch.tensor(3).expand(8), image[..., ::2], last, image.to_sparse()):
+        there = to_device(x, "cuda")
+        assert there.is_cuda and torch.equal(to_device(there, "cpu").to_dense(), x.to_dense())
+    there = to_device(image, "cuda")
+    pinned = torch.cuda.host_memory_stats().get("num_host_alloc")
+    to_device([there] * 9, "cpu")  # into pinned memory it would be a copy that nobody waits for
+    assert torch.cuda.host_memory_stats().get("num_host_alloc") == pinned
+
+
 def test_the_sampler_passes_them_on() -> None:
     class Net(nn.Module):
         def forward(self, z: Any, r: Any, t: Any, text: Any) -> Any:

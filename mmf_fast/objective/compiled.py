@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -65,20 +67,24 @@ def blocks_of(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 def compile_blocks(blocks: Sequence[nn.Module], mode: str = "default") -> None:
     """Compiles the forward of each in place (fullgraph). Blocks that are alike share their graphs: one on tensors, one
-    on duals with a graph, one without, whatever the depth. mode: of torch.compile."""
+    on duals with a graph, one without, whatever the depth. A copy of a block is compiled too. mode: of torch.compile.
+    """
     limit = GRAPHS + 8 * len(blocks)  # the graphs of all blocks of a class count together
     torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
-    backend = Unseen(mode)  # of all: a graph is that of one backend
     for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
+        method = block.forward
+        function = method.__func__ if isinstance(method, MethodType) else method
+        compiled = torch.compile(function, backend=Unseen(mode), fullgraph=True, dynamic=False)
+        # Bound anew: a method is copied as that of the copy, a function that has it within would stay with this block.
+        block.forward = MethodType(compiled, method.__self__) if isinstance(method, MethodType) else compiled
 
 
+@dataclass(frozen=True)
 class Unseen:
     """Inductor as a backend of torch.compile, whose code no mode sees: that of the pass in which a block is called
-    would be asked about each of its hundred calls on plain tensors."""
+    would be asked about each of its hundred calls on plain tensors. Graphs are those of all backends that are equal."""
 
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
+    mode: str
 
     def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         from torch import _inductor as inductor  # takes longer than importing torch

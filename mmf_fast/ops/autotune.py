@@ -54,8 +54,7 @@ def run(call: Call) -> None:
     device = next(x.device for x in call.arguments.values() if isinstance(x, Tensor))
     if device.type != "cuda":
         return launch(call, _INTERPRETED)
-    with torch.cuda.device(device):
-        _launch_what_fits(call, device)
+    _launch_what_fits(call, device)
 
 
 def _launch_what_fits(call: Call, device: torch.device) -> None:

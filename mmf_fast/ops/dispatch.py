@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmf_fast.ops import gpu, native
 
@@ -93,12 +94,14 @@ class Operator:
 
 
 def _is_direct(args: Sequence[Any]) -> bool:
-    """Whether nobody but autograd has to see a call on these arguments, and they have memory."""
+    """Whether nobody but autograd has to see a call on these arguments, and their memory holds their values: on meta
+    there is none, and the imaginary part of a conjugate is stored without its sign, which the dispatcher puts right."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None  # of torch.jit.trace
         and _DIRECT.issuperset(map(type, args))
-        and not any(x.is_meta for x in args if isinstance(x, Tensor))
+        and not any(x.is_meta or x.is_neg() for x in args if isinstance(x, Tensor))
     )
 
 
@@ -122,8 +125,8 @@ def serve(name: str, *args: Any) -> str | None:
     args: the first arguments of the operator in its order, None where one is absent; a Dual stands for its two tensors.
 
     None where only the reference would serve, where the kernels do not take the arguments, inside functorch transforms
-    (an operator there would lose its tangent), and while torch.compile traces, unless the kernel is faster than what
-    inductor makes of the composition.
+    and levels of PyTorch's forward mode (an operator there would lose its tangent), and while torch.compile traces,
+    unless the kernel is faster than what inductor makes of the composition.
     """
     flat: list[Any] = []
     for arg in args:
@@ -134,7 +137,8 @@ def serve(name: str, *args: Any) -> str | None:
     if torch.compiler.is_compiling():
         kind = _kernel(name, flat)
         return kind if (name, kind) in BEATS_INDUCTOR else None
-    if torch._C._functorch.peek_interpreter_stack() is not None or not _ORDINARY.issuperset(map(type, flat)):
+    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or not _ORDINARY.issuperset(map(type, flat)):
         return None
     return _kernel(name, flat)
 
@@ -220,7 +224,9 @@ def define(
 
         return after_check
 
-    kinds = {"reference": checked(reference)} | ({} if triton is None else {"triton": checked(triton)})
+    kinds = {"reference": checked(reference)}
+    if triton is not None:
+        kinds["triton"] = checked(gpu.on_device_of_tensors(triton))
     OPERATORS[name] = operator = Operator(name, kinds, takes)
     _library.define(schema)
     _library.impl(name, operator.run, "CompositeExplicitAutograd")

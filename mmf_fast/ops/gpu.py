@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -13,7 +14,7 @@ try:
 except ImportError:  # macOS, Windows, CPU-only wheels of torch
     triton = tl = None
 
-__all__ = ["available", "constexpr_function", "jit", "processors", "tl", "triton"]
+__all__ = ["available", "constexpr_function", "jit", "on_device_of_tensors", "processors", "tl", "triton"]
 
 
 def available() -> bool:
@@ -28,6 +29,20 @@ def jit(kernel: Callable[..., Any]) -> Any:
 def constexpr_function(function: Callable[..., Any]) -> Any:
     """triton.constexpr_function, for plain functions of a kernel's constants; the function where there is no Triton."""
     return function if triton is None else triton.constexpr_function(function)
+
+
+def on_device_of_tensors(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher, called with the device of its tensors as the current one, to which Triton launches. That is
+    another where nobody has set it: PyTorch's own functions go by their tensors, and its backward passes set it."""
+
+    def launch(*args: Any) -> Any:
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launcher(*args)
+        with torch.cuda.device(device):
+            return launcher(*args)
+
+    return launch
 
 
 def processors(device: Any) -> int:

@@ -4,8 +4,19 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from mmf_fast.models.layers import Attention, Conditioning, check_positive, modulate, sinusoids, zero_init
+from mmf_fast import jvp
+from mmf_fast.models.layers import (
+    Attention,
+    Conditioning,
+    check_positive,
+    modulate,
+    modulated_norm,
+    norm_silu,
+    sinusoids,
+    zero_init,
+)
 
 
 def test_sinusoids_are_those_of_the_formula():
@@ -37,6 +48,27 @@ def test_modulate_broadcasts_over_tokens():
     shift, scale = torch.tensor([1.0, 2.0]).view(2, 1, 1), torch.tensor([0.0, 3.0]).view(2, 1, 1)
     assert modulate(x, shift, scale)[:, 0, 0].tolist() == [2.0, 6.0]
     assert modulate(x, torch.zeros(()), torch.zeros(())).equal(x)
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class DoubledGroups(nn.GroupNorm):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("layer", ["modulated", "silu"])
+def test_a_norm_with_a_forward_of_its_own_is_called_on_duals_too(layer):
+    x, shift, scale = torch.randn(2, 4, 4), torch.randn(2, 1, 4), torch.randn(2, 1, 4)
+    norm = DoubledGroups(2, 4) if layer == "silu" else Doubled(4, elementwise_affine=False)
+
+    def net(x):
+        return norm_silu(norm, x) if layer == "silu" else modulated_norm(norm, x, shift, scale)
+
+    torch.testing.assert_close(jvp(net, (x,), (x,))[0], net(x))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -199,6 +200,26 @@ def test_blocks_that_are_alike_share_graphs_in_which_the_mode_of_a_pass_sees_not
     assert len(made) == 1 and "linear" in seen and "gelu" not in seen
     net(x, r, t)
     assert len(made) == 2
+
+    other = DiT(8, channels=3, patch_size=4, width=32, depth=2, heads=2)
+    right = other(x, r, t)
+    compile_blocks(blocks_of(other, ["blocks"]))
+    torch.testing.assert_close(other(x, r, t), right)
+    assert len(made) == 2
+
+
+def test_a_copy_of_compiled_blocks_has_weights_of_its_own(monkeypatch) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph.forward)
+    net = DiT(8, channels=3, patch_size=4, width=32, depth=1, heads=2)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    compile_blocks(net.blocks)
+    tokens, c = torch.randn(2, 4, 32), torch.randn(2, 32)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        for parameter in copied.parameters():
+            nn.init.zeros_(parameter)
+        assert torch.equal(copied.blocks[0](tokens, c), tokens)
+        assert not torch.equal(net.blocks[0](tokens, c), tokens)
 
 
 def test_many_large_blocks_that_are_alike_are_compiled_one_by_one() -> None:

@@ -1,10 +1,13 @@
 """Schema, fake kernels, autograd registration and the choice of an implementation."""
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmf_fast.ops import attention, dispatch, gpu, group_norm, layer_norm, native, pointwise, sg_loss
@@ -88,6 +91,61 @@ def test_tensors_without_memory_have_shapes_alone(name):
         assert found.is_meta and (found.shape, found.dtype) == (right.shape, right.dtype)
 
 
+def skip_without(kind):
+    if kind == "native" and not native.available():
+        pytest.skip(native.reason())
+    if kind == "triton" and (not gpu.available() or torch.cuda.is_available()):
+        pytest.skip("no interpreter")
+
+
+@pytest.mark.parametrize("kind", ["native", "triton"])
+@pytest.mark.parametrize("name", samples())
+def test_numbers_that_are_stored_without_their_sign_have_it(name, kind, monkeypatch):
+    """As those of z.conj().imag are, or of a cotangent that comes back from complex arithmetic."""
+    skip_without(kind)
+    monkeypatch.setenv("MMF_FAST_OPS", kind)
+    operator, args = samples()[name]
+
+    def of_negative(stored):
+        return operator(*(stored(x.detach()) if isinstance(x, torch.Tensor) and x.requires_grad else x for x in args))
+
+    torch.testing.assert_close(of_negative(torch._neg_view), of_negative(torch.neg), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", samples())
+def test_a_trace_has_the_operator(name):
+    operator, args = samples()[name]
+    tensors = [x.detach() for x in args if isinstance(x, torch.Tensor)]
+
+    def call(*given):
+        left = iter(given)
+        return tuple(operator(*(next(left) if isinstance(x, torch.Tensor) else x for x in args)))
+
+    traced = torch.jit.trace(call, tuple(tensors), check_trace=False)
+    assert f"mmf_fast::{operator.name}(" in str(traced.graph)
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """As PyTorch's own are, wherever the program stands."""
+    stands, launched = [0], []
+
+    @contextlib.contextmanager
+    def on(device):
+        stands.append(device.index)
+        yield
+        stands.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: stands[-1])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    launch = gpu.on_device_of_tensors(lambda *_: launched.append(stands[-1]))
+    for device in ("cpu", "cuda:0", "cuda:1"):
+        with FakeTensorMode():
+            x = torch.empty(1, device=device)
+        launch(None, x)
+    assert launched == [0, 0, 1] and stands == [0]
+
+
 @pytest.mark.parametrize("through", ("past", "through"))
 @pytest.mark.parametrize("name", samples())
 def test_a_second_derivative_is_refused_not_wrong(name, through):
@@ -102,10 +160,7 @@ def test_a_second_derivative_is_refused_not_wrong(name, through):
 
 @pytest.mark.parametrize("kind", ["native", "triton"])
 def test_every_operator_agrees_with_the_reference_on_what_opcheck_ran(kind):
-    if kind == "native" and not native.available():
-        pytest.skip(native.reason())
-    if kind == "triton" and (not gpu.available() or torch.cuda.is_available()):
-        pytest.skip("no interpreter")
+    skip_without(kind)
     for name, (operator, args) in samples().items():
         op = operator.name
         ours = dispatch.implementation(op, kind)
@@ -142,7 +197,9 @@ def test_no_fused_operator_inside_transforms_or_traces():
 
     torch.func.jvp(look, (x,), (x,))
     torch.compile(look, backend="eager")(x)
-    assert seen == [None, None]
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(x, x))
+    assert seen == [None, None, None]
 
 
 def test_the_command_prints_every_operator():

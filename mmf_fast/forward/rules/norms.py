@@ -111,13 +111,18 @@ def fused_modulated_norm(norm: Any, x: Value, shift: Value, scale: Value) -> Any
     None where it does not apply: another norm, no Dual, torch.compile (which fuses by itself), and while plain tensors
     have tangents, which only functions of torch know.
     """
-    plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and len(norm.normalized_shape) == 1
+    plain = _is(norm, nn.LayerNorm) and norm.weight is None and len(norm.normalized_shape) == 1
     if not plain or not _fuses(x, shift, scale):
         return None
     gain = 1 + scale
     with unwatched():
         pair = _fused_layer_norm(x, gain, shift, norm.eps)
     return None if pair is None else _dual_like(pair, x, shift, scale)
+
+
+def _is(norm: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what this kind does: one derived from it may compute something else."""
+    return isinstance(norm, kind) and getattr(norm.forward, "__func__", None) is kind.forward
 
 
 def _fuses(*args: Value) -> bool:
@@ -198,7 +203,7 @@ def fused_norm_silu(norm: Any, x: Value, shift: Value = None, scale: Value = Non
     that takes 16 bits again: x of 16 bits stays so where the kernel takes it beside weights in float32, in which it
     computes.
     """
-    if not isinstance(norm, nn.GroupNorm) or not _fuses(x, shift, scale):
+    if not _is(norm, nn.GroupNorm) or not _fuses(x, shift, scale):
         return None
     gain, bias = norm.weight, norm.bias
     if scale is not None:
