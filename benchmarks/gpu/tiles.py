@@ -233,11 +233,15 @@ def recorded(inputs: Inputs, launch: bool = True) -> tuple[Any, Any, dict[str, a
 
 
 def both(forward: Any, backward: Any, inputs: Inputs) -> tuple[Any, Any]:
-    """What the two passes of an implementation return."""
+    """What the two passes of an implementation return.
+
+    The backward pass reads copies: a forward kernel that is timed next to it has its outputs filled with NaN, and if it
+    is refused they remain so.
+    """
     (q, k, v), (dq, dk, dv), (g, h) = inputs
     arguments, scale = (q, dq, k, dk, v, dv, None), q.shape[-1] ** -0.5
     outputs = forward(*arguments, False, scale, True)
-    return outputs, backward(g, h, *arguments, *outputs, False, scale)
+    return outputs, backward(g, h, *arguments, *(x.clone() for x in outputs), False, scale)
 
 
 def warm(call: autotune.Call, config: Config) -> Any:

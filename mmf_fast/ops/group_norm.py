@@ -11,6 +11,7 @@ Shape legend:  B batch   C channels   P pixels   G groups
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from mmf_fast.ops.gpu import jit, tl, triton
 from mmf_fast.ops.pointwise import check_activation, value_and_slopes
 
 __all__ = ["group_norm_silu"]
+
+_SECTOR = 32  # bytes that a GPU reads at least
 
 
 def group_norm_silu(
@@ -71,7 +74,10 @@ def _per_channel(p: Tensor | None, x: Tensor) -> Tensor | None:
     return p.reshape(-1, x.shape[1]).contiguous()
 
 
-# -- Triton: one program per image and group, on tiles of (channels of the group, pixels) ------------------------------
+# -- Triton: one program per image and group, on tiles of (channels, pixels) -------------------------------------------
+#
+# Channels-last a program takes so many groups that what it reads of a pixel fills a sector of memory. Where one tile
+# holds all (WHOLE), the loops have one turn, and the compiler merges their loads, since no store is between them.
 
 
 @jit
@@ -87,68 +93,104 @@ def load_parameter(ptr, at, inside, HAS: tl.constexpr, absent: tl.constexpr, wid
 
 
 @jit
-def tile(start, C, P, CPG: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets and mask of the pixels from `start` on of the group of this program."""
+def place(C, CPG: tl.constexpr, GROUPS: tl.constexpr):
+    """Image and first channel of this program. Programs that run side by side have channels side by side."""
+    programs = C // (CPG * GROUPS)
+    return tl.program_id(0) // programs, tl.program_id(0) % programs * (CPG * GROUPS)
+
+
+@jit
+def tile(
+    image, first, start, C, P, CPG: tl.constexpr, GROUPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Offsets and mask of the pixels from `start` on of the groups of this program."""
     channel, pixel = tl.arange(0, BLOCK_C), start + tl.arange(0, BLOCK_P)
-    base = tl.program_id(0).to(tl.int64) * C * P
-    first = tl.program_id(1) * CPG
+    base = image.to(tl.int64) * C * P
     if CHANNELS_LAST:
         at = base + pixel[None, :].to(tl.int64) * C + (first + channel)[:, None]
     else:
         at = base + (first + channel)[:, None].to(tl.int64) * P + pixel[None, :]
-    return at, (channel < CPG)[:, None] & (pixel < P)[None, :]
+    return at, (channel < CPG * GROUPS)[:, None] & (pixel < P)[None, :]
+
+
+@jit
+def over_group(x, CPG: tl.constexpr, GROUPS: tl.constexpr):
+    """The sum over pixels and the channels of a group: one number, or one for each channel, (BLOCK_C, 1)."""
+    if GROUPS == 1:
+        sums = tl.sum(x)
+    else:
+        of_channel, group = tl.sum(x, 1)[:, None], (tl.arange(0, x.shape[0]) // CPG)[:, None]
+        sums = tl.zeros_like(of_channel)
+        for g in tl.static_range(GROUPS):
+            sums = tl.where(group == g, tl.sum(tl.where(group == g, of_channel, 0.0)), sums)
+    return sums
 
 
 @jit
 def statistics(
-    x_ptr, dx_ptr, C, P, CPG: tl.constexpr, eps: tl.constexpr, HAS_DX: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    wide: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x_ptr, dx_ptr, image, first, C, P, eps: tl.constexpr, HAS_DX: tl.constexpr, CPG: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    WHOLE: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """mean, r, mean(x') and mean(x^ x') of the group."""
+    """mean, r, mean(x') and mean(x^ x') of the group, as over_group has them.
+
+    One pass, in which nothing cancels: each place of the tile has its own running mean, around which it sums, and the
+    places are merged around the mean of the group (Welford; Chan, Golub and LeVeque).
+    """
+    at, inside = tile(image, first, 0, C, P, CPG, GROUPS, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    m, xx = load_tile(x_ptr, at, inside, wide), tl.zeros((BLOCK_C, BLOCK_P), wide)
+    m_dx, xd = load_tile(dx_ptr, at, inside, wide) if HAS_DX else xx, xx
+    turn = tl.full((1, 1), 1.0, wide)
+    for start in range(BLOCK_P, BLOCK_P if WHOLE else P, BLOCK_P):
+        at, inside = tile(image, first, start, C, P, CPG, GROUPS, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        turn += 1.0
+        share = 1.0 / turn
+        off = tl.where(inside, load_tile(x_ptr, at, inside, wide) - m, 0.0)
+        m += share * off
+        xx += (1.0 - share) * off * off
+        if HAS_DX:
+            d_off = tl.where(inside, load_tile(dx_ptr, at, inside, wide) - m_dx, 0.0)
+            m_dx += share * d_off
+            xd += (1.0 - share) * off * d_off
+    channel, pixel = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    seen = tl.where((channel < CPG * GROUPS)[:, None], ((P - pixel + BLOCK_P - 1) // BLOCK_P)[None, :], 0).to(wide)
     count = CPG * P
-    sum_x, sum_dx = tl.zeros((BLOCK_C, BLOCK_P), wide), tl.zeros((BLOCK_C, BLOCK_P), wide)
-    for start in range(0, P, BLOCK_P):
-        at, inside = tile(start, C, P, CPG, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        sum_x += load_tile(x_ptr, at, inside, wide)
-        if HAS_DX:
-            sum_dx += load_tile(dx_ptr, at, inside, wide)
-    mean, mean_dx = tl.sum(sum_x) / count, tl.sum(sum_dx) / count
-    sum_xx, sum_xd = tl.zeros((BLOCK_C, BLOCK_P), wide), tl.zeros((BLOCK_C, BLOCK_P), wide)
-    for start in range(0, P, BLOCK_P):
-        at, inside = tile(start, C, P, CPG, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        centred = tl.where(inside, load_tile(x_ptr, at, inside, wide) - mean, 0.0)
-        sum_xx += centred * centred
-        if HAS_DX:
-            sum_xd += centred * (load_tile(dx_ptr, at, inside, wide) - mean_dx)
-    r = 1.0 / tl.sqrt(tl.sum(sum_xx) / count + eps)
-    return mean, r, mean_dx, r * tl.sum(sum_xd) / count
+    mean, mean_dx = over_group(seen * m, CPG, GROUPS) / count, over_group(seen * m_dx, CPG, GROUPS) / count
+    off, d_off = m - mean, m_dx - mean_dx
+    r = 1.0 / tl.sqrt(over_group(xx + seen * off * off, CPG, GROUPS) / count + eps)
+    return mean, r, mean_dx, r * over_group(xd + seen * off * d_off, CPG, GROUPS) / count
 
 
 @jit
 def forward_kernel(
-    x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, y_ptr, dy_ptr, C, P, gain_rows, CPG: tl.constexpr,
-    eps: tl.constexpr,
+    x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, y_ptr, dy_ptr, C, P, gain_rows, eps: tl.constexpr,
     HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_DGAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DBIAS: tl.constexpr, ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    HAS_DBIAS: tl.constexpr, ACT: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    mean, r, mean_dx, m2 = statistics(x_ptr, dx_ptr, C, P, CPG, eps, HAS_DX, CHANNELS_LAST, wide, BLOCK_C, BLOCK_P)
+    image, first = place(C, CPG, GROUPS)
+    mean, r, mean_dx, m2 = statistics(
+        x_ptr, dx_ptr, image, first, C, P, eps, HAS_DX, CPG, GROUPS, CHANNELS_LAST, BLOCK_C, BLOCK_P, WHOLE, wide
+    )
     channel = tl.arange(0, BLOCK_C)
-    here, owned = tl.program_id(0) % gain_rows * C + tl.program_id(1) * CPG + channel, channel < CPG
+    here, owned = image % gain_rows * C + first + channel, channel < CPG * GROUPS
     a = load_parameter(gain_ptr, here, owned, HAS_GAIN, 1.0, wide)
     da = load_parameter(dgain_ptr, here, owned, HAS_DGAIN, 0.0, wide)
     b = load_parameter(bias_ptr, here, owned, HAS_BIAS, 0.0, wide)
     db = load_parameter(dbias_ptr, here, owned, HAS_DBIAS, 0.0, wide)
-    for start in range(0, P, BLOCK_P):
-        at, inside = tile(start, C, P, CPG, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    for start in range(0, BLOCK_P if WHOLE else P, BLOCK_P):
+        at, inside = tile(image, first, start, C, P, CPG, GROUPS, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         x_hat = (load_tile(x_ptr, at, inside, wide) - mean) * r
+        if HAS_DX:
+            d_off = load_tile(dx_ptr, at, inside, wide) - mean_dx
         value, slope, _ = value_and_slopes(x_hat * a + b, ACT)
         tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), mask=inside)
         if HAS_DX or HAS_DGAIN or HAS_DBIAS:
             du = x_hat * da + db
             if HAS_DX:
-                du += r * (load_tile(dx_ptr, at, inside, wide) - mean_dx - x_hat * m2) * a
+                du += r * (d_off - x_hat * m2) * a
             tl.store(dy_ptr + at, (slope * du).to(dy_ptr.dtype.element_ty), mask=inside)
 
 
@@ -176,25 +218,27 @@ def cotangents(
 @jit
 def backward_kernel(
     g_ptr, h_ptr, x_ptr, dx_ptr, gain_ptr, dgain_ptr, bias_ptr, dbias_ptr, g_x_ptr, g_dx_ptr, sums_ptr,
-    B, C, P, gain_rows, CPG: tl.constexpr, eps: tl.constexpr,
+    B, C, P, gain_rows, eps: tl.constexpr,
     HAS_G: tl.constexpr, HAS_H: tl.constexpr, HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_DGAIN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, ACT: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    mean, r, mean_dx, m2 = statistics(x_ptr, dx_ptr, C, P, CPG, eps, HAS_DX, CHANNELS_LAST, wide, BLOCK_C, BLOCK_P)
+    image, first = place(C, CPG, GROUPS)
+    mean, r, mean_dx, m2 = statistics(
+        x_ptr, dx_ptr, image, first, C, P, eps, HAS_DX, CPG, GROUPS, CHANNELS_LAST, BLOCK_C, BLOCK_P, WHOLE, wide
+    )
     channel = tl.arange(0, BLOCK_C)
-    here, owned = tl.program_id(0) % gain_rows * C + tl.program_id(1) * CPG + channel, channel < CPG
+    here, owned = image % gain_rows * C + first + channel, channel < CPG * GROUPS
     a = load_parameter(gain_ptr, here, owned, HAS_GAIN, 1.0, wide)
     da = load_parameter(dgain_ptr, here, owned, HAS_DGAIN, 0.0, wide)
     b = load_parameter(bias_ptr, here, owned, HAS_BIAS, 0.0, wide)
     db = load_parameter(dbias_ptr, here, owned, HAS_DBIAS, 0.0, wide)
 
-    su, sux = tl.zeros((BLOCK_C, BLOCK_P), wide), tl.zeros((BLOCK_C, BLOCK_P), wide)
-    sd, sdx, sdd = (tl.zeros((BLOCK_C, BLOCK_P), wide), tl.zeros((BLOCK_C, BLOCK_P), wide),
-                    tl.zeros((BLOCK_C, BLOCK_P), wide))  # fmt: skip
-    for start in range(0, P, BLOCK_P):
-        at, inside = tile(start, C, P, CPG, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    zero = tl.zeros((BLOCK_C, BLOCK_P), wide)
+    su, sux, sd, sdx, sdd = zero, zero, zero, zero, zero
+    for start in range(0, BLOCK_P if WHOLE else P, BLOCK_P):
+        at, inside = tile(image, first, start, C, P, CPG, GROUPS, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         x_hat, d_hat, of_u, of_du = cotangents(
             g_ptr, h_ptr, x_ptr, dx_ptr, at, inside, mean, r, mean_dx, m2, a, da, b, db, HAS_G, HAS_H, HAS_DX, ACT, wide
         )
@@ -206,19 +250,14 @@ def backward_kernel(
             sdd += of_du * d_hat
     of_b, of_a = tl.sum(su, 1), tl.sum(sux, 1)
     of_db, of_da, dot = tl.sum(sd, 1), tl.sum(sdx, 1), tl.sum(sdd, 1)
-    column = tl.program_id(0) * C + tl.program_id(1) * CPG + channel
-    tl.store(sums_ptr + column, of_a + dot, mask=owned)
-    tl.store(sums_ptr + B * C + column, of_da, mask=owned)
-    tl.store(sums_ptr + 2 * B * C + column, of_b, mask=owned)
-    tl.store(sums_ptr + 3 * B * C + column, of_db, mask=owned)
-
     count = CPG * P  # from u to x^: G = a (cotangent of u) + a' (that of u'), H = a (that of u')
-    mean_G = tl.sum(a * of_b[:, None] + da * of_db[:, None]) / count
-    dot_G = tl.sum(a * of_a[:, None] + da * of_da[:, None]) / count
-    mean_H, dot_H = tl.sum(a * of_db[:, None]) / count, tl.sum(a * of_da[:, None]) / count
-    dot_Hd = tl.sum(a * dot[:, None]) / count
-    for start in range(0, P, BLOCK_P):
-        at, inside = tile(start, C, P, CPG, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    mean_G = over_group(a * of_b[:, None] + da * of_db[:, None], CPG, GROUPS) / count
+    dot_G = over_group(a * of_a[:, None] + da * of_da[:, None], CPG, GROUPS) / count
+    mean_H = over_group(a * of_db[:, None], CPG, GROUPS) / count
+    dot_H = over_group(a * of_da[:, None], CPG, GROUPS) / count
+    dot_Hd = over_group(a * dot[:, None], CPG, GROUPS) / count
+    for start in range(0, BLOCK_P if WHOLE else P, BLOCK_P):
+        at, inside = tile(image, first, start, C, P, CPG, GROUPS, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         x_hat, d_hat, of_u, of_du = cotangents(
             g_ptr, h_ptr, x_ptr, dx_ptr, at, inside, mean, r, mean_dx, m2, a, da, b, db, HAS_G, HAS_H, HAS_DX, ACT, wide
         )
@@ -229,16 +268,28 @@ def backward_kernel(
             tl.store(g_dx_ptr + at, g_dx.to(g_dx_ptr.dtype.element_ty), mask=inside)
         tl.store(g_x_ptr + at, g_x.to(g_x_ptr.dtype.element_ty), mask=inside)
 
+    column = image * C + first + channel
+    tl.store(sums_ptr + column, of_a + dot, mask=owned)
+    tl.store(sums_ptr + B * C + column, of_da, mask=owned)
+    tl.store(sums_ptr + 2 * B * C + column, of_b, mask=owned)
+    tl.store(sums_ptr + 3 * B * C + column, of_db, mask=owned)
+
 
 def _launch(x: Tensor, groups: int, act: str, gain_rows: int, eps: float, tile_size: int) -> tuple[tuple, tuple, dict]:
     """Grid, sizes and constants of both kernels."""
     batch, channels = x.shape[:2]
     per_group, pixels = channels // groups, x.numel() // (batch * channels)
-    block_c = triton.next_power_of_2(per_group)
-    block_p = min(triton.next_power_of_2(pixels), max(tile_size // block_c, 1))
-    constants = {"ACT": act, "CHANNELS_LAST": is_channels_last(x), "BLOCK_C": block_c, "BLOCK_P": block_p}
+    together, channels_last = 1, is_channels_last(x)
+    if channels_last and _SECTOR // x.element_size() % per_group == 0:
+        together = math.gcd(groups, _SECTOR // x.element_size() // per_group)
+    block_c, block_p = triton.next_power_of_2(per_group * together), triton.next_power_of_2(pixels)
+    whole = block_c * block_p * x.element_size() <= 8 * tile_size  # x and x' fit in registers, for two programs at once
+    if not whole:
+        block_p = max(tile_size // block_c, 1)
     warps = min(max(block_c * block_p // 256, 1), 8)
-    return (batch, groups), (channels, pixels, gain_rows, per_group, eps), constants | {"num_warps": warps}
+    constants = {"ACT": act, "CPG": per_group, "GROUPS": together, "CHANNELS_LAST": channels_last}
+    constants |= {"BLOCK_C": block_c, "BLOCK_P": block_p, "WHOLE": whole, "num_warps": warps}
+    return (batch * groups // together,), (channels, pixels, gain_rows, eps), constants
 
 
 def _gain_rows(*parameters: Tensor | None) -> int:
@@ -251,17 +302,9 @@ def _rows_alike(*parameters: Tensor | None) -> list[Tensor | None]:
 
 
 def _forward_triton(
-    x: Tensor,
-    dx: Any,
-    gain: Any,
-    dgain: Any,
-    bias: Any,
-    dbias: Any,
-    groups: int,
-    eps: float,
-    act: str,
+    x: Tensor, dx: Any, gain: Any, dgain: Any, bias: Any, dbias: Any, groups: int, eps: float, act: str,
     tangent_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, dy = _fake(x, dx, gain, dgain, bias, dbias)
     if x.numel():
         parameters = _rows_alike(gain, dgain, bias, dbias)

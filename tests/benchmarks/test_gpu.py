@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import packaging
 import pytest
+import torch
 
 from benchmarks.gpu import PARTS, report, tiles, wheels
 from benchmarks.gpu.__main__ import main, name_of
@@ -53,6 +54,23 @@ def test_a_configuration_is_timed_itself_and_not_what_the_package_would_choose(m
     kernel = tiles.Kernel("forward", 16, tiles.Size(1, 1, 16), "call", [], [])
     kernel.launch(tiles.Config(128, 128, 8, 3))
     assert launched == [("call", (128, 128, 8, 3))]
+
+
+def test_a_kernel_that_is_refused_spoils_no_input_of_the_next(monkeypatch):
+    """What a kernel is to write is filled with NaN before; the backward kernels read what the forward kernel writes."""
+    pytest.importorskip("triton")
+    kernels = tiles.kernels_of(tiles.TOY_SWEEP, 16, torch.float32, "cpu")
+    config = tiles.Config(16, 16, 4, 1)
+
+    def refuse(call, config):
+        raise MemoryError
+
+    for kernel in kernels:
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(tiles.autotune, "launch", refuse)
+            kernel.time(config, 1)
+    for kernel in reversed(kernels):
+        assert kernel.time(config, 1)["error of values"] < 1e-5
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_every_kernel_compiles_for_every_chip_and_fits(options):
     assert {r["chip"] for r in results} == {"sm_80", "sm_90a", "sm_100a"}
     assert len({r["kernel"] for r in results}) >= 12
     assert {r["constants"]["D"] for r in results if r["executed"]} >= {64, 72}
+    assert {r["constants"]["WHOLE"] for r in results if "group_norm" in r["kernel"]} == {False, True}
     wrong = [
         f"{what}: {r['kernel']} for {r['chip']}, {r['constants']}, {r['options']}"
         for r in results
@@ -56,6 +57,9 @@ def faults(r):
         yield f"{r['tensor_memory']} columns of tensor memory, of {TENSOR_MEMORY}"
     if r["matmul"] and not r["tensor_cores"]:
         yield "no tensor-core instruction"
+    tiles = 1 + sum(r["constants"].get(name, False) for name in ("HAS_DX", "HAS_G", "HAS_H"))
+    if r["constants"].get("WHOLE") and r["loads"] != tiles:
+        yield f"{r['loads']} loads of {tiles} tensors, though one tile holds a group"
     if not r["default"]:
         return
     kernel, c, o = r["kernel"].rpartition(".")[2], r["constants"], r["options"]
@@ -64,7 +68,7 @@ def faults(r):
     allowed = CROWDED.get((kernel, numbers, c.get("D")), 0) or MEASURED.get((kernel, r["chip"], c.get("D"), tile), 0)
     if r["matmul"] and r["spills_in_loops"] > allowed:
         yield f"{r['spills_in_loops']} instructions of the inner loops spill registers"
-    if not r["matmul"] and r["spills"]:
+    if not r["matmul"] and r["spills"] > (16 if c.get("WHOLE") else 0):  # a register that spills once, and no loop
         yield f"{r['spills']} bytes of register spills"
     tuned = numbers == "16 bits" or c.get("D", 0) <= 72  # wider heads of TF32 have kept their old tiles
     if r["executed"] is not None and tuned and not 0.99 <= r["executed"] <= 1.15:  # below 1: the count misses products

@@ -156,6 +156,22 @@ def test_group_norm_of_any_shape(device, shape, groups, dtype, channels_last):
     check_group_norm(*draw(shape, shape[1:2]), dtype, device, groups, channels_last=channels_last and len(shape) == 4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "groups"), [((1, 12, 37, 41), 2), ((1, 16, 29, 33), 4), ((2, 16, 5, 7), 8)], ids=str)
+def test_group_norm_of_several_tiles_and_of_several_groups_in_one(device, shape, groups, dtype, channels_last):
+    """Of Triton: groups of many tiles, the last one in part; programs of several groups, channels-last."""
+    check_group_norm(*draw(shape, shape[1:2]), dtype, device, groups, channels_last=channels_last)
+
+
+def test_group_norm_of_a_group_far_from_zero(device):
+    """No sum of squares from which another is taken, nor a first tile that stands for the rest."""
+    (x, *parameters), tangents = draw((1, 4, 60, 50), (4,))
+    x[:, :, 30:] += 1000
+    check_group_norm([x, *parameters], tangents, torch.float32, device, 1)
+    check_group_norm([x + 1000, *parameters], tangents, torch.float32, device, 1)
+
+
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("tangents", PRESENT, ids=str)
 def test_group_norm_with_every_subset_of_tangents(device, tangents, silu):

@@ -34,6 +34,7 @@ TYPES = {
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 TENSOR_CORE_PRODUCT = re.compile(r"tt\.dot .*(tf32|f16|bf16|f8)")  # IEEE float32 has no tensor cores
+LOADED_TILE = re.compile(r"tt\.load .*: tensor<\d+x\d+x!tt\.ptr")
 TENSOR_CORES = re.compile(r"mma\.sync|wgmma|tcgen05\.mma")
 
 EVERYTHING = "--all" in sys.argv
@@ -131,6 +132,7 @@ def compile_for(chip: int, launch: tuple) -> dict:
         "default": chip in default_on,
         "constants": constants,
         "options": options,
+        "loads": len(LOADED_TILE.findall(compiled.asm["ttgir"])),
         "registers": code.registers,
         "spills": code.spilled,
         "spills_in_loops": sum(spills for _, spills in loops),
@@ -173,10 +175,12 @@ def call_operators() -> None:
         x, dx, *p = draw((2, 4, 1152), (2, 4, 1152), *[(2, 1, 1152)] * 4, dtype=dtype)
         backward(*layer_norm.modulated_layer_norm(x, dx, *p))
         backward(layer_norm.modulated_layer_norm(x, None, p[0], None, p[2], None, rms=True)[0])
-        x, dx, a, b = draw((1, 512, 32, 32), (1, 512, 32, 32), (512,), (512,), dtype=dtype)
-        backward(*group_norm.group_norm_silu(x, dx, 32, a, None, b, None))
-        x, dx = (v.to(memory_format=torch.channels_last) for v in (x, dx))
-        backward(*group_norm.group_norm_silu(x, dx, 32, a, None, b, None, silu=False))
+        for channels, pixels in ((512, 32), (128, 16)):  # a group of several tiles, and of one
+            image = (1, channels, pixels, pixels)
+            x, dx, a, b = draw(image, image, (channels,), (channels,), dtype=dtype)
+            backward(*group_norm.group_norm_silu(x, dx, 32, a, None, b, None))
+            x, dx = (v.to(memory_format=torch.channels_last) for v in (x, dx))
+            backward(*group_norm.group_norm_silu(x, dx, 32, a, None, b, None, silu=False))
         u, du, target = draw(*[(2, 3, 64, 64)] * 3, dtype=dtype)
         for act in ("silu", "gelu", "gelu_tanh"):
             backward(*pointwise.activation(u, du, act))
