@@ -9,11 +9,13 @@ which differences cannot judge, and are left out.
 from __future__ import annotations
 
 import itertools
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
@@ -73,9 +75,10 @@ class Sample:
 
 
 def samples(op: Any, dtype: torch.dtype, limit: int | None) -> Iterator[Sample]:
-    # op.sample_inputs looks up in the stack which test asks, and seeds each sample anew: most of the time of this gate.
-    torch.default_generator.manual_seed(0)
-    for sample in itertools.islice(op.sample_inputs_func(op, "cpu", dtype, False), limit):
+    for seed in (torch.default_generator.manual_seed, random.seed, numpy.random.seed):  # they draw from all three
+        seed(0)
+    # op.sample_inputs looks up in the stack which test asks, once a sample: most of the time of this gate.
+    for sample in list(itertools.islice(op.sample_inputs_func(op, "cpu", dtype, False), limit)):
         leaves, spec = tree_flatten((sample.input, tuple(sample.args), sample.kwargs))
         yield Sample(op, leaves, spec, sample.output_process_fn_grad)
 
