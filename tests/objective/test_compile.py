@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_networks import batch, network
+from support.small_networks import KINDS, batch, network
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -20,6 +20,9 @@ from mmf_fast.objective.compiled import better_by_block, blocks_of, compile_bloc
 pytestmark = pytest.mark.filterwarnings("ignore:conditional tangents")
 
 
+LEFT_TO_TEST_ALL = [("sequence", True), ("unet", False)]  # a sequence's blocks are those of dit; both take long
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
     torch._dynamo.reset()
@@ -27,7 +30,11 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "paired"),
-    [("mlp", False), ("mlp", True), ("dit", False), ("dit", True), ("sequence", False), ("unet", True)],
+    [
+        pytest.param(kind, paired, marks=pytest.mark.slow if (kind, paired) in LEFT_TO_TEST_ALL else ())
+        for kind in KINDS
+        for paired in (False, True)
+    ],
 )
 def test_nothing_recompiles_when_lambda_step_or_times_change(kind: str, paired: bool) -> None:
     """A curriculum is two graphs: lambda = 0, where the tangent is detached, and lambda > 0."""

@@ -68,7 +68,8 @@ def faults(r):
     allowed = CROWDED.get((kernel, numbers, c.get("D")), 0) or MEASURED.get((kernel, r["chip"], c.get("D"), tile), 0)
     if r["matmul"] and r["spills_in_loops"] > allowed:
         yield f"{r['spills_in_loops']} instructions of the inner loops spill registers"
-    if not r["matmul"] and r["spills"] > (16 if c.get("WHOLE") else 0):  # a register that spills once, and no loop
+    limited = c.get("WHOLE") and r["chip"] == "sm_100a"  # where ptxas 13.1 keeps float32 to 64 registers
+    if not r["matmul"] and r["spills"] > (16 if limited else 0):  # once, since what one tile holds has no loop
         yield f"{r['spills']} bytes of register spills"
     tuned = numbers == "16 bits" or c.get("D", 0) <= 72  # wider heads of TF32 have kept their old tiles
     if r["executed"] is not None and tuned and not 0.99 <= r["executed"] <= 1.15:  # below 1: the count misses products
