@@ -170,6 +170,8 @@ def _traced_checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
         with Interception():
             return _apart(function(*_together(inputs), **_together(named)))
 
+    with Interception():
+        pass  # Dynamo lets a checkpoint change the modes only where they were changed before it
     return _together(tag_activation_checkpoint(again, *_apart(args), **_apart(kwargs)))
 
 
@@ -201,8 +203,8 @@ def _is_tensor(obj: Any) -> bool:
 
 
 def _isinstance(obj: Any, kinds: Any) -> bool:
-    """Of a Dual in foreign code: whether its primal is one of the kinds, or a Dual is."""
-    if type(obj) in (Dual, DetachedDual) and package_of_caller(2) not in LOOK_INTO_TUPLES:
+    """Of a Dual in foreign code: whether its primal is one of the kinds, or a Dual is. Dynamo was taught that."""
+    if type(obj) in _KINDS and not torch.compiler.is_compiling() and package_of_caller(2) not in LOOK_INTO_TUPLES:
         return _ISINSTANCE(obj.primal, kinds) or (_ISINSTANCE(obj, kinds) and not _ISINSTANCE((), kinds))
     return _ISINSTANCE(obj, kinds)
 

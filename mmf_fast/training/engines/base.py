@@ -44,7 +44,7 @@ class Engine:
 
     rank = 0
     world_size = 1
-    cuda_graphs = False  # whether the loss is replayed: then each pass writes its results where the last one did
+    cuda_graphs = False  # whether the loss is replayed, and each step writes where the last one did
     gathers = False  # whether it fetches weights between the blocks of the network, so that no graph can hold them all
 
     def __init__(self, loss_fn: nn.Module, optimizer: Optimizer, train: Train, device: torch.device, seed: int) -> None:
@@ -105,9 +105,9 @@ class Engine:
         for group in self.param_groups:
             group["lr"] = lr
         found: list[dict[str, Tensor]] = []
+        if self.cuda_graphs:  # once: what a part gives, gradients too, must not be written over before the step is made
+            torch.compiler.cudagraph_mark_step_begin()
         for part, rows in parts(len(x), self.accumulate, self.rank, self.world_size, self.seed):
-            if self.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()
             with self.phases("loss"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 output = self.model(x[rows], step=step, part=part, **take(cond, rows, paths))
             if not (hasattr(output, "loss") and hasattr(output, "metrics")):
@@ -116,8 +116,7 @@ class Engine:
                     ".metrics ({name: number}), such as mmf_fast.objective.LossOutput"
                 )
             named = {**output.metrics, "loss": output.loss}
-            metrics = {key: torch.as_tensor(value).detach() for key, value in named.items()}
-            found.append({key: value.clone() for key, value in metrics.items()} if self.cuda_graphs else metrics)
+            found.append({key: torch.as_tensor(value).detach() for key, value in named.items()})
             with self.phases("backward"):
                 self.backward(output.loss, last=len(found) == self.accumulate)
         with self.phases("optimizer"):

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmf_fast.config import Optimizer, Train
-from mmf_fast.models import MLP
-from mmf_fast.objective import BatchShare, MeanFlowLoss
+from mmf_fast.models import MLP, DiT
+from mmf_fast.objective import BatchShare, MeanFlowLoss, TimeSampler
 from mmf_fast.training.engines.local import LocalEngine
 from mmf_fast.training.settings import ConfigError, learning_rate
 
@@ -30,6 +31,19 @@ class Regression(nn.Module):
         error = self.net(x) - y
         mse = error.square().mean()
         return Output(mse, {"mse": mse.detach()})
+
+
+class Suspicious(nn.Module):
+    """A block that asks what it is given, and is computed again in backward."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        if not (isinstance(x, Tensor) and torch.is_tensor(x)) or isinstance(x, tuple):
+            raise TypeError(f"x is a {type(x)}")
+        return checkpoint(self.block, x, c, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 OPTIMIZER = Optimizer(lr=0.02, betas=(0.9, 0.95), weight_decay=0.1, clip=0.05, warmup=3, ema=0.5)
@@ -225,10 +239,14 @@ def test_a_step_that_is_not_finite_leaves_buffers_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7])
-def test_compiled_blocks_train_as_eager_ones(lam: float) -> None:
+@pytest.mark.parametrize("block", [None, Suspicious])
+def test_compiled_blocks_train_as_eager_ones(block: Any, lam: float) -> None:
     def losses(compile: Any) -> list[float]:
         torch.manual_seed(1)
-        loss_fn = MeanFlowLoss(MLP(2, width=8, depth=3), lam=lam, p=0.5, paired=True)
+        net = MLP(2, width=8, depth=3)
+        if block:
+            net.blocks = nn.ModuleList(map(block, net.blocks))
+        loss_fn = MeanFlowLoss(net, lam=lam, p=0.5, paired=True)
         engine = LocalEngine(loss_fn, OPTIMIZER, Train(batch=16, device="cpu", compile=compile), seed=5)
         assert all(("forward" in vars(block)) == bool(compile) for block in loss_fn.net.blocks)
         assert not any("forward" in vars(block) for block in engine.averaged().blocks)  # a copy calls itself
@@ -239,6 +257,27 @@ def test_compiled_blocks_train_as_eager_ones(lam: float) -> None:
     torch._dynamo.utils.counters.clear()
     assert losses("blocks") == pytest.approx(losses(False), rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # on tensors and as duals, at any depth
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7])
+def test_compiled_blocks_are_computed_again(lam: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own, without inductor, which takes long; it has nothing to do with this."""
+    eager = torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: eager(graph, inputs))
+    x = torch.linspace(-1, 1, 64).reshape(4, 1, 4, 4)
+
+    def step(compile: Any) -> Tensor:
+        torch.manual_seed(1)
+        net = DiT(4, channels=1, patch_size=2, width=16, depth=2, heads=2, recompute=True)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.5), lam=lam, p=0.5, paired=True)
+        engine = LocalEngine(loss_fn, OPTIMIZER, Train(batch=4, device="cpu", compile=compile), seed=5)
+        return torch.stack([engine.step(x, step).metrics["grad_norm"] for step in range(2)])
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(step("blocks"), step(False), rtol=1e-4, atol=0)
 
 
 def test_a_network_without_blocks_is_not_compiled_by_block() -> None:
@@ -270,18 +309,18 @@ def test_the_mode_of_compilation_reaches_torch(compile: Any, monkeypatch: pytest
     assert seen and set(seen) == {"max-autotune"}
 
 
-def test_metrics_survive_a_pass_that_writes_where_the_last_one_did() -> None:
-    """As CUDA graphs do: the loss of each part is kept before the next part is computed."""
+def test_of_a_step_all_parts_are_kept_where_graphs_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a part leaves, its gradients too, is lost where PyTorch is told that a new step begins."""
+    seen = []
 
-    class Replayed(Regression):
-        memory = torch.zeros(())
-
+    class Told(Regression):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
-            self.memory.copy_(output.loss.detach())
-            return output._replace(metrics={"copied": self.memory})
+            seen.append("part")
+            return super().forward(*args, **kwargs)
 
-    engine = LocalEngine(Replayed(make_net()), OPTIMIZER, Train(batch=8, accumulate=2, device="cpu"))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append("begins"))
+    engine = LocalEngine(Told(make_net()), OPTIMIZER, Train(batch=8, accumulate=2, device="cpu"))
     engine.cuda_graphs = True
-    metrics = engine.step(step=0, **batch(0)).metrics
-    assert metrics["copied"] == metrics["loss"]
+    for step in range(2):
+        engine.step(step=step, **batch(step))
+    assert seen == 2 * ["begins", "part", "part"]
