@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -55,12 +55,17 @@ class Compiled:
 
 def blocks_of(net: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """The modules of a network that follow each other: those which it, or a module in it, has as attributes of these
-    names, alone or in a list."""
-    found: dict[nn.Module, None] = {}
-    for value in (getattr(module, name, None) for module in net.modules() for name in names):
-        if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
-            value = [value]
-        found |= dict.fromkeys(value or [])
+    names, alone, in lists, or in a Sequential of one class. Numbers and words of such a name are no modules."""
+
+    def modules(value: Any) -> Iterator[nn.Module]:
+        repeats = isinstance(value, nn.Sequential) and len(set(map(type, value))) == 1
+        if repeats or isinstance(value, (nn.ModuleList, list, tuple)):
+            for each in value:
+                yield from modules(each)
+        elif isinstance(value, nn.Module):
+            yield value
+
+    found = {each: None for module in net.modules() for name in names for each in modules(getattr(module, name, None))}
     inner = {each for block in found for each in block.modules() if each is not block}
     return [block for block in found if block not in inner]
 
