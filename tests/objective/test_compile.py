@@ -175,7 +175,7 @@ def test_blocks_are_found_by_name_once() -> None:
     unet = UNet(8, base_channels=8, channel_mults=(1, 2), blocks=1, attention_resolutions=())
     assert blocks_of(unet, ["blocks"]) == [*unet.down, *unet.middle, *unet.up]
     assert set(blocks_of(nn.Sequential(unet), ["blocks", "middle"])) == set(unet.blocks)
-    assert blocks_of(unet, ["down", "middle", "up"]) == [*unet.down, *unet.middle, *unet.up]  # resamplers have a flag "up"
+    assert blocks_of(unet, ["down", "middle", "up"]) == [*unet.down, *unet.middle, *unet.up]  # a flag, too
     nested = nn.ModuleList([nn.ModuleList([nn.Linear(1, 1), nn.SiLU()]), nn.Linear(1, 1)])
     assert blocks_of(nn.ModuleDict({"levels": nested}), ["levels"]) == [*nested[0], nested[1]]
     repeated, other = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), nn.Sequential(nn.Linear(1, 1), nn.SiLU())
