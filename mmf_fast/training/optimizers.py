@@ -1,8 +1,8 @@
 """Builds AdamW, of PyTorch or Apex (DeepSpeed's are built in its engine); clips or skips before its step."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from mmf_fast.training.settings import ConfigError, Optimizer
 
-__all__ = ["adam_options", "build_optimizer", "clip_or_skip"]
+__all__ = ["MakeOptimizer", "adam_options", "build_optimizer", "clip_or_skip", "made"]
+
+# An optimizer of one's own, of the trained parameters and their names in the loss module, which begin with "net.".
+MakeOptimizer: TypeAlias = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 def adam_options(config: Optimizer) -> dict[str, Any]:
@@ -32,14 +35,28 @@ def build_optimizer(parameters: Iterable[Tensor], config: Optimizer) -> torch.op
     return FusedAdam(parameters, adam_w_mode=True, **adam_options(config))
 
 
+def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """One's own optimizer. Raises ConfigError where it is none, or steps on other tensors than these."""
+    optimizer = make([(name, each) for name, each in parameters.items()])  # type: ignore[misc]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"make_optimizer returned a {type(optimizer).__name__}: return a torch.optim.Optimizer")
+    taken = {each for group in optimizer.param_groups for each in group["params"]}
+    left = [name for name, each in parameters.items() if each not in taken]
+    if left or len(taken) > len(parameters):
+        found = f"left out {left[0]}" if left else "took tensors that are not trained"
+        raise ConfigError(f"make_optimizer {found}: all it is given, and no others, must be in the optimizer's groups")
+    return optimizer
+
+
 def clip_or_skip(
     parameters: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     largest: float,
     *losses: Tensor,
     shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Scales the whole gradient down to the norm `largest` (0: leaves it), or has the fused AdamW skip its next step.
+    """Scales the whole gradient down to the norm `largest` (0: leaves it), or has the fused AdamW skip its next step
+    (None: the caller does).
 
     Returns the norm before, and whether it or one of `losses` is not finite: 0-d tensors, float and bool. The decision
     stays on the device: AdamW leaves weights and moments alone where found_inf is 1 (the protocol of
@@ -54,5 +71,6 @@ def clip_or_skip(
         norm = square.sqrt().float()
     nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm)
     bad = ~torch.stack([x.isfinite() for x in (norm, *losses)]).all()
-    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    if optimizer is not None:
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
     return norm, bad

@@ -31,6 +31,7 @@ from mmf_fast.training.drawing import can_draw, draw_samples
 from mmf_fast.training.engines import Engine, build_engine
 from mmf_fast.training.initial import start_from, take_constants
 from mmf_fast.training.logs import RankLog
+from mmf_fast.training.optimizers import MakeOptimizer
 from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard, plot_curves
 from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, seed_everything
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
@@ -71,6 +72,8 @@ class Trainer:
     data: what `mmf_fast.data.as_dataset` takes: a torch Dataset, an iterable of batches, tensors, a Dataset.
     seed: of what the loss draws, and of the order of the data. The weights are the network's own; under several
         processes those of the first count.
+    make_optimizer: takes the place of AdamW in one process: of [(name, parameter)] of what is trained it makes an
+        optimizer, whose groups keep their learning rates, times the schedule of `optimizer`.
     engine: what steps; by default the one that `train.zero` and `train.device` name.
     callbacks: each is called as callback(step, row) with what is logged, a {name: float}, on the first process; where
         it has a `close`, that is called at the end.
@@ -92,6 +95,7 @@ class Trainer:
         train: Train | None = None,
         optimizer: Optimizer | None = None,
         seed: int = 0,
+        make_optimizer: MakeOptimizer | None = None,
         engine: Engine | None = None,
         callbacks: Sequence[Callback] = (),
         record: Mapping[str, Any] | None = None,
@@ -127,7 +131,8 @@ class Trainer:
         shares = start_from(loss_fn, self.train.init, self.train.init_from) if self.train.init and fresh else None
         if not fresh:
             take_constants(net, self.checkpoints)
-        self.engine = engine or build_engine(loss_fn, optimizer, self.train, seed)
+        self.engine = engine or build_engine(loss_fn, optimizer, self.train, seed, make_optimizer)
+        self.fingerprint |= self.engine.identity
         if shares:
             try:
                 self.engine.load_state_dict(shares)

@@ -1,5 +1,6 @@
 """The trainer with a network, a loss and data that are not of this package."""
 
+import functools
 import json
 import shutil
 import threading
@@ -72,6 +73,26 @@ def test_it_trains_stops_goes_on_and_leaves_what_it_promises(kind: str, tmp_path
     noise, y = torch.randn(5, 2), torch.arange(5) % 3
     x = sample(net, (5, 2), noise=noise, y=y)
     torch.testing.assert_close(x, noise - net(noise, torch.zeros(5), torch.ones(5), y))
+
+
+def test_a_run_with_an_optimizer_of_ones_own_goes_on_exactly(tmp_path: Path) -> None:
+    def matrices_apart(named: list[tuple[str, nn.Parameter]], rest: Any = torch.optim.NAdam) -> torch.optim.Optimizer:
+        return rest([{"params": [p for _, p in named if p.ndim == n], "lr": lr} for n, lr in ((2, 0.02), (1, 0.01))])
+
+    trainer(tmp_path / "whole", make_optimizer=matrices_apart).fit()
+    trainer(tmp_path / "cut", steps=6, make_optimizer=matrices_apart).fit()
+    assert trainer(tmp_path / "cut", make_optimizer=matrices_apart, resume=True).fit()
+    found = [[row["loss"] for row in read(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
+    assert found[0] == found[1] and len(found[0]) == 10
+    assert [row["lr"] for row in read(tmp_path / "whole" / "metrics.jsonl")][:3] == pytest.approx([0.01, 0.02, 0.02])
+
+    other = functools.partial(matrices_apart, rest=torch.optim.SGD)
+    for make, name in ((other, "SGD"), (None, "default")):
+        with pytest.raises(CheckpointError, match=rf"optimizer.made \(NAdam -> {name}\); set these back, go on with"):
+            trainer(tmp_path / "cut", steps=12, make_optimizer=make, resume=True)
+    assert trainer(tmp_path / "cut", steps=12, make_optimizer=other, resume=True, allow_changes=True).fit()
+    with pytest.raises(ConfigError, match="train.zero=fsdp shares parameters out, and make_optimizer would get pieces"):
+        trainer(tmp_path / "many", make_optimizer=other, settings={"zero": "fsdp"})
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.optim.swa_utils.AveragedModel], ids=["compiled", "averaged"])

@@ -44,6 +44,7 @@ class Engine:
 
     rank = 0
     world_size = 1
+    identity: dict[str, Any] = {}  # flat, of what a run that goes on must agree in, beside its settings
     cuda_graphs = False  # whether the loss is replayed, and each step writes where the last one did
     gathers = False  # whether it fetches weights between the blocks of the network, so that no graph can hold them all
 
@@ -103,7 +104,7 @@ class Engine:
         paths = per_sample(cond, len(x), self.shared)
         lr = learning_rate(step, self.config, self.steps)
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("relative_lr", 1.0)
         found: list[dict[str, Tensor]] = []
         if self.cuda_graphs:  # once: what a part gives, gradients too, must not be written over before the step is made
             torch.compiler.cudagraph_mark_step_begin()
@@ -123,6 +124,7 @@ class Engine:
             metrics = self._mean(found)
             norm, skipped = self.update(metrics["loss"])
             self._move_average(step, skipped)
+        lr = self.param_groups[0]["lr"]
         return StepResult(metrics | {"grad_norm": norm, "lr": torch.tensor(lr, dtype=torch.float64)}, skipped)
 
     def backward(self, loss: Tensor, last: bool) -> None:

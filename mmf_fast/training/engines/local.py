@@ -1,8 +1,10 @@
-"""The engine of one process and one device: AdamW, clipping, moving average, mixed precision, torch.compile."""
+"""The engine of one process and one device: AdamW or an optimizer of one's own, clipping, moving average, mixed
+precision, torch.compile."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +12,18 @@ from torch import Tensor, nn
 from mmf_fast.devices import choose_device
 from mmf_fast.training.engines.base import Engine
 from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
-from mmf_fast.training.optimizers import build_optimizer, clip_or_skip
+from mmf_fast.training.optimizers import MakeOptimizer, build_optimizer, clip_or_skip, made
 from mmf_fast.training.settings import ConfigError, Optimizer, Train
 
 __all__ = ["LocalEngine"]
 
 
 class LocalEngine(Engine):
-    """`Engine` of one process, which owns every parameter as a whole."""
+    """`Engine` of one process, which owns every parameter as a whole.
+
+    make_optimizer: takes the place of AdamW. Its groups keep their learning rates, times the schedule of
+        `optimizer.lr`; what it remembers is saved as it gives it, and a step that is not finite waits for the host.
+    """
 
     def __init__(
         self,
@@ -26,12 +32,20 @@ class LocalEngine(Engine):
         train: Train,
         seed: int = 0,
         device: torch.device | None = None,
+        make_optimizer: MakeOptimizer | None = None,
     ) -> None:
         if optimizer.kind != "adamw":  # the others cannot skip a step without waiting for the host
             raise ConfigError(f"optimizer.kind={optimizer.kind} needs train.zero, for instance train.zero=zero1.json")
         super().__init__(loss_fn, optimizer, train, device or choose_device(train.device), seed)
         self.owned = self._own(train)
-        self.optimizer = build_optimizer([each.value for each in self.owned.values()], optimizer)
+        self.own = make_optimizer is not None
+        if make_optimizer is None:
+            self.optimizer = build_optimizer([each.value for each in self.owned.values()], optimizer)
+        else:
+            self.optimizer = made(make_optimizer, {name: each.value for name, each in self.owned.items()})
+            self.identity = {"optimizer.made": type(self.optimizer).__name__}
+            for group in self.optimizer.param_groups:
+                group["relative_lr"] = group["lr"] / optimizer.lr
         self.param_groups = self.optimizer.param_groups
         self.start_average()
 
@@ -57,8 +71,10 @@ class LocalEngine(Engine):
 
     def update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         owned = [each.value for each in self.owned.values()]
-        norm, bad = clip_or_skip(owned, self.optimizer, self.config.clip, loss, shared=self.world_size > 1)
-        self.optimizer.step()
+        skips = None if self.own else self.optimizer
+        norm, bad = clip_or_skip(owned, skips, self.config.clip, loss, shared=self.world_size > 1)
+        if not self.own or not bad:  # AdamW leaves a bad step out by itself
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, bad
 
@@ -66,11 +82,22 @@ class LocalEngine(Engine):
         for name, (start, value) in self.owned.items():
             if key is None:
                 yield name, Fragment(start, value.data)
-            elif self.optimizer.state.get(value):
+            elif self.optimizer.state.get(value) and not self.own:
                 yield name, Fragment(start, self.optimizer.state[value][key])
 
     def steps_of(self, name: str) -> float:
-        return float(self.optimizer.state.get(self.owned[name].value, {}).get("step", 0.0))
+        return 0.0 if self.own else float(self.optimizer.state.get(self.owned[name].value, {}).get("step", 0.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"optimizer": {**self.identity, **self.optimizer.state_dict()}} if self.own else {}
+        return super().state_dict() | own
+
+    def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
+        super().load_state_dict(shares)
+        saved = shares[0].get("optimizer", {})
+        if self.own and self.identity.items() <= saved.items():  # one of another class remembers other things
+            self.optimizer.load_state_dict(saved)
+            self.param_groups = self.optimizer.param_groups
 
     def write(self, saved: Saved) -> None:
         self.optimizer.state.clear()
@@ -80,6 +107,6 @@ class LocalEngine(Engine):
                 return saved.part(name, key, start, value.numel()).view_as(value)
 
             value.data.copy_(part("weight"))
-            if steps := saved.steps(name):
+            if not self.own and (steps := saved.steps(name)):
                 moments = {key: torch.zeros_like(value.data).copy_(part(key)) for key in MOMENTS}
                 self.optimizer.state[value] = {"step": torch.tensor(steps, device=value.device), **moments}

@@ -155,6 +155,53 @@ def test_the_state_is_complete() -> None:
     assert all(torch.equal(a, b) for a, b in zip(everything(one), everything(other), strict=True))
 
 
+def heavy_ball(parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """Weights and biases at rates of their own."""
+    named = dict(parameters)
+    groups = [
+        {"params": [each for name, each in named.items() if name.endswith(ending)], "lr": lr}
+        for ending, lr in (("weight", 0.5), ("bias", 0.1))
+    ]
+    return torch.optim.SGD(groups, momentum=0.9)
+
+
+def test_an_optimizer_of_ones_own_steps_at_its_own_rates(float64: None) -> None:
+    """v <- 0.9 v + g, theta <- theta - lr v, with the warm-up and the clipping of the settings."""
+    net = make_net().double()
+    theta = {name: each.detach().clone() for name, each in net.named_parameters()}
+    v = {name: torch.zeros_like(each) for name, each in theta.items()}
+    engine = LocalEngine(Regression(net), OPTIMIZER, TRAIN, make_optimizer=heavy_ball)
+    for step in range(5):
+        data = {key: value.double() for key, value in batch(step).items()}
+        if step == 2:  # is left out
+            data["x"][0, 0] = math.nan
+        else:
+            at = {name: each.clone().requires_grad_() for name, each in theta.items()}
+            loss = (torch.func.functional_call(net, at, (data["x"],)) - data["y"]).square().mean()
+            grads = dict(zip(at, torch.autograd.grad(loss, list(at.values())), strict=True))
+            norm = torch.cat([each.flatten() for each in grads.values()]).norm()
+            for name, grad in grads.items():
+                v[name] = 0.9 * v[name] + grad * min(1.0, 0.05 / (norm.item() + 1e-6))
+                rate = (0.5 if name.endswith("weight") else 0.1) * min(1.0, (step + 1) / 3)
+                theta[name] = theta[name] - rate * v[name]
+        assert engine.step(step=step, **data).skipped == (step == 2)
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(parameter.detach(), theta[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda named: named, "make_optimizer returned a list: return a torch.optim.Optimizer"),
+        (lambda named: torch.optim.SGD(named[1:]), "make_optimizer left out net.0.weight: all it is given"),
+        (lambda named: torch.optim.SGD([*(p for _, p in named), torch.zeros(1)]), "took tensors that are not trained"),
+    ],
+)
+def test_an_optimizer_of_other_parameters_is_one_line(make: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN, make_optimizer=make)
+
+
 def test_learning_rate() -> None:
     constant = Optimizer(lr=2.0, warmup=4)
     assert [learning_rate(step, constant, 10) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
