@@ -1,7 +1,8 @@
 """Builds AdamW, of PyTorch or Apex (DeepSpeed's are built in its engine); clips or skips before its step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,8 +13,10 @@ from mmf_fast.training.settings import ConfigError, Optimizer
 
 __all__ = ["MakeOptimizer", "adam_options", "build_optimizer", "clip_or_skip", "made"]
 
-# An optimizer of one's own, of the trained parameters and their names in the loss module, which begin with "net.".
-MakeOptimizer: TypeAlias = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+# One's own optimizers, of the trained parameters and their names in the loss module, which begin with "net.".
+MakeOptimizer: TypeAlias = Callable[
+    [list[tuple[str, nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+]
 
 
 def adam_options(config: Optimizer) -> dict[str, Any]:
@@ -35,17 +38,22 @@ def build_optimizer(parameters: Iterable[Tensor], config: Optimizer) -> torch.op
     return FusedAdam(parameters, adam_w_mode=True, **adam_options(config))
 
 
-def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
-    """One's own optimizer. Raises ConfigError where it is none, or steps on other tensors than these."""
-    optimizer = make([(name, each) for name, each in parameters.items()])  # type: ignore[misc]
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(f"make_optimizer returned a {type(optimizer).__name__}: return a torch.optim.Optimizer")
-    taken = {each for group in optimizer.param_groups for each in group["params"]}
-    left = [name for name, each in parameters.items() if each not in taken]
-    if left or len(taken) > len(parameters):
-        found = f"left out {left[0]}" if left else "took tensors that are not trained"
-        raise ConfigError(f"make_optimizer {found}: all it is given, and no others, must be in the optimizer's groups")
-    return optimizer
+def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
+    """One's own optimizers. Raises ConfigError where they are none, or do not step on each of these tensors once."""
+    found: Any = make([(name, each) for name, each in parameters.items()])  # type: ignore[misc]
+    optimizers = list(found) if isinstance(found, (list, tuple)) else [found]
+    for each in optimizers:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise ConfigError(
+                f"make_optimizer gave a {type(each).__name__}: return torch.optim.Optimizers, one or more"
+            )
+    taken = Counter(each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"])
+    for name, each in parameters.items():
+        if taken[each] != 1:
+            raise ConfigError(f"make_optimizer: {name} is in {taken[each]} groups of its optimizers; put it into one")
+    if len(taken) > len(parameters):
+        raise ConfigError("make_optimizer: its optimizers step on tensors that it was not given; leave them out")
+    return optimizers
 
 
 def clip_or_skip(

@@ -72,8 +72,8 @@ class Trainer:
     data: what `mmf_fast.data.as_dataset` takes: a torch Dataset, an iterable of batches, tensors, a Dataset.
     seed: of what the loss draws, and of the order of the data. The weights are the network's own; under several
         processes those of the first count.
-    make_optimizer: takes the place of AdamW in one process: of [(name, parameter)] of what is trained it makes an
-        optimizer, whose groups keep their learning rates, times the schedule of `optimizer`.
+    make_optimizer: takes the place of AdamW in one process: of [(name, parameter)] of what is trained it makes one
+        optimizer or a list, whose groups keep their learning rates, times the schedule of `optimizer`.
     engine: what steps; by default the one that `train.zero` and `train.device` name.
     callbacks: each is called as callback(step, row) with what is logged, a {name: float}, on the first process; where
         it has a `close`, that is called at the end.

@@ -75,9 +75,10 @@ def test_it_trains_stops_goes_on_and_leaves_what_it_promises(kind: str, tmp_path
     torch.testing.assert_close(x, noise - net(noise, torch.zeros(5), torch.ones(5), y))
 
 
-def test_a_run_with_an_optimizer_of_ones_own_goes_on_exactly(tmp_path: Path) -> None:
-    def matrices_apart(named: list[tuple[str, nn.Parameter]], rest: Any = torch.optim.NAdam) -> torch.optim.Optimizer:
-        return rest([{"params": [p for _, p in named if p.ndim == n], "lr": lr} for n, lr in ((2, 0.02), (1, 0.01))])
+def test_a_run_with_optimizers_of_ones_own_goes_on_exactly(tmp_path: Path) -> None:
+    def matrices_apart(named: list[tuple[str, nn.Parameter]], rest: Any = torch.optim.NAdam) -> Any:
+        matrices, others = ([p for _, p in named if (p.ndim == 2) == yes] for yes in (True, False))
+        return [torch.optim.Muon(matrices, lr=0.02), rest(others, lr=0.01)]
 
     trainer(tmp_path / "whole", make_optimizer=matrices_apart).fit()
     trainer(tmp_path / "cut", steps=6, make_optimizer=matrices_apart).fit()
@@ -87,8 +88,10 @@ def test_a_run_with_an_optimizer_of_ones_own_goes_on_exactly(tmp_path: Path) -> 
     assert [row["lr"] for row in read(tmp_path / "whole" / "metrics.jsonl")][:3] == pytest.approx([0.01, 0.02, 0.02])
 
     other = functools.partial(matrices_apart, rest=torch.optim.SGD)
-    for make, name in ((other, "SGD"), (None, "default")):
-        with pytest.raises(CheckpointError, match=rf"optimizer.made \(NAdam -> {name}\); set these back, go on with"):
+    for make, name in ((other, r"Muon \+ SGD"), (None, "default")):
+        with pytest.raises(
+            CheckpointError, match=rf"optimizer.made \(Muon \+ NAdam -> {name}\); set these back, go on with"
+        ):
             trainer(tmp_path / "cut", steps=12, make_optimizer=make, resume=True)
     assert trainer(tmp_path / "cut", steps=12, make_optimizer=other, resume=True, allow_changes=True).fit()
     with pytest.raises(ConfigError, match="train.zero=fsdp shares parameters out, and make_optimizer would get pieces"):

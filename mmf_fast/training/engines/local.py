@@ -21,8 +21,8 @@ __all__ = ["LocalEngine"]
 class LocalEngine(Engine):
     """`Engine` of one process, which owns every parameter as a whole.
 
-    make_optimizer: takes the place of AdamW. Its groups keep their learning rates, times the schedule of
-        `optimizer.lr`; what it remembers is saved as it gives it, and a step that is not finite waits for the host.
+    make_optimizer: makes what takes the place of AdamW. The groups keep their learning rates, times the schedule of
+        `optimizer.lr`; what they remember is saved as they give it. Each step waits until it is known to be finite.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class LocalEngine(Engine):
             raise ConfigError(f"optimizer.kind={optimizer.kind} needs train.zero, for instance train.zero=zero1.json")
         super().__init__(loss_fn, optimizer, train, device or choose_device(train.device), seed)
         self.owned = self._own(train)
-        self.own = make_optimizer is not None
-        if make_optimizer is None:
-            self.optimizer = build_optimizer([each.value for each in self.owned.values()], optimizer)
-        else:
-            self.optimizer = made(make_optimizer, {name: each.value for name, each in self.owned.items()})
-            self.identity = {"optimizer.made": type(self.optimizer).__name__}
-            for group in self.optimizer.param_groups:
+        owned = {name: each.value for name, each in self.owned.items()}
+        self.own = [] if make_optimizer is None else made(make_optimizer, owned)
+        self.optimizers = self.own or [build_optimizer(owned.values(), optimizer)]
+        self.moments: dict[Tensor, dict[str, Any]] = {} if self.own else self.optimizers[0].state
+        self.param_groups = [group for each in self.optimizers for group in each.param_groups]
+        if self.own:
+            self.identity = {"optimizer.made": " + ".join(type(each).__name__ for each in self.own)}
+            for group in self.param_groups:
                 group["relative_lr"] = group["lr"] / optimizer.lr
-        self.param_groups = self.optimizer.param_groups
         self.start_average()
 
     def _own(self, train: Train) -> dict[str, Fragment]:
@@ -71,36 +71,39 @@ class LocalEngine(Engine):
 
     def update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         owned = [each.value for each in self.owned.values()]
-        skips = None if self.own else self.optimizer
+        skips = None if self.own else self.optimizers[0]
         norm, bad = clip_or_skip(owned, skips, self.config.clip, loss, shared=self.world_size > 1)
-        if not self.own or not bad:  # AdamW leaves a bad step out by itself
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        left_out = bool(self.own) and bool(bad)  # AdamW leaves a bad step out by itself
+        for each in self.optimizers:
+            if not left_out:
+                each.step()
+            each.zero_grad(set_to_none=True)
         return norm, bad
 
     def fragments(self, key: str | None = None) -> Iterator[tuple[str, Fragment]]:
         for name, (start, value) in self.owned.items():
             if key is None:
                 yield name, Fragment(start, value.data)
-            elif self.optimizer.state.get(value) and not self.own:
-                yield name, Fragment(start, self.optimizer.state[value][key])
+            elif self.moments.get(value):
+                yield name, Fragment(start, self.moments[value][key])
 
     def steps_of(self, name: str) -> float:
-        return 0.0 if self.own else float(self.optimizer.state.get(self.owned[name].value, {}).get("step", 0.0))
+        return float(self.moments.get(self.owned[name].value, {}).get("step", 0.0))
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"optimizer": {**self.identity, **self.optimizer.state_dict()}} if self.own else {}
+        own = {"own": [each.state_dict() for each in self.own], "own_identity": self.identity} if self.own else {}
         return super().state_dict() | own
 
     def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
         super().load_state_dict(shares)
-        saved = shares[0].get("optimizer", {})
-        if self.own and self.identity.items() <= saved.items():  # one of another class remembers other things
-            self.optimizer.load_state_dict(saved)
-            self.param_groups = self.optimizer.param_groups
+        if self.own and shares[0].get("own_identity") == self.identity:  # others remember other things
+            for each, saved in zip(self.own, shares[0]["own"], strict=True):
+                each.load_state_dict(saved)
+            self.param_groups = [group for each in self.own for group in each.param_groups]
 
     def write(self, saved: Saved) -> None:
-        self.optimizer.state.clear()
+        for each in self.optimizers:
+            each.state.clear()
         for name, (start, value) in self.owned.items():
 
             def part(key: str, name: str = name, start: int = start, value: Tensor = value) -> Tensor:
@@ -109,4 +112,4 @@ class LocalEngine(Engine):
             value.data.copy_(part("weight"))
             if not self.own and (steps := saved.steps(name)):
                 moments = {key: torch.zeros_like(value.data).copy_(part(key)) for key in MOMENTS}
-                self.optimizer.state[value] = {"step": torch.tensor(steps, device=value.device), **moments}
+                self.moments[value] = {"step": torch.tensor(steps, device=value.device), **moments}

@@ -155,22 +155,21 @@ def test_the_state_is_complete() -> None:
     assert all(torch.equal(a, b) for a, b in zip(everything(one), everything(other), strict=True))
 
 
-def heavy_ball(parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """Weights and biases at rates of their own."""
-    named = dict(parameters)
-    groups = [
-        {"params": [each for name, each in named.items() if name.endswith(ending)], "lr": lr}
-        for ending, lr in (("weight", 0.5), ("bias", 0.1))
-    ]
-    return torch.optim.SGD(groups, momentum=0.9)
+def heavy_balls(parameters: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    """One for the weights, one for the biases, at rates of their own."""
+
+    def sgd(ending: str, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD([each for name, each in parameters if name.endswith(ending)], lr=lr, momentum=0.9)
+
+    return [sgd("weight", 0.5), sgd("bias", 0.1)]
 
 
-def test_an_optimizer_of_ones_own_steps_at_its_own_rates(float64: None) -> None:
+def test_optimizers_of_ones_own_step_at_their_own_rates(float64: None) -> None:
     """v <- 0.9 v + g, theta <- theta - lr v, with the warm-up and the clipping of the settings."""
     net = make_net().double()
     theta = {name: each.detach().clone() for name, each in net.named_parameters()}
     v = {name: torch.zeros_like(each) for name, each in theta.items()}
-    engine = LocalEngine(Regression(net), OPTIMIZER, TRAIN, make_optimizer=heavy_ball)
+    engine = LocalEngine(Regression(net), OPTIMIZER, TRAIN, make_optimizer=heavy_balls)
     for step in range(5):
         data = {key: value.double() for key, value in batch(step).items()}
         if step == 2:  # is left out
@@ -192,9 +191,10 @@ def test_an_optimizer_of_ones_own_steps_at_its_own_rates(float64: None) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda named: named, "make_optimizer returned a list: return a torch.optim.Optimizer"),
-        (lambda named: torch.optim.SGD(named[1:]), "make_optimizer left out net.0.weight: all it is given"),
-        (lambda named: torch.optim.SGD([*(p for _, p in named), torch.zeros(1)]), "took tensors that are not trained"),
+        (lambda named: dict(named), "make_optimizer gave a dict: return torch.optim.Optimizers, one or more"),
+        (lambda named: torch.optim.SGD(named[1:]), "make_optimizer: net.0.weight is in 0 groups of its optimizers"),
+        (lambda named: 2 * [torch.optim.SGD(named)], "net.0.weight is in 2 groups of its optimizers; put it into one"),
+        (lambda named: torch.optim.SGD([*(p for _, p in named), torch.zeros(1)]), "tensors that it was not given"),
     ],
 )
 def test_an_optimizer_of_other_parameters_is_one_line(make: Any, words: str) -> None:
