@@ -19,7 +19,7 @@ from mmf_fast.training.engines import StepResult, build_engine
 from studies.mixture import one_step_error, three_gaussians
 from studies.rows import Rows, Setting, Spread, cheapest, compared, table
 from studies.runner import Study, main
-from studies.training import SGDEngine, train
+from studies.training import sgd_engine, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +115,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     averaged = train(
         loss_fn, data, steps=steps, batch=BATCH, seed=seed, watch=watch,
         optimizer=Optimizer(lr=setting["rate"], clip=setting["clip"], ema=0.995),
-        make_engine=SGDEngine if setting["optimizer"] == "sgd" else build_engine,
+        make_engine=sgd_engine if setting["optimizer"] == "sgd" else build_engine,
     )  # fmt: skip
     found = torch.tensor(squares, dtype=torch.float64)  # infinite, perhaps, where a run diverges: statistics refuses it
     return {

@@ -18,7 +18,7 @@ from studies.mixture import one_step_error, three_gaussians
 from studies.noise import signal_to_noise
 from studies.rows import Rows, Setting, Spread, compared, table
 from studies.runner import Study, main
-from studies.training import SGDEngine, train
+from studies.training import sgd_engine, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +72,7 @@ def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
                         figures[f"signal_{lam:g}_{look}"] = signal_to_noise(other, data, batch, batches)
 
     def make_engine(*arguments: Any) -> Any:
-        engine = (SGDEngine if setting["optimizer"] == "sgd" else build_engine)(*arguments)
+        engine = (sgd_engine if setting["optimizer"] == "sgd" else build_engine)(*arguments)
         average.append(engine.averaged())  # it follows the training
         return engine
 

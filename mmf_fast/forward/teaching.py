@@ -77,10 +77,10 @@ def _teach_isinstance(variable: Any) -> None:
     original = variable.call_isinstance
 
     def call_isinstance(self: Any, tx: Any, arg: Any, kinds: Any) -> Any:
-        kind = getattr(arg, "tuple_cls", None)
-        # In a pass the builtin function is asked by what replaces it (interception.py), for the frame before that.
-        frame = tx.parent if tx.f_code.co_name == "_isinstance" else tx
-        if kind in (Dual, DetachedDual) and frame.f_globals.get("__name__", "").split(".")[0] not in LOOK_INTO_TUPLES:
+        kind, module = getattr(arg, "tuple_cls", None), tx.f_globals.get("__name__", "")
+        if module == f"{__package__}.interception":  # what replaces isinstance in a pass asks for the frame before it
+            module = (tx.parent or tx).f_globals.get("__name__", "")
+        if kind in (Dual, DetachedDual) and module.split(".")[0] not in LOOK_INTO_TUPLES:
             named = kinds.as_python_constant()
             is_one = issubclass(Tensor, named) or (issubclass(kind, named) and not issubclass(tuple, named))
             return type(arg).build(tx, is_one)

@@ -40,7 +40,7 @@ def build_optimizer(parameters: Iterable[Tensor], config: Optimizer) -> torch.op
 
 def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
     """One's own optimizers. Raises ConfigError where they are none, or do not step on each of these tensors once."""
-    found: Any = make([(name, each) for name, each in parameters.items()])  # type: ignore[misc]
+    found: Any = make(list(parameters.items()))  # type: ignore[arg-type]
     optimizers = list(found) if isinstance(found, (list, tuple)) else [found]
     for each in optimizers:
         if not isinstance(each, torch.optim.Optimizer):

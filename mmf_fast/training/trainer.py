@@ -131,6 +131,8 @@ class Trainer:
         shares = start_from(loss_fn, self.train.init, self.train.init_from) if self.train.init and fresh else None
         if not fresh:
             take_constants(net, self.checkpoints)
+        if engine and make_optimizer:
+            raise ConfigError("engine and make_optimizer do not go together: give the engine its optimizers")
         self.engine = engine or build_engine(loss_fn, optimizer, self.train, seed, make_optimizer)
         self.fingerprint |= self.engine.identity
         if shares:

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmf_fast import MeanFlowLoss, Optimizer, Train
+from mmf_fast.models import MLP
 from studies import STUDIES, report
 from studies.mixture import one_step_error, three_gaussians
 from studies.rows import Rows, Setting, Spread, cheapest, compared, table
 from studies.runner import Study, all_studies, go_on, main, missing, read, rehearse
+from studies.training import sgd_engine
 
 SETTINGS = [{"lam": 0.0}, {"lam": 1.0, "curve": "linear"}]
 
@@ -178,3 +181,19 @@ def test_finite_data_are_the_same_points_for_every_seed() -> None:
     assert len(batches[0].unique(dim=0)) == len(torch.cat(batches).unique(dim=0)) == 5
     assert not batches[0].equal(batches[1])
     assert batches[0][:32].equal(three_gaussians(count=5).batch(3, 64, 0, 2)[0])
+
+
+def test_sgd_is_gradient_descent_with_momentum() -> None:
+    """v <- 0.9 v + g, theta <- theta - lr v, not AdamW."""
+    net = MLP(2, width=8, depth=1)
+    engine = sgd_engine(MeanFlowLoss(net), Optimizer(lr=0.1, warmup=0, clip=0.0), Train(batch=16, device="cpu"))
+    theta, grads = net.input.weight, list[torch.Tensor]()
+    theta.register_hook(grads.append)
+    with torch.no_grad():
+        net.output.weight.normal_()  # it starts at zero, and nothing before it would have a gradient
+    expected, v = theta.detach().clone(), torch.zeros_like(theta)
+    for step in range(3):
+        engine.step(torch.randn(16, 2), step)
+        v = 0.9 * v + grads[step]
+        expected -= 0.1 * v
+    torch.testing.assert_close(theta.detach(), expected, rtol=1e-5, atol=1e-6)

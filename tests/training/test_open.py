@@ -96,6 +96,9 @@ def test_a_run_with_optimizers_of_ones_own_goes_on_exactly(tmp_path: Path) -> No
     assert trainer(tmp_path / "cut", steps=12, make_optimizer=other, resume=True, allow_changes=True).fit()
     with pytest.raises(ConfigError, match="train.zero=fsdp shares parameters out, and make_optimizer would get pieces"):
         trainer(tmp_path / "many", make_optimizer=other, settings={"zero": "fsdp"})
+    engine = trainer(tmp_path / "other").engine
+    with pytest.raises(ConfigError, match="engine and make_optimizer do not go together"):
+        trainer(tmp_path / "both", make_optimizer=other, engine=engine)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.optim.swa_utils.AveragedModel], ids=["compiled", "averaged"])

@@ -38,8 +38,8 @@ class Engine:
     loss_fn: the loss module around `.net`; called as loss_fn(x, step=step, part=part, **cond) -> object with .loss and
     .metrics.  seed: of what the loss draws.
 
-    An engine of a kind wraps `self.model`, sets `self.param_groups` of its optimizer, calls `start_average`, and says
-    how it goes backward and steps (`backward`, `update`) and what it owns (`fragments`, `steps_of`, `write`).
+    An engine of a kind wraps `self.model`, calls `start_average`, and says how it goes backward and steps (`backward`,
+    `update`, `param_groups`) and what it owns (`fragments`, `steps_of`, `write`).
     """
 
     rank = 0
@@ -93,7 +93,10 @@ class Engine:
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of its optimizers."""
+        raise NotImplementedError
 
     def step(self, x: Tensor, step: int, **cond: Tensor) -> StepResult:
         """One update on this rank's samples x (B, *shape), which follow those of the rank before it in the global

@@ -64,9 +64,13 @@ class DeepSpeedEngine(Engine):
         self.stage, self.autocast = stage, False  # bf16: the weights are bfloat16, the optimizer's are float32
         base = _build_optimizer([p for p in loss_fn.parameters() if p.requires_grad], optimizer)
         self.model, *_ = deepspeed.initialize(model=loss_fn, optimizer=base, config=settings)
-        self.param_groups = self.model.optimizer.param_groups
         self.zero = Internals(self.model, stage, {name: p for name, p in self._parameters()})
         self.start_average()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.model.optimizer.param_groups
+        return groups
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         """The trained ones."""

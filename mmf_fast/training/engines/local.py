@@ -42,12 +42,15 @@ class LocalEngine(Engine):
         self.own = [] if make_optimizer is None else made(make_optimizer, owned)
         self.optimizers = self.own or [build_optimizer(owned.values(), optimizer)]
         self.moments: dict[Tensor, dict[str, Any]] = {} if self.own else self.optimizers[0].state
-        self.param_groups = [group for each in self.optimizers for group in each.param_groups]
         if self.own:
             self.identity = {"optimizer.made": " + ".join(type(each).__name__ for each in self.own)}
             for group in self.param_groups:
                 group["relative_lr"] = group["lr"] / optimizer.lr
         self.start_average()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for each in self.optimizers for group in each.param_groups]
 
     def _own(self, train: Train) -> dict[str, Fragment]:
         """The trained parameters, which the optimizer steps on."""
@@ -99,7 +102,6 @@ class LocalEngine(Engine):
         if self.own and shares[0].get("own_identity") == self.identity:  # others remember other things
             for each, saved in zip(self.own, shares[0]["own"], strict=True):
                 each.load_state_dict(saved)
-            self.param_groups = [group for each in self.own for group in each.param_groups]
 
     def write(self, saved: Saved) -> None:
         for each in self.optimizers:
