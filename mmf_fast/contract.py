@@ -28,6 +28,7 @@ __all__ = [
     "check_network",
     "check_output",
     "hidden_modules",
+    "names_refused",
     "names_taken",
     "per_sample",
     "sent",
@@ -85,6 +86,14 @@ def names_taken(net: Any, own: Iterable[str]) -> list[str]:
     """Which of these names are conditions of the network too."""
     theirs = {p.name for p in _parameters(net)[3:]}
     return [name for name in own if name in theirs]
+
+
+def names_refused(net: Any, names: Iterable[str]) -> list[str]:
+    """For which of these names the network has no condition."""
+    parameters = _parameters(net)
+    takes_any = not parameters or any(p.kind == p.VAR_KEYWORD for p in parameters)
+    theirs = {p.name for p in parameters[3:]}
+    return [name for name in names if not (takes_any or name in theirs)]
 
 
 def check_cond(net: Any, own: Mapping[str, Any], caller: str) -> None:

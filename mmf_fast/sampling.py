@@ -29,9 +29,10 @@ from mmf_fast.models import load_pretrained
 from mmf_fast.pictures import save_grid
 from mmf_fast.registry import import_object
 
-__all__ = ["Sampler", "draw_run", "evaluating", "noises_of", "sample", "sample_in_chunks"]
+__all__ = ["GUIDANCE", "Sampler", "draw_run", "evaluating", "noises_of", "sample", "sample_in_chunks"]
 
 Sampler: TypeAlias = Literal["average", "euler", "consistency"]
+GUIDANCE = ("omega", "t_min", "t_max")  # what a guided network is told, see mmf_fast.Guidance
 DECODED = 16  # latents that a decoder gets at a time
 
 
@@ -60,7 +61,7 @@ def sample(
         "consistency" those that end at the data alone; "euler" velocities alone.
     seed, generator: where the noise is drawn that is not given (float32, at most one of the two and of noise, by
         default torch's global generator). A seed draws on the CPU, so that it means the same noise on every device.
-    cond: conditions such as y (B,) int64; tensors in them are moved to the device of the network.
+    cond: conditions such as y (B,) int64, and of a guided network omega=2.5; tensors in them are moved to its device.
 
     Raises ValueError for steps below 1 or times that do not fall from 1 to 0, an unknown sampler, a noise of another
     shape, noise given twice, a network with another call, and an output that is no tensor like z.
@@ -200,6 +201,7 @@ def draw_run(
     net: nn.Module | None = None,
     decoder: Callable[[Tensor], Tensor] | None = None,
     normalized: bool = False,
+    guidance: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Samples x (N, *shape) of the network in a run folder, on the CPU, and their labels y (N,), None without classes.
 
@@ -210,6 +212,7 @@ def draw_run(
     classes: the labels, repeated in turn up to `count`; by default all of them, or the first 10.
     count: by default 8 per class, 64 images without classes, 2,000 points of a toy.
     device: "auto" is CUDA where there is one.  net: takes the weights of the run, for a network of one's own.
+    guidance: of GUIDANCE, for a network that is told it: {"omega": 2.5}.
     Raises ValueError for a missing or damaged run, an unknown class or device, steps or count below 1, samples that are
     not finite.
     """
@@ -230,7 +233,7 @@ def draw_run(
     net.to(choose_device(device))
     noise = noises_of(None, (count, *shape), steps, sampler, torch.Generator().manual_seed(seed))
     y = torch.tensor(labels)[torch.arange(count) % len(labels)] if labels else None
-    cond: dict[str, Any] = {} if y is None else {"y": y}
+    cond: dict[str, Any] = dict(guidance or {}) | ({} if y is None else {"y": y})
     x = sample_in_chunks(net, noise, steps, sampler=sampler, **cond).cpu()
     if not torch.isfinite(x).all():
         raise ValueError(f"the network of {run} gives samples that are not finite: its training has diverged")
@@ -283,6 +286,24 @@ def sampler_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def guidance_options(parser: argparse.ArgumentParser) -> None:
+    told = "of a network that was trained with a range of it"
+    parser.add_argument("--omega", type=float, help=f"guidance scale, {told} (default: 1, no guidance)")
+    parser.add_argument("--t-min", type=float, help=f"guidance from this t on, {told} (default: 0)")
+    parser.add_argument("--t-max", type=float, help=f"guidance up to this t, {told} (default: 1)")
+
+
+def guidance_of(options: argparse.Namespace) -> dict[str, float]:
+    """What of GUIDANCE was given. Raises ValueError for a scale below 1, or limits that do not rise within [0, 1]."""
+    given = {name: value for name in GUIDANCE if (value := getattr(options, name)) is not None}
+    omega, t_min, t_max = (given.get(name, default) for name, default in zip(GUIDANCE, (1, 0, 1), strict=True))
+    if not omega >= 1:
+        raise ValueError(f"--omega {omega}: a scale is 1 (no guidance) or more")
+    if not 0 <= t_min <= t_max <= 1:
+        raise ValueError(f"--t-min {t_min} --t-max {t_max}: the limits must rise within [0, 1]")
+    return given
+
+
 def import_made(path: str | None) -> Any:
     """What the function or class at an import path returns; nothing of None. Raises ValueError."""
     return None if path is None else import_object(path)()
@@ -296,6 +317,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, required=True, help=".png: a grid or scatter plot; .npz: arrays x, y")
     result.add_argument("--steps", type=int, default=1, help="evaluations of the network per sample (default: 1)")
     sampler_option(result)
+    guidance_options(result)
     result.add_argument("--classes", type=int, nargs="+", metavar="LABEL", help="labels (default: the first 10)")
     result.add_argument("--count", type=int, help="samples in all (default: 8 per class, or 64 images, or 2000 points)")
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
@@ -324,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         net=import_made(options.net),
         decoder=import_made(options.decoder),
         normalized=options.normalized,
+        guidance=guidance_of(options),
     )
     if out.suffix == ".png" and x.ndim == 4 and x.shape[1] not in (1, 3):
         raise ValueError(

@@ -55,8 +55,10 @@ def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
                 f"model.{key} is {config.model[key]}, but that of data.name={dataset.name} is {implied[key]}; "
                 f"leave model.{key} out{without}"
             )
-    net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
     loss = {key: value for key, value in config.loss.items() if key != "objective"}
+    told = loss.get("guidance") is not None and bool(loss["guidance"].told)
+    implied |= {"guided": True} if told else {}
+    net = models.build(**{key: value for key, value in implied.items() if key in accepted} | config.model)
     return MeanFlowLoss(net, **loss)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,17 @@ from mmf_fast.evaluation.distances import gaussian_frechet
 from mmf_fast.evaluation.statistics import Statistics, Sums, read_statistics, write_statistics
 from mmf_fast.files import digest, write_text
 from mmf_fast.models import load_pretrained
-from mmf_fast.sampling import Sampler, import_made, network_option, sample, sampler_option, samples_of
+from mmf_fast.sampling import (
+    GUIDANCE,
+    Sampler,
+    guidance_of,
+    guidance_options,
+    import_made,
+    network_option,
+    sample,
+    sampler_option,
+    samples_of,
+)
 
 __all__ = ["Inception", "evaluate_fid", "sample_statistics", "set_statistics", "to_uint8"]
 
@@ -111,11 +121,12 @@ def sample_statistics(
     shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     sampler: Sampler = "average",
+    guidance: Mapping[str, float] | None = None,
 ) -> Statistics:
     """Statistics of `count` samples of `net`. Each rank draws the samples rank, rank + ranks, ...; all get the result.
 
     shape, num_classes: of a sample, where the network has no attributes of these names.
-    sampler: what a step uses, see `mmf_fast.sample`.
+    sampler: what a step uses, see `mmf_fast.sample`.  guidance: omega, t_min, t_max of a network that is told them.
     Raises ValueError for samples that are not finite.
     """
     shape, classes = samples_of(net, {"shape": shape, "num_classes": num_classes}, "the network")
@@ -124,7 +135,7 @@ def sample_statistics(
 
     def draw(rows: range) -> Tensor:
         noise = [torch.from_numpy(row_noise(key, rows, (len(rows), *shape))) for key in keys]
-        cond: dict[str, Any] = {"y": torch.tensor(rows) % classes} if classes else {}
+        cond: dict[str, Any] = dict(guidance or {}) | ({"y": torch.tensor(rows) % classes} if classes else {})
         x = sample(net, noise[0].shape, steps, noise, sampler=sampler, **cond)
         if not torch.isfinite(x).all():
             raise ValueError("the network gives samples that are not finite: its training has diverged")
@@ -174,10 +185,11 @@ def evaluate_fid(
     save_reference: str | Path | None = None,
     net: nn.Module | None = None,
     sampler: Sampler = "average",
+    guidance: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The FID of a run's samples with all it depends on; rank 0 writes it to fid.json in the run folder.
 
-    net: takes the weights of the run, for a network of one's own.  sampler: of a step, see `mmf_fast.sample`.
+    net: takes the weights of the run, for a network of one's own.  sampler, guidance: as of `sample_statistics`.
     Every rank of a process group calls it and gets {"fid", "samples", ...}, on ranks above 0 without "fid".
     Raises ValueError, on all ranks where it fails on one.
     """
@@ -198,12 +210,14 @@ def evaluate_fid(
     if save_reference is not None:
         agree(lambda: write_statistics(save_reference, real) if rank == 0 else None)
     fake = sample_statistics(
-        network, features, count, steps, seed, batch, rounding, extra["shape"], extra["num_classes"], sampler
-    )
+        network, features, count, steps, seed, batch, rounding, extra["shape"], extra["num_classes"], sampler,
+        guidance,
+    )  # fmt: skip
     result = {
         "samples": count,
         "steps": steps,
         "sampler": sampler,
+        "guidance": dict(guidance or {}),
         "seed": seed,
         "rounding": f"{rounding}: {ROUNDINGS[rounding]}",
         "features": {**features.file, "dimension": features.dim, "backend": f"TorchScript, torch {torch.__version__}"},
@@ -300,6 +314,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=64, help="samples at a time on each rank (default: 64)")
     add("--steps", type=int, default=1, help="evaluations of the network per sample (default: 1)")
     sampler_option(result)
+    guidance_options(result)
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--rounding", choices=list(ROUNDINGS), default="round", help="to uint8 (default: round)")
@@ -310,8 +325,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = vars(parser().parse_args(arguments))
-    del options["local_rank"]
+    given = parser().parse_args(arguments)
+    options = {name: value for name, value in vars(given).items() if name not in ("local_rank", *GUIDANCE)}
+    options["guidance"] = guidance_of(given)
     options["net"] = import_made(options["net"])
     with process_group(options["device"]):
         result = evaluate_fid(**options)

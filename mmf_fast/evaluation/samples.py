@@ -42,6 +42,8 @@ from mmf_fast.pictures import save_arrows, save_field, save_rows
 from mmf_fast.sampling import (
     Sampler,
     evaluating,
+    guidance_of,
+    guidance_options,
     import_made,
     network_option,
     noises_of,
@@ -74,13 +76,15 @@ def evaluate(
     folder: str | Path | None = None,
     count: int = MOST,
     sampler: Sampler = "average",
+    guidance: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The figures named at the top of this file, for each number of steps; with `folder`, pictures are written there.
 
     net: u(z, r, t, y=None) for samples of dataset.shape.  seed: of the noise, which all numbers of steps share.
     count: images judged for each number of steps, at most.  sampler: what a step uses, see `mmf_fast.sample`.
-    Returns {"data", "seed", "sampler", "samples", "figures": {name: {"validation" or number of steps: value}}} and, for
-    images, "classifier_accuracy": {"train", "validation"}.
+    guidance: omega, t_min, t_max of a network that is told them.
+    Returns {"data", "seed", "sampler", "guidance", "samples", "figures": {name: {"validation" or number of steps:
+    value}}} and, for images, "classifier_accuracy": {"train", "validation"}.
     Raises ValueError for steps below 1, an unknown sampler, a count below 2, samples that are not finite, a dataset
     that is neither points nor labelled images, a folder that cannot be written.
     """
@@ -88,13 +92,13 @@ def evaluate(
         raise ValueError(f"steps are {list(steps)}: give numbers of evaluations per sample, each at least 1")
     if count < 2:
         raise ValueError(f"count is {count}: a covariance needs at least 2 samples")
-    path = None if folder is None else Path(folder)
+    path, told = None if folder is None else Path(folder), dict[str, Any](guidance or {})
 
     def noises(count: int, steps: int) -> list[Tensor]:
         return noises_of(None, (count, *dataset.shape), steps, sampler, torch.Generator().manual_seed(seed))
 
     def drawn(count: int, steps: int, **cond: Any) -> Tensor:
-        x = sample_in_chunks(net, noises(count, steps), steps, sampler=sampler, **cond)
+        x = sample_in_chunks(net, noises(count, steps), steps, sampler=sampler, **cond, **told)
         if not torch.isfinite(x).all():
             raise ValueError("the network gives samples that are not finite: its training has diverged")
         return x.cpu()
@@ -109,7 +113,7 @@ def evaluate(
                 _draw_points(net, noises(size, 1)[0], one_step, dataset, path)
         else:
             result = _evaluate_images(drawn, dataset, sorted(set(steps)), path, count)
-    return {"data": dataset.name, "seed": seed, "sampler": sampler, **result}
+    return {"data": dataset.name, "seed": seed, "sampler": sampler, "guidance": told, **result}
 
 
 def evaluate_run(
@@ -123,6 +127,7 @@ def evaluate_run(
     count: int = MOST,
     sampler: Sampler = "average",
     overrides: Sequence[str] = (),
+    guidance: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """`evaluate` for the network and the dataset of a run folder; writes evaluation.json and the pictures there.
 
@@ -152,7 +157,7 @@ def evaluate_run(
             f"but {dataset.name} has {dataset.shape} and {dataset.num_classes}; its model.json is not its own"
         )
     result = {"step": extra.get("step")} | evaluate(
-        net.to(choose_device(device)), dataset, steps, seed, run if pictures else None, count, sampler
+        net.to(choose_device(device)), dataset, steps, seed, run if pictures else None, count, sampler, guidance
     )
     write_text(Path(run) / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -265,6 +270,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--run", type=Path, required=True, help="run folder; evaluation.json and pictures go there")
     result.add_argument("--steps", type=number, nargs="+", default=[1, 2, 4], help="evaluations (default: 1 2 4)")
     sampler_option(result)
+    guidance_options(result)
     result.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     result.add_argument("--count", type=int, default=MOST, help=f"images per column at most (default: {MOST})")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -290,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.steps = [word for word in options.steps if isinstance(word, int)]
     own = {"net": import_made(options.net), "dataset": import_made(options.data)}
     own |= {"count": options.count, "sampler": options.sampler, "overrides": options.overrides}
+    own |= {"guidance": guidance_of(options)}
     result = evaluate_run(options.run, options.steps, options.seed, options.device, **own)
     print(
         f"{options.run}: {result['data']} after {result['step']} training steps, {result['samples']} samples per column"

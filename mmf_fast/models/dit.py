@@ -92,6 +92,7 @@ class DiT(nn.Module):
     width, depth, heads, mlp_ratio: of the transformer; width is divisible by heads and by 2 dims.
     num_classes: 0 for an unconditional network; otherwise labels 0 .. num_classes - 1, num_classes is the null label.
     context_dim: length of a vector that a sample is given, such as a start and a goal; 0 for none.
+    guided: the network is told its guidance, which is then chosen at sampling (see Guidance, whose omega is a range).
     qk_norm: RMS norm of queries and keys.  dropout: on both branches of a block.
     recompute: keep only the input of each block for backward and compute the rest again (activation checkpointing).
     Raises ValueError when a size does not fit.
@@ -112,6 +113,7 @@ class DiT(nn.Module):
         recompute: Annotated[bool, "free"] = False,  # see mmf_fast/config.py
         context_dim: int = 0,
         dims: int = 2,
+        guided: bool = False,
     ):
         super().__init__()
         check_positive(input_size=input_size, channels=channels, patch_size=patch_size)
@@ -125,7 +127,7 @@ class DiT(nn.Module):
         self.config = dict(
             name="dit", input_size=input_size, channels=channels, patch_size=patch_size, width=width, depth=depth,
             heads=heads, mlp_ratio=mlp_ratio, num_classes=num_classes, context_dim=context_dim, dims=dims,
-            qk_norm=qk_norm, dropout=dropout, recompute=recompute,
+            qk_norm=qk_norm, dropout=dropout, recompute=recompute, guided=guided,
         )  # fmt: skip
         self.num_classes, self.dims = num_classes, dims
         self.shape = (input_size, channels) if dims == 1 else (channels, input_size, input_size)
@@ -133,7 +135,7 @@ class DiT(nn.Module):
         patch = channels * patch_size**dims
         positions = positions_1d if dims == 1 else positions_2d
         self.register_buffer("positions_ND", positions(self.grid, width), persistent=False)
-        self.conditioning = Conditioning(width, num_classes, context_dim)
+        self.conditioning = Conditioning(width, num_classes, context_dim, guided)
         self.input = nn.Linear(patch, width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, dropout, recompute) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -163,12 +165,21 @@ class DiT(nn.Module):
         zero_init(self.output)
 
     def forward(
-        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None
+        self,
+        z: Tensor,
+        r: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        **guidance: Tensor | float,
     ) -> Tensor:
-        """u(z, r, t, y, context): z (B, C, Y, X) or (B, T, C), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or
-        None, context (B, context_dim) or None -> u like z."""
+        """u(z, r, t, y, context, **guidance) -> u like z.
+
+        z (B, C, Y, X) or (B, T, C); r and t (B,) with 0 <= r <= t <= 1; y (B,) int64 or None; context
+        (B, context_dim) or None; of a guided network omega, t_min and t_max, each (B,) or a number.
+        """
         check_sample(z, self.shape)
-        c_BD = self.conditioning(r, t, y, context)
+        c_BD = self.conditioning(r, t, y, context, **guidance)
         dtype = self.input.weight.dtype
         x_BND = self.input(self.to_patches(z.to(dtype))) + self.positions_ND.to(dtype)  # ZeRO casts parameters alone
         for block in self.blocks:

@@ -75,7 +75,7 @@ def sinusoids(t: Tensor, count: int, highest: float = HIGHEST) -> Tensor:
 
 
 class Conditioning(nn.Module):
-    """c = silu(MLP([sinusoids(t), sinusoids(t - r)]) + E[y] + MLP(context)), by which every block is modulated.
+    """c = silu(MLP([sinusoids(t), sinusoids(t - r)]) + E[y] + MLP([context, g])), by which every block is modulated.
 
     r, t (B,) float32, y (B,) of any integer dtype, context (B, context_dim) -> c (B, width) in the dtype of the
     weights. The interval t - r is embedded itself, because the network must tell r = t (velocity) from r < t (average
@@ -84,9 +84,12 @@ class Conditioning(nn.Module):
 
     Class labels are 0 .. num_classes - 1; num_classes is the null label, and y = None means all null. The context is a
     vector of numbers that a sample is given (a start, a goal, an observation); without it there is nothing to predict.
+
+    guided: the network is told its guidance, g = (1 - 1 / omega, t_min, t_max), each a tensor (B,) or a number; by
+    default omega = 1, which is no guidance, in [0, 1] (improved MeanFlow, arXiv 2512.02012).
     """
 
-    def __init__(self, width: int, num_classes: int = 0, context_dim: int = 0):
+    def __init__(self, width: int, num_classes: int = 0, context_dim: int = 0, guided: bool = False):
         super().__init__()
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {num_classes}")
@@ -98,11 +101,21 @@ class Conditioning(nn.Module):
         # Its weights have deviation 1, as in ADM. DiT's 0.02 is hardly heard beside the times: after 500 steps on the
         # digits one-step samples then have the class asked for in 56 % of cases, for 97 %.
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.context_dim = context_dim
-        given = (nn.Linear(context_dim, width), nn.SiLU(), nn.Linear(width, width)) if context_dim else ()
+        self.context_dim, self.guided = context_dim, guided
+        numbers = context_dim + (3 if guided else 0)
+        given = (nn.Linear(numbers, width), nn.SiLU(), nn.Linear(width, width)) if numbers else ()
         self.context = nn.Sequential(*given)
 
-    def forward(self, r: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        r: Tensor,
+        t: Tensor,
+        y: Tensor | None,
+        context: Tensor | None = None,
+        omega: Tensor | float | None = None,
+        t_min: Tensor | float | None = None,
+        t_max: Tensor | float | None = None,
+    ) -> Tensor:
         times_B4F = torch.cat([sinusoids(time, FREQUENCIES, self.highest) for time in (t, t - r)], dim=-1)
         c_BD = self.fc_out(F.silu(self.fc_in(times_B4F.to(self.fc_in.weight.dtype))))
         if self.label is not None:
@@ -114,18 +127,38 @@ class Conditioning(nn.Module):
             c_BD = c_BD + self.label(y.long())
         elif y is not None:
             raise ValueError("an unconditional network was given labels; pass y=None or build it with num_classes > 0")
+        numbers = []
         if self.context_dim:
             if context is None or context.shape[1:] != (self.context_dim,):
                 given = "none" if context is None else f"{tuple(context.shape)}"
                 raise ValueError(f"the network takes context=, of shape (B, {self.context_dim}); it was given {given}")
-            c_BD = c_BD + self.context(context.to(self.fc_in.weight.dtype))
+            numbers.append(context)
         elif context is not None:
             raise ValueError("a network without context was given one; build it with context_dim > 0")
+        if self.guided:
+            numbers.append(guidance_numbers(t, omega, t_min, t_max))
+        elif not (omega is t_min is t_max is None):
+            raise ValueError("a network that is not told its guidance was given one; build it with guided=True")
+        if numbers:
+            dtype = self.fc_in.weight.dtype
+            c_BD = c_BD + self.context(torch.cat([given_BK.to(dtype) for given_BK in numbers], dim=-1))
         return F.silu(c_BD)
 
     def flops(self) -> int:
         layers = [self.fc_in, self.fc_out, *self.context]
         return sum(linear_flops(layer) for layer in layers if isinstance(layer, nn.Linear))
+
+
+def guidance_numbers(
+    t: Tensor, omega: Tensor | float | None, t_min: Tensor | float | None, t_max: Tensor | float | None
+) -> Tensor:
+    """(1 - 1 / omega, t_min, t_max), all in [0, 1]: (B, 3) of at least float32, for the B times t."""
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    omega_B, t_min_B, t_max_B = (
+        torch.as_tensor(default if value is None else value, dtype=dtype, device=t.device).expand(t.shape)
+        for value, default in ((omega, 1.0), (t_min, 0.0), (t_max, 1.0))
+    )
+    return torch.stack([1 - 1 / omega_B, t_min_B, t_max_B], dim=-1)
 
 
 class HeadNorm(nn.RMSNorm):

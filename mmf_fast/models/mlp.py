@@ -45,28 +45,52 @@ class MLP(nn.Module):
     dim: length of a sample.  width, depth: hidden width and number of residual blocks.
     num_classes: 0 for an unconditional network; otherwise labels 0 .. num_classes - 1, num_classes is the null label.
     context_dim: length of a vector that a sample is given, such as a start and a goal; 0 for none.
+    guided: the network is told its guidance, which is then chosen at sampling (see Guidance, whose omega is a range).
     Raises ValueError for a size below 1.
     """
 
-    def __init__(self, dim: int = 2, width: int = 256, depth: int = 4, num_classes: int = 0, context_dim: int = 0):
+    def __init__(
+        self,
+        dim: int = 2,
+        width: int = 256,
+        depth: int = 4,
+        num_classes: int = 0,
+        context_dim: int = 0,
+        guided: bool = False,
+    ):
         super().__init__()
         check_positive(dim=dim, width=width, depth=depth)
         self.config = dict(
-            name="mlp", dim=dim, width=width, depth=depth, num_classes=num_classes, context_dim=context_dim
+            name="mlp",
+            dim=dim,
+            width=width,
+            depth=depth,
+            num_classes=num_classes,
+            context_dim=context_dim,
+            guided=guided,
         )
         self.num_classes, self.shape = num_classes, (dim,)
-        self.conditioning = Conditioning(width, num_classes, context_dim)
+        self.conditioning = Conditioning(width, num_classes, context_dim, guided)
         self.input = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.output = zero_init(nn.Linear(width, dim))
 
     def forward(
-        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None
+        self,
+        z: Tensor,
+        r: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        **guidance: Tensor | float,
     ) -> Tensor:
-        """u(z, r, t, y, context): z (B, dim), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or None, context
-        (B, context_dim) or None -> u like z."""
+        """u(z, r, t, y, context, **guidance) -> u like z.
+
+        z (B, dim); r and t (B,) with 0 <= r <= t <= 1; y (B,) int64 or None; context (B, context_dim) or None;
+        of a guided network omega, t_min and t_max, each (B,) or a number.
+        """
         check_sample(z, self.shape)
-        c_BD = self.conditioning(r, t, y, context)
+        c_BD = self.conditioning(r, t, y, context, **guidance)
         x_BD = self.input(z.to(self.input.weight.dtype))
         for block in self.blocks:
             x_BD = block(x_BD, c_BD)

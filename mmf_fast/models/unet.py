@@ -127,6 +127,7 @@ class UNet(nn.Module):
     of the network attends too.  dropout: within residual blocks.
     num_classes: 0 for an unconditional network; otherwise labels 0 .. num_classes - 1, num_classes is the null label.
     context_dim: length of a vector that a sample is given, such as a start and a goal; 0 for none.
+    guided: the network is told its guidance, which is then chosen at sampling (see Guidance, whose omega is a range).
     recompute: keep only the inputs of residual blocks for backward and compute the rest again (activation
     checkpointing).
     Raises ValueError when a size does not fit, or a resolution never occurs.
@@ -145,6 +146,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         recompute: Annotated[bool, "free"] = False,  # see mmf_fast/config.py
         context_dim: int = 0,
+        guided: bool = False,
     ):
         super().__init__()
         check_positive(input_size=input_size, channels=channels, blocks=blocks, heads=heads)
@@ -168,10 +170,11 @@ class UNet(nn.Module):
             name="unet", input_size=input_size, channels=channels, base_channels=base_channels,
             channel_mults=list(channel_mults), blocks=blocks, attention_resolutions=list(attention_resolutions),
             heads=heads, num_classes=num_classes, context_dim=context_dim, dropout=dropout, recompute=recompute,
+            guided=guided,
         )  # fmt: skip
         self.num_classes, self.shape = num_classes, (channels, input_size, input_size)
         width = 4 * base_channels
-        self.conditioning = Conditioning(width, num_classes, context_dim)
+        self.conditioning = Conditioning(width, num_classes, context_dim, guided)
         self.input = nn.Conv2d(channels, base_channels, 3, padding=1)
 
         def block(channels_in: int, channels_out: int, size: int, attend: bool) -> ResBlock:
@@ -205,12 +208,21 @@ class UNet(nn.Module):
         return (*self.down, *self.middle, *self.up)
 
     def forward(
-        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None
+        self,
+        z: Tensor,
+        r: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        **guidance: Tensor | float,
     ) -> Tensor:
-        """u(z, r, t, y, context): z (B, C, Y, X), r and t (B,) with 0 <= r <= t <= 1, y (B,) int64 or None, context
-        (B, context_dim) or None -> u like z."""
+        """u(z, r, t, y, context, **guidance) -> u like z.
+
+        z (B, C, Y, X); r and t (B,) with 0 <= r <= t <= 1; y (B,) int64 or None; context (B, context_dim) or None;
+        of a guided network omega, t_min and t_max, each (B,) or a number.
+        """
         check_sample(z, self.shape)
-        c_BD = self.conditioning(r, t, y, context)
+        c_BD = self.conditioning(r, t, y, context, **guidance)
         x_BCYX = self.input(z.to(self.input.weight.dtype))
         skips = [x_BCYX]
         for layer in self.down:

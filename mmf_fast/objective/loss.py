@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.contract import check_cond, check_network, check_output, names_taken, per_sample
+from mmf_fast.contract import check_cond, check_network, check_output, names_refused, names_taken, per_sample
 from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.compiled import Compiled
 from mmf_fast.objective.draws import (
@@ -39,7 +39,7 @@ from mmf_fast.objective.draws import (
     draw_kinds,
     given_kinds,
 )
-from mmf_fast.objective.guidance import Guidance
+from mmf_fast.objective.guidance import Guidance, like_rows
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
 from mmf_fast.objective.weights import TimesWeight
@@ -84,7 +84,8 @@ class MeanFlowLoss(nn.Module):
     weight: of what the weight is a function. "sample": of the row's own error, as in MeanFlow, which biases the
         minimiser unless p = 0. "times": of the mean error at (r, t) over earlier steps, which does not; its running
         sums are a buffer of this module, and in training mode every rank must call it equally often.
-    guidance: guidance inside the target; needs conditions that have a null value.
+    guidance: guidance inside the target; needs conditions that have a null value. Of one scale, or of a range of
+        scales that the network is told.
     null_label: of the labels `y`, by default `net.num_classes`.  null: of other conditions, by name: what a row of them
         is where there is none, such as the embedding of an empty prompt. All of them are dropped together.
     teacher: a trained velocity field, called teacher(z, t, t, **cond) as a network is. Its velocity takes the place of
@@ -154,6 +155,11 @@ class MeanFlowLoss(nn.Module):
                 "guidance needs to know what no condition is: pass null_label (the label of no class), or null={name: "
                 "row} of another condition"
             )
+        if self.guidance is not None and (refused := names_refused(self.net, self.guidance.told)):
+            raise ValueError(
+                f"guidance.{refused[0]} is a range, but the network has no condition {refused[0]}, by which it is told "
+                "what a row draws: build one of this package with guided=True, or give its own by mmf_fast.Adapter"
+            )
         if self.teacher is not None:
             check_network(self.teacher)
             if self.teacher is self.net:
@@ -198,13 +204,15 @@ class MeanFlowLoss(nn.Module):
         rows, dtype = len(x), torch.float64 if x.dtype == torch.float64 else torch.float32
         stream = part.stream(step or 0, x, dtype)
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
-            cond = self._drop(cond, self.guidance, stream.uniform())
+            cond = self.guidance.drop(cond, self._nulls, stream.uniform())
         if times is None:
             kinds, lam = self._draw_kinds(rows, step, part)
             r, t = self.times.draw(stream)
         else:
             r, t = (time.to(x.device, dtype) for time in times)
             kinds, lam = self._given_kinds(r, t, step, part)
+        if self.guidance is not None:
+            cond = self.guidance.tell(cond, stream)
         noise = stream.noise() if noise is None else noise.to(dtype)
         x = x if x.dtype == torch.uint8 else x.to(dtype)
         padded = self._called_elsewhere(step or 0) if times is None else (False, False, False)
@@ -377,28 +385,21 @@ class MeanFlowLoss(nn.Module):
         """v, or the guided velocity built from it."""
         if self.guidance is None or not self.guidance.active:
             return v
-        nulls = {name: self._null(name, points.cond[name]) for name in self.nullable}
+        nulls = like_rows(self._nulls, points.cond)
         same = [(points.cond[name] == null).view(len(v), -1).all(1) for name, null in nulls.items()]
         u_class = torch.cat([u_now, u_later]) if self._guided_by_class and u_later is not None else None
         u_null = self._velocity(points._replace(cond={**points.cond, **nulls}))
-        return self.guidance.target(v, u_class, u_null, points.t, is_null=torch.stack(same).all(0))
+        is_null = torch.stack(same).all(0)
+        return self.guidance.target(v, u_class, u_null, points.t, is_null, points.cond)
 
     @property
     def _guided_by_class(self) -> bool:
-        return self.guidance is not None and self.guidance.kappa > 0
+        return self.guidance is not None and self.guidance.by_class
 
-    def _null(self, name: str, like: Tensor) -> Tensor:
-        """The null value of a condition, as many rows of it as `like` has."""
-        return self.get_buffer(f"_null_{name}").to(like).expand_as(like)
-
-    def _drop(self, cond: dict[str, Any], guidance: Guidance, uniform: Tensor) -> dict[str, Any]:
-        for name in self.nullable:
-            given = cond.get(name)
-            if not isinstance(given, Tensor) or len(given) != len(uniform):
-                what = "labels" if name == "y" else name
-                raise ValueError(f"guidance needs {what}, one row per sample: call loss_fn(x, {name}={what})")
-        dropped = {name: guidance.drop(cond[name], self._null(name, cond[name]), uniform) for name in self.nullable}
-        return {**cond, **dropped}
+    @property
+    def _nulls(self) -> dict[str, Tensor]:
+        """The null values of conditions, which are buffers: they go where this module goes."""
+        return {name: self.get_buffer(f"_null_{name}") for name in self.nullable}
 
 
 def _with_r(net: Callable[..., Any], r: Tensor, cond: dict[str, Any], z: Tensor, t: Tensor) -> Any:

@@ -16,6 +16,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lam": 0.0,
         "tangent": "conditional",
     },
+    "imf": {
+        "times": TimeSampler(share=0.5, t="logit_normal", t_mean=-0.4, t_std=1.0, r="sorted"),
+        "lam": 0.0,
+        "tangent": "predicted",
+        "paired": True,
+        "c": 0.01,
+    },
     "mmf": {
         "times": TimeSampler(share=0.25),
         "lam": LambdaSchedule(kind="linear", warmup=10_000),
@@ -27,8 +34,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **overrides: Any) -> dict[str, Any]:
-    """Arguments of MeanFlowLoss for "flow_matching", "meanflow", "mmf" or "consistency", with those given in place of
-    its own: MeanFlowLoss(net, **preset("meanflow", p=0.75)). Raises ValueError for another name."""
+    """Arguments of MeanFlowLoss for one of PRESETS, with those given in place of its own:
+    MeanFlowLoss(net, **preset("meanflow", p=0.75)). Raises ValueError for another name.
+
+    "imf" is improved MeanFlow (arXiv 2512.02012) without the auxiliary head; its guidance is a range of scales, as
+    guidance=Guidance(omega=(1, 8), t_min=(0, 0.5), t_max=(0.5, 1)).
+    """
     if name not in PRESETS:
         raise ValueError(f"unknown objective {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name] | overrides

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from mmf_fast.contract import sent
 __all__ = ["GlobalStream", "NumberedStream", "hashed"]
 
 _G, _C1, _C2 = (int(x, 16) - 2**64 for x in ("9E3779B97F4A7C15", "BF58476D1CE4E5B9", "94D049BB133111EB"))  # as int64
-_PLACES = 4  # of a row before those of its noise: for what else a row draws (label dropped, t, r), and one to spare
+_PLACES = 6  # of a row before those of its noise, for what else a row draws: label dropped, t, r, and its guidance
+_FIRST = -2  # the number of the first of them, so that those of the noise begin at 4
 
 
 class GlobalStream:
@@ -55,7 +56,7 @@ class GlobalStream:
 
 
 class NumberedStream:
-    """The same of rows first, first + 1, ... of the global batch of a step; four calls of uniform and normal in all."""
+    """The same of rows first, first + 1, ... of the global batch of a step; six calls of uniform and normal in all."""
 
     @torch.no_grad()
     def __init__(
@@ -64,13 +65,13 @@ class NumberedStream:
     ) -> None:  # fmt: skip
         base = int.from_bytes(hashed(seed, step), "little", signed=True)
         keys = sent(_mix(torch.arange(first, first + rows) * _G + base), device)
-        places = torch.arange(_PLACES + math.prod(shape), device=device)
+        places = torch.arange(_FIRST, _FIRST + _PLACES + math.prod(shape), device=device)
         bits = _mix(torch.add(keys[:, None], places, alpha=_G))
         below_one = 1 - torch.finfo(dtype).eps / 2  # the largest number below 1, since the bits round to 2^63
         signed = bits * torch.tensor(below_one * 2.0**-63, dtype=dtype)
-        self._uniform = iter(signed[:, :_PLACES].mul(0.5).add_(0.5).unbind(1))
+        self._uniform = _in_turn(signed[:, :_PLACES].mul(0.5).add_(0.5))
         normal = signed.erfinv_().mul_(math.sqrt(2))
-        self._normal = iter(normal[:, :_PLACES].unbind(1))
+        self._normal = _in_turn(normal[:, :_PLACES])
         self._noise = normal[:, _PLACES:].reshape(rows, *shape)
 
     def uniform(self) -> Tensor:
@@ -83,6 +84,12 @@ class NumberedStream:
 
     def noise(self) -> Tensor:
         return self._noise
+
+
+def _in_turn(columns: Tensor) -> Iterator[Tensor]:
+    """The columns, from the place 0 on; the negative ones are the last."""
+    found = columns.unbind(1)
+    return iter(found[-_FIRST:] + found[:-_FIRST])
 
 
 def hashed(seed: int, step: int) -> bytes:

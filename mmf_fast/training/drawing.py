@@ -22,11 +22,14 @@ def can_draw(shape: Sequence[int]) -> bool:
 
 
 def draw_samples(
-    net: nn.Module, shape: Sequence[int], path: Path, *, seed: int, classes: int, cond: dict[str, Any], rows: int
-) -> bool:
+    net: nn.Module, shape: Sequence[int], path: Path, *, seed: int, classes: int, cond: dict[str, Any], rows: int,
+    scales: tuple[float, float] | None = None,
+) -> bool:  # fmt: skip
     """Samples of `shape`, of each class where labels are all that the network is given, or else with the conditions
     (and the noise, where it is given) of `rows` samples, as a picture at `path`.
 
+    scales: of the guidance that the network is told, lowest and highest: images have the lowest in the first row and
+        the highest in the last one.
     Returns whether they were finite: of others no picture is drawn. Leaves torch's global generators alone.
     """
     by_class = bool(classes) and set(cond) <= {"y"}
@@ -37,6 +40,9 @@ def draw_samples(
     elif cond:
         count = min(count, rows)
         cond = take(cond, slice(count), per_sample(cond, rows))
+    if scales is not None and len(shape) > 1:
+        down = torch.arange(count) // columns / max(1, (count - 1) // columns)
+        cond = {**cond, "omega": scales[0] * (scales[1] / scales[0]) ** down}
     x = sample(net, (count, *shape), seed=None if "noise" in cond else seed, **cond)  # a coupling brings its own noise
     finite = bool(torch.isfinite(x).all())
     if finite:

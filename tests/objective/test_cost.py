@@ -31,13 +31,17 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {  # settings and cost per samp
         dict(share=1.0, lam=0.0, tangent="conditional", guidance=Guidance(omega=1.0, kappa=0.5)),
         6,
     ),
+    "guided by a range, paired": (
+        dict(share=0.5, lam=0.0, paired=True, guidance=Guidance(omega=(1.0, 8.0))),
+        0.5 * 3 + 0.5 * 4 + 1,
+    ),
     "only dropout": (dict(share=0.0, lam=0.0, guidance=Guidance()), 3),
 }
 
 
 def made(options: dict[str, Any]) -> MeanFlowLoss:
     torch.manual_seed(0)
-    net = MLP(dim=2, width=64, depth=32, num_classes=3)
+    net = MLP(dim=2, width=64, depth=32, num_classes=3, guided=True)
     rest = {key: value for key, value in options.items() if key != "share"}
     return MeanFlowLoss(net, times=TimeSampler(share=options["share"]), **rest)
 

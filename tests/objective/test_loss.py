@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.central_differences import central_tangent, column
 from support.small_networks import KINDS, batch, network, sample_shape
 from torch import Tensor, nn
 
@@ -28,19 +29,6 @@ def close(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
     """Relative to the whole gradient, as parameters may have none."""
     error = sum((x - y).square().sum() for x, y in zip(a, b, strict=True)).sqrt()
     return bool(error <= tolerance * sum(y.square().sum() for y in b).sqrt())
-
-
-def column(time: Tensor, like: Tensor) -> Tensor:
-    return time.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def central_tangent(net: nn.Module, z: Tensor, r: Tensor, t: Tensor, w: Tensor, h: float = 5e-4) -> Tensor:
-    """du/dt along (w, 0, 1) by the sixth-order central difference: no forward mode of any kind."""
-
-    def at(k: int) -> Tensor:
-        return net(z + k * h * w, r, t + k * h)
-
-    return (45 * (at(1) - at(-1)) - 9 * (at(2) - at(-2)) + (at(3) - at(-3))) / (60 * h)
 
 
 class Surrogate:
@@ -255,42 +243,6 @@ def test_per_sample_losses_stand_in_the_order_of_the_data() -> None:
     torch.testing.assert_close(together.loss.detach(), together.per_sample.mean())
 
 
-@pytest.mark.parametrize("tangent", ["predicted", "conditional"])
-@pytest.mark.parametrize("kappa", [0.0, 0.4])
-def test_guidance_inside_the_target(tangent: str, kappa: float) -> None:
-    net = network("dit", num_classes=3)
-    x, noise, (r, t) = batch("dit", size=6, instants=2)
-    y = torch.tensor([0, 1, 2, 0, 3, 3])  # 3 is the null label: those rows keep v
-    guidance = Guidance(omega=1.5, kappa=kappa, t_min=0.3, t_max=0.9, dropout=0.0)
-    output = MeanFlowLoss(net, tangent=tangent, guidance=guidance, p=0.0)(x, noise=noise, times=(r, t), y=y)
-    with torch.no_grad():
-        v = noise - x
-        z = x + column(t, x) * v
-        u_class, u_null = net(z, t, t, y), net(z, t, t, torch.full_like(y, 3))
-        guided = 1.5 * v + kappa * u_class + (1 - 1.5 - kappa) * u_null
-        target = torch.where(column((t >= 0.3) & (t <= 0.9) & (y != 3), v), guided, v)
-        w = u_class if tangent == "predicted" else target
-
-        def labelled(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
-            return net(z, r, t, y)
-
-        du = central_tangent(labelled, z, r, t, w)  # type: ignore[arg-type]
-        error = net(z, r, t, y) + column(t - r, v) * du - target
-    assert guidance.scale == pytest.approx(1.5 / (1 - kappa))
-    torch.testing.assert_close(output.per_sample, error.flatten(1).square().sum(1), rtol=1e-8, atol=0)
-
-
-def test_class_dropout_replaces_labels_by_the_null_label() -> None:
-    net = network("mlp", num_classes=3)
-    x, noise, times = batch("mlp")
-    y = torch.tensor([0, 1, 2, 0, 1, 2])
-    dropped = MeanFlowLoss(net, guidance=Guidance(omega=2.0, dropout=1.0))(x, noise=noise, times=times, y=y)
-    null = MeanFlowLoss(net)(x, noise=noise, times=times, y=torch.full_like(y, 3))
-    torch.testing.assert_close(dropped.loss, null.loss, rtol=1e-14, atol=0)
-    labels = Guidance(dropout=0.1).drop(torch.zeros(10_000, dtype=torch.int64), 3, torch.rand(10_000))
-    assert (labels == 3).double().mean() == pytest.approx(0.1, abs=0.012)
-
-
 def test_only_the_rows_with_r_below_t_run_as_duals() -> None:
     calls: list[tuple[int, bool]] = []
     inner = network("mlp")
@@ -352,7 +304,7 @@ def test_metrics() -> None:
     assert not any(value.requires_grad for value in metrics.values())
 
 
-@pytest.mark.parametrize("objective", ["flow_matching", "meanflow", "mmf", "consistency"])
+@pytest.mark.parametrize("objective", ["flow_matching", "meanflow", "imf", "mmf", "consistency"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_presets_train(objective: str, kind: str) -> None:
     net = network(kind)
@@ -440,7 +392,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: MeanFlowLoss(network("mlp"), times=TimeSampler(start=10))(torch.zeros(2, 3)), "pass step=",
     ),
     "negative p": (lambda: MeanFlowLoss(network("mlp"), p=-1.0), "negative"),
-    "objective": (lambda: preset("rectified"), "meanflow, mmf"),
+    "objective": (lambda: preset("rectified"), "meanflow, imf, mmf"),
 }  # fmt: skip
 
 
