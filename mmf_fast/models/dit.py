@@ -165,13 +165,7 @@ class DiT(nn.Module):
         zero_init(self.output)
 
     def forward(
-        self,
-        z: Tensor,
-        r: Tensor,
-        t: Tensor,
-        y: Tensor | None = None,
-        context: Tensor | None = None,
-        **guidance: Tensor | float,
+        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None, **guidance: Any
     ) -> Tensor:
         """u(z, r, t, y, context, **guidance) -> u like z.
 

@@ -5,6 +5,8 @@ Shape legend:  B batch   I dimensions of a sample   D width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,13 +78,7 @@ class MLP(nn.Module):
         self.output = zero_init(nn.Linear(width, dim))
 
     def forward(
-        self,
-        z: Tensor,
-        r: Tensor,
-        t: Tensor,
-        y: Tensor | None = None,
-        context: Tensor | None = None,
-        **guidance: Tensor | float,
+        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None, **guidance: Any
     ) -> Tensor:
         """u(z, r, t, y, context, **guidance) -> u like z.
 

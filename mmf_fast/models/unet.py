@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -208,13 +208,7 @@ class UNet(nn.Module):
         return (*self.down, *self.middle, *self.up)
 
     def forward(
-        self,
-        z: Tensor,
-        r: Tensor,
-        t: Tensor,
-        y: Tensor | None = None,
-        context: Tensor | None = None,
-        **guidance: Tensor | float,
+        self, z: Tensor, r: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None, **guidance: Any
     ) -> Tensor:
         """u(z, r, t, y, context, **guidance) -> u like z.
 
