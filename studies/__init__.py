@@ -2,6 +2,6 @@
 
 # Modules of this folder, in the order of docs/results.md.
 STUDIES = (
-    *("curriculum", "reasons", "digits", "fashion", "field", "little_data"),
+    *("curriculum", "reasons", "digits", "fashion", "field", "little_data", "guidance"),
     *("pictures", "c2ot", "trajectories", "control"),
 )
