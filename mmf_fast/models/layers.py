@@ -154,11 +154,14 @@ def guidance_numbers(
 ) -> Tensor:
     """(1 - 1 / omega, t_min, t_max), all in [0, 1]: (B, 3) of at least float32, for the B times t."""
     dtype = torch.promote_types(t.dtype, torch.float32)
-    omega_B, t_min_B, t_max_B = (
-        torch.as_tensor(default if value is None else value, dtype=dtype, device=t.device).expand(t.shape)
-        for value, default in ((omega, 1.0), (t_min, 0.0), (t_max, 1.0))
-    )
-    return torch.stack([1 - 1 / omega_B, t_min_B, t_max_B], dim=-1)
+
+    def rows(value: Tensor | float | None, default: float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(t.device, dtype).expand(t.shape)
+        number = default if value is None else value
+        return torch.full(t.shape, number, dtype=dtype, device=t.device)  # made there: a copy would wait for a GPU
+
+    return torch.stack([1 - 1 / rows(omega, 1.0), rows(t_min, 0.0), rows(t_max, 1.0)], dim=-1)
 
 
 class HeadNorm(nn.RMSNorm):
