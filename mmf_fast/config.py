@@ -286,6 +286,8 @@ def _nearest(value: Any, valid: Iterable[Any], prefix: str = "") -> str:
 
 
 def _named(hint: Any) -> str:
+    if get_origin(hint) is tuple and Ellipsis not in get_args(hint):
+        return f"list of {len(get_args(hint))}"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 

@@ -48,6 +48,10 @@ def test_lambda_is_a_number_or_a_schedule(toy: Path) -> None:
 def test_guidance_is_off_or_typed(toy: Path) -> None:
     assert config.load(toy).loss.get("guidance") is None
     assert config.load(toy, ["loss.guidance.omega=2"]).loss["guidance"] == Guidance(omega=2.0)
+    ranged = config.load(toy, ["loss.guidance={omega: [1, 8], t_max: [0.5, 1]}"]).loss["guidance"]
+    assert ranged == Guidance(omega=(1.0, 8.0), t_max=(0.5, 1.0))
+    with pytest.raises(config.ConfigError, match=r"loss.guidance.omega: must be float or list of 2, is \[1, 2, 3\]"):
+        config.load(toy, ["loss.guidance.omega=[1, 2, 3]"])
 
 
 def test_nothing_written_is_an_empty_text_or_none(toy: Path) -> None:
