@@ -54,14 +54,15 @@ def sample(
 
     net: u(z, r, t, **cond), called once for each step, in evaluation mode; the mode of every submodule is restored.
     shape: of the result, batch first.
-    steps: how many, all equal; or the times themselves, from 1 down to 0, such as [1, 0.6, 0].
+    steps: how many, all equal; or the times themselves, from 1 down to 0, such as [1, 0.6, 0] or an array.
     noise: of that shape, floating point; the result has its dtype. Of "consistency", which draws anew before each
         further step, also a sequence: those draws in turn.
     sampler: what a step uses, see the top of this file. "average" needs all intervals asked for to have been trained;
         "consistency" those that end at the data alone; "euler" velocities alone.
     seed, generator: where the noise is drawn that is not given (float32, at most one of the two and of noise, by
         default torch's global generator). A seed draws on the CPU, so that it means the same noise on every device.
-    cond: conditions such as y (B,) int64, and of a guided network omega=2.5; tensors in them are moved to its device.
+    cond: conditions such as y (B,) int64; tensors in them are moved to the device of the network. Of a network that is
+        told its guidance omega, t_min, t_max, each (B,) or a number, which becomes (B,).
 
     Raises ValueError for steps below 1 or times that do not fall from 1 to 0, an unknown sampler, a noise of another
     shape, noise given twice, a network with another call, and an output that is no tensor like z.
@@ -131,11 +132,13 @@ def noises_of(
 
 def _given(steps: Any, sampler: Sampler) -> dict[str, Any]:
     """What of these was given, for a network with conditions of these names."""
-    return {"steps": steps if steps != 1 else None, "sampler": sampler if sampler != "average" else None}
+    default = isinstance(steps, int) and steps == 1
+    return {"steps": None if default else steps, "sampler": sampler if sampler != "average" else None}
 
 
 def _times(steps: int | Sequence[float]) -> list[float]:
     """The times of the points from noise to data."""
+    steps = steps.tolist() if isinstance(steps, (Tensor, np.ndarray)) else steps
     if not isinstance(steps, Sequence):
         if steps < 1:
             raise ValueError(f"steps is {steps}: sampling needs at least 1 evaluation of the network")
@@ -157,7 +160,7 @@ def _integrated(
     """x at t = 0, from noises[0] at t = 1, by the steps written at the top of this file."""
     device = device_of(net)
     z = noises[0].to(device or noises[0].device)
-    cond = to_device(cond, z.device)
+    cond = to_device(told_rows(cond, len(z), z.device), z.device)
     time_dtype = torch.promote_types(z.dtype, torch.float32)  # half precision would move the times
     with evaluating(net):
         for step, (t, r) in enumerate(itertools.pairwise(_times(steps)), 1):
@@ -170,6 +173,22 @@ def _integrated(
             else:
                 z = z - (t - r) * u
     return z
+
+
+def told_rows(cond: Mapping[str, Any], count: int, device: torch.device) -> dict[str, Any]:
+    """cond, its numbers that say how to guide as (B,) tensors, which is how training gives them."""
+    numbers = {name: cond[name] for name in GUIDANCE if isinstance(cond.get(name), (int, float))}
+    check_guidance(numbers)
+    return {**cond, **{name: torch.full((count,), float(value), device=device) for name, value in numbers.items()}}
+
+
+def check_guidance(told: Mapping[str, float]) -> None:
+    """Raises ValueError for a scale below 1, or limits that do not rise within [0, 1]."""
+    omega, t_min, t_max = (told.get(name, default) for name, default in zip(GUIDANCE, (1, 0, 1), strict=True))
+    if not omega >= 1:
+        raise ValueError(f"omega is {omega}: a scale of guidance is 1 (no guidance) or more")
+    if not 0 <= t_min <= t_max <= 1:
+        raise ValueError(f"t_min and t_max are {t_min} and {t_max}: the limits must rise within [0, 1]")
 
 
 @contextmanager
@@ -294,13 +313,9 @@ def guidance_options(parser: argparse.ArgumentParser) -> None:
 
 
 def guidance_of(options: argparse.Namespace) -> dict[str, float]:
-    """What of GUIDANCE was given. Raises ValueError for a scale below 1, or limits that do not rise within [0, 1]."""
+    """What of GUIDANCE was given. Raises ValueError as `check_guidance` does."""
     given = {name: value for name in GUIDANCE if (value := getattr(options, name)) is not None}
-    omega, t_min, t_max = (given.get(name, default) for name, default in zip(GUIDANCE, (1, 0, 1), strict=True))
-    if not omega >= 1:
-        raise ValueError(f"--omega {omega}: a scale is 1 (no guidance) or more")
-    if not 0 <= t_min <= t_max <= 1:
-        raise ValueError(f"--t-min {t_min} --t-max {t_max}: the limits must rise within [0, 1]")
+    check_guidance(given)
     return given
 
 

@@ -101,14 +101,16 @@ def test_statistics_are_of_a_scale() -> None:
 
     guidance = {"omega": 2.0, "t_min": 0.1}
     sample_statistics(net, Features(), count=6, batch=4, shape=(3, 4, 4), guidance=guidance)  # type: ignore[arg-type]
-    assert heard == [guidance, guidance]
+    assert [{name: x.tolist() for name, x in told.items()} for told in heard] == [
+        {"omega": [2.0] * rows, "t_min": [pytest.approx(0.1)] * rows} for rows in (4, 2)
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--omega", "0.5"], "--omega 0.5: a scale is 1 (no guidance) or more"),
-        (["--t-min", "0.8", "--t-max", "0.5"], "--t-min 0.8 --t-max 0.5: the limits must rise within [0, 1]"),
+        (["--omega", "0.5"], "omega is 0.5: a scale of guidance is 1 (no guidance) or more"),
+        (["--t-min", "0.8", "--t-max", "0.5"], "t_min and t_max are 0.8 and 0.5: the limits must rise within [0, 1]"),
     ],
 )
 def test_refused(run: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str) -> None:

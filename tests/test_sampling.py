@@ -82,6 +82,7 @@ def test_every_sampler_asks_the_network_for_what_it_knows_and_steps_as_written()
         given = noise if name == "consistency" else noise[0]
         torch.testing.assert_close(sample(net, (6, 2), times, given, sampler=name), expected)
         torch.testing.assert_close(sample_in_chunks(net, given, times, 4, sampler=name), expected)
+        torch.testing.assert_close(sample(net, (6, 2), np.array(times), given, sampler=name), expected)
         assert asked[:3] == list(zip(ends, times[:-1], strict=True))
         asked.clear()
 

@@ -50,6 +50,7 @@ from mmf_fast.sampling import (
     sample_in_chunks,
     sampler_option,
     samples_of,
+    told_rows,
 )
 
 __all__ = ["evaluate", "evaluate_run", "table"]
@@ -110,7 +111,7 @@ def evaluate(
             result = _evaluate_points(samples, dataset)
             if path and dataset.shape == (2,):
                 one_step = samples[1] if 1 in samples else drawn(size, 1)
-                _draw_points(net, noises(size, 1)[0], one_step, dataset, path)
+                _draw_points(net, told, noises(size, 1)[0], one_step, dataset, path)
         else:
             result = _evaluate_images(drawn, dataset, sorted(set(steps)), path, count)
     return {"data": dataset.name, "seed": seed, "sampler": sampler, "guidance": told, **result}
@@ -183,10 +184,15 @@ def _evaluate_points(samples: Mapping[int, Tensor], dataset: data.Dataset) -> di
 
 
 def _draw_points(
-    net: Callable[..., Tensor], noise: Tensor, one_step: Tensor, dataset: data.Dataset, folder: Path
+    net: Callable[..., Tensor],
+    told: Mapping[str, Any],
+    noise: Tensor,
+    one_step: Tensor,
+    dataset: data.Dataset,
+    folder: Path,
 ) -> None:
     """The field of velocities with the training points, and where noise goes in one step with the validation points."""
-    save_field(lambda z, t: _instantaneous(net, z, t), dataset.split("train")[0], folder / "evaluation_field.png")
+    save_field(lambda z, t: _instantaneous(net, z, t, told), dataset.split("train")[0], folder / "evaluation_field.png")
     save_arrows(noise, one_step, dataset.split("validation")[0], folder / "evaluation_arrows.png")
 
 
@@ -254,10 +260,10 @@ def _draw_images(
 
 
 @torch.no_grad()
-def _instantaneous(net: Callable[..., Tensor], z: Tensor, t: float) -> Tensor:
+def _instantaneous(net: Callable[..., Tensor], z: Tensor, t: float, told: Mapping[str, Any]) -> Tensor:
     """The velocity u(z, t, t)."""
     times = torch.full((len(z),), t, device=device_of(net))
-    return net(z.to(times.device), times, times)
+    return net(z.to(times.device), times, times, **told_rows(told, len(z), times.device))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

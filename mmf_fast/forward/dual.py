@@ -30,16 +30,16 @@ from mmf_fast.forward.buffers import CURRENT, LIVE, set_aside
 __all__ = [
     "Value",
     "DETACH",
-    "LOOK_INTO_TUPLES",
     "DetachedDual",
     "Dual",
     "MissingRuleError",
     "duals_in",
     "known_functions",
     "laid_out_like",
+    "looks_into_tuples",
     "missing_rule_error",
     "no_tangent",
-    "package_of_caller",
+    "caller_looks_into_tuples",
     "primal",
     "register_rule",
     "tangent",
@@ -70,9 +70,11 @@ _OWN_RULE = """@mmf_fast.register_rule({name})
 def rule(x, *args, **kwargs):
     return {call}(x.primal, *args, **kwargs), ...  # and its derivative along x.tangent"""
 _NUMBERS = ("item", "tolist", "numpy", "data", "__array__", "__float__", "__int__")
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "x1": "input", "x2": "other"}  # numpy's names, which torch takes too
+_NAME_AS_THEY_LIKE = (FunctionType, type, torch._ops.OpOverload, torch._ops.OpOverloadPacket)  # not written in C
 DETACH = (torch.detach, Tensor.detach)
 _RULES: dict[Any, Rule] = {}
-_NO_TANGENT: set[Any] = set()
+_NO_TANGENT: set[Any] = {Tensor.__len__, Tensor.__repr__}  # a Dual has its own; of a plain tensor that received one
 
 
 class MissingRuleError(NotImplementedError, AttributeError):
@@ -135,6 +137,8 @@ class Dual(NamedTuple):
             raise missing_rule_error(func, "a Dual cannot be written to out=; use the returned value")
         if "out" in kwargs:  # out=None, which functions written in Python pass on
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+        if kwargs and any([name in _ALIASES for name in kwargs]) and not isinstance(func, _NAME_AS_THEY_LIKE):
+            kwargs = {_ALIASES.get(name, name): value for name, value in kwargs.items()}
         mode = None if tracing else _watching()
         if mode is None:
             return _paired(cls, func, rule(*args, **kwargs))
@@ -158,7 +162,7 @@ class Dual(NamedTuple):
         return len(self.primal)
 
     def __iter__(self) -> Iterator[Any]:
-        if not torch.compiler.is_dynamo_compiling() and package_of_caller(2) in LOOK_INTO_TUPLES:
+        if not torch.compiler.is_dynamo_compiling() and caller_looks_into_tuples(2):
             return tuple.__iter__(self)
         return iter(self.unbind(0))
 
@@ -190,13 +194,20 @@ class DetachedDual(Dual):
     __slots__ = ()
 
 
-# They take a Dual apart themselves, because it is a tuple, and must not take it for a tensor.
-LOOK_INTO_TUPLES = ("torch", "deepspeed", "mmf_fast", "collections")
+# They take a Dual apart themselves, because it is a tuple, and must not take it for a tensor. But Module.__call__ asks
+# whether a hook returned one argument or a tuple of them.
+_LOOK_INTO_TUPLES = ("torch", "deepspeed", "mmf_fast", "collections")
+_BUT = ("torch.nn.modules.module",)
 
 
-def package_of_caller(depth: int) -> str:
-    """The package whose code called the function `depth - 1` frames up."""
-    return sys._getframe(depth).f_globals.get("__name__", "").split(".")[0]
+def looks_into_tuples(module: str) -> bool:
+    """Whether to the code of this module a Dual is a tuple, not a tensor."""
+    return module.split(".")[0] in _LOOK_INTO_TUPLES and module not in _BUT
+
+
+def caller_looks_into_tuples(depth: int) -> bool:
+    """The same of the code that called the function `depth - 1` frames up."""
+    return looks_into_tuples(sys._getframe(depth).f_globals.get("__name__", ""))
 
 
 def primal(x: Any) -> Any:

@@ -23,7 +23,7 @@ from mmf_fast.forward.interception import intercepted
 from mmf_fast.forward.replay import RandomState
 from mmf_fast.forward.rules.by_pytorch import WITHOUT_GRAPH
 from mmf_fast.forward.rules.families import spellings
-from mmf_fast.forward.rules.sdpa import multi_head_attention_forward
+from mmf_fast.forward.rules.sdpa import multi_head_attention_forward, plain_mask
 
 __all__ = ["JVP_MODES", "FiniteDifference", "check_mode", "jvp"]
 
@@ -300,6 +300,7 @@ def _attention(
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    attn_mask = plain_mask(attn_mask)
     logits = scale * query @ key.mT
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,10 +20,19 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from mmf_fast.forward.buffers import CURRENT, LIVE, WRITES, Buffers, using
-from mmf_fast.forward.dual import DETACH, LOOK_INTO_TUPLES, DetachedDual, Dual, duals_in, package_of_caller, primal
+from mmf_fast.forward.dual import (
+    DETACH,
+    DetachedDual,
+    Dual,
+    caller_looks_into_tuples,
+    duals_in,
+    looks_into_tuples,
+    primal,
+)
 from mmf_fast.forward.teaching import still_builtin, teach
 
 __all__ = ["intercepted"]
@@ -98,7 +108,10 @@ def kind_of(duals: Sequence[Dual]) -> type[Dual]:
 
 def _receive(buffers: Buffers, args: tuple, kwargs: dict) -> None:
     """Prepares a plain tensor, the first argument, for the Duals among the others."""
-    duals = [x for x in duals_in([*args[1:], *kwargs.values()]) if x.tangent is not None]
+    others = [*args[1:], *kwargs.values()]
+    if buffers.tangents:
+        others = buffers.moving(others)  # another plain tensor, which has received one before
+    duals = [x for x in duals_in(others) if x.tangent is not None]
     if duals and isinstance(args[0], Tensor):
         buffers.receive(args[0], kind_of(duals))
 
@@ -199,17 +212,29 @@ _DETACHED = "a Dual taken apart: is it detached?"
 def _is_tensor(obj: Any) -> bool:
     if not _ISINSTANCE(obj, Dual):
         return _ISINSTANCE(obj, Tensor)
-    return torch.compiler.is_compiling() or package_of_caller(2) not in LOOK_INTO_TUPLES
+    return torch.compiler.is_compiling() or not caller_looks_into_tuples(2)
+
+
+def _node_type(tree: Any) -> Any:
+    """To torch.utils._pytree: a Dual is a leaf where foreign code maps a function over a tree, as a tensor would be."""
+    if type(tree) in _KINDS and not torch.compiler.is_compiling():
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__") == pytree.__name__:
+            frame = frame.f_back
+        if frame is None or not looks_into_tuples(frame.f_globals.get("__name__", "")):
+            return Tensor
+    return _NODE_TYPE(tree)
 
 
 def _isinstance(obj: Any, kinds: Any) -> bool:
     """Of a Dual in foreign code: whether its primal is one of the kinds, or a Dual is. Dynamo was taught that."""
-    if type(obj) in _KINDS and not torch.compiler.is_compiling() and package_of_caller(2) not in LOOK_INTO_TUPLES:
+    if type(obj) in _KINDS and not torch.compiler.is_compiling() and not caller_looks_into_tuples(2):
         return _ISINSTANCE(obj.primal, kinds) or (_ISINSTANCE(obj, kinds) and not _ISINSTANCE((), kinds))
     return _ISINSTANCE(obj, kinds)
 
 
 _ISINSTANCE = isinstance
+_NODE_TYPE: Any = pytree._get_node_type
 _APPLY: Any = torch.autograd.Function.__dict__["apply"]
 _KEEPS = getattr(checkpoint, "_NoopSaveInputs", None)  # the inputs of a checkpoint, in PyTorch 2.11
 _RECOMPUTING = "_checkpoint_without_reentrant_generator"
@@ -218,6 +243,7 @@ _CHECKPOINT: Any = getattr(checkpoint, _RECOMPUTING)
 _REPLACED: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch, "is_tensor", torch.is_tensor, _is_tensor),
     (builtins, "isinstance", isinstance, _isinstance),
+    (pytree, "_get_node_type", _NODE_TYPE, _node_type),
     (torch.autograd.Function, "apply", _APPLY, classmethod(_apply)),
     (checkpoint, _RECOMPUTING, _CHECKPOINT, _recomputing),
 )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mmf_fast.forward.dual import (
-    LOOK_INTO_TUPLES,
     DetachedDual,
     Dual,
     duals_in,
     known_functions,
+    looks_into_tuples,
     missing_rule_error,
 )
 from mmf_fast.ops.dispatch import constant_to_dynamo
@@ -80,7 +80,7 @@ def _teach_isinstance(variable: Any) -> None:
         kind, module = getattr(arg, "tuple_cls", None), tx.f_globals.get("__name__", "")
         if module == f"{__package__}.interception":  # what replaces isinstance in a pass asks for the frame before it
             module = (tx.parent or tx).f_globals.get("__name__", "")
-        if kind in (Dual, DetachedDual) and module.split(".")[0] not in LOOK_INTO_TUPLES:
+        if kind in (Dual, DetachedDual) and not looks_into_tuples(module):
             named = kinds.as_python_constant()
             is_one = issubclass(Tensor, named) or (issubclass(kind, named) and not issubclass(tuple, named))
             return type(arg).build(tx, is_one)

@@ -48,8 +48,10 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for name in ("omega", "t_min", "t_max"):
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), (list, tuple)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+                if len(getattr(self, name)) != 2:
+                    raise ValueError(f"guidance.{name} is {getattr(self, name)}: a range is a pair, such as (1, 8)")
         if not 0 <= self.kappa < 1:
             raise ValueError(f"guidance.kappa is {self.kappa}: it must lie in [0, 1)")
         if not isinstance(self.omega, tuple):
@@ -75,11 +77,6 @@ class Guidance:
         return tuple(name for name in ("omega", "t_min", "t_max") if isinstance(getattr(self, name), tuple))
 
     @property
-    def scales(self) -> Range | None:
-        """The range of omega, where it is one."""
-        return self.omega if isinstance(self.omega, tuple) else None
-
-    @property
     def active(self) -> bool:
         """Whether the target differs from v at all."""
         return (self.omega, self.kappa) != (1.0, 0.0)
@@ -96,6 +93,12 @@ class Guidance:
                 raise ValueError(f"{name}= was given, but guidance.{name} is a range: the loss draws it; leave it out")
         drawn = {name: _drawn(getattr(self, name), stream.uniform(), ratio=name == "omega") for name in self.told}
         return {**cond, **drawn}
+
+    def shown(self, share: Tensor) -> dict[str, Tensor]:
+        """What samples are told that show the range: omega from the lowest at a share of 0 to the highest at 1, and the
+        widest limits. share: (B,)."""
+        shares = {"omega": share, "t_min": torch.zeros_like(share), "t_max": torch.ones_like(share)}
+        return {name: _drawn(getattr(self, name), shares[name], ratio=name == "omega") for name in self.told}
 
     def drop(self, cond: Mapping[str, Any], nulls: Mapping[str, Tensor], uniform: Tensor) -> dict[str, Any]:
         """cond, its rows replaced by those of `nulls` with chance `dropout`; uniform (B,) are draws in [0, 1). Raises
@@ -131,8 +134,15 @@ class Guidance:
 
 
 def like_rows(nulls: Mapping[str, Tensor], cond: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The null values of conditions, as many rows of each as there are of the condition."""
-    return {name: null.to(cond[name]).expand_as(cond[name]) for name, null in nulls.items()}
+    """The null values of conditions, as many rows of each as there are of the condition. Of integers they keep their
+    own dtype where that is wider: 256 classes fit into uint8, and their null label does not."""
+    found = {}
+    for name, null in nulls.items():
+        given = cond[name]
+        integers = not (null.is_floating_point() or given.is_floating_point())
+        dtype = torch.promote_types(null.dtype, given.dtype) if integers else given.dtype
+        found[name] = null.to(given.device, dtype).expand_as(given)
+    return found
 
 
 def _range(limit: float | Range) -> Range:

@@ -162,8 +162,10 @@ class MeanFlowLoss(nn.Module):
             )
         if self.teacher is not None:
             check_network(self.teacher)
-            if self.teacher is self.net:
-                raise ValueError("teacher is the network itself: give copy.deepcopy(net)")
+            if self.teacher is self.net or _trained_by(self.teacher) & _trained_by(self.net):
+                raise ValueError(
+                    "teacher and network are trained together, but a teacher is frozen: give copy.deepcopy"
+                )
             if self.guidance is not None:
                 raise ValueError("teacher and guidance do not go together: give a teacher that guides its own velocity")
         if self.tangent == "conditional" and self.teacher is None and self.lam.maximum > 0 and self.times.share > 0:
@@ -368,9 +370,10 @@ class MeanFlowLoss(nn.Module):
         """e = u + (t - r) SG_lam[du/dt] - v_target and its weighted square; by default with the adaptive weight
         (MeanFlow, eq. 22).
 
-        Written out for autograd and the compiler; a kernel, where there is one, does the same in one pass.
+        Written out for autograd and the compiler; a kernel, where there is one, does the same in one pass, of a target
+        that is a constant. Of learned data or noise it is none.
         """
-        if weight is None and serve("sg_loss", u):
+        if weight is None and not target.requires_grad and serve("sg_loss", u):
             interval = target.new_zeros(len(u)) if interval is None else interval
             value, grad = (0.0, False) if lam is None else (lam, True)
             return sg_loss(u, du, interval, value, target, p=self.p, c=self.c, tangent_grad=grad)
@@ -386,7 +389,7 @@ class MeanFlowLoss(nn.Module):
         if self.guidance is None or not self.guidance.active:
             return v
         nulls = like_rows(self._nulls, points.cond)
-        same = [(points.cond[name] == null).view(len(v), -1).all(1) for name, null in nulls.items()]
+        same = [(points.cond[name] == null).reshape(len(v), -1).all(1) for name, null in nulls.items()]
         u_class = torch.cat([u_now, u_later]) if self._guided_by_class and u_later is not None else None
         u_null = self._velocity(points._replace(cond={**points.cond, **nulls}))
         is_null = torch.stack(same).all(0)
@@ -400,6 +403,11 @@ class MeanFlowLoss(nn.Module):
     def _nulls(self) -> dict[str, Tensor]:
         """The null values of conditions, which are buffers: they go where this module goes."""
         return {name: self.get_buffer(f"_null_{name}") for name in self.nullable}
+
+
+def _trained_by(net: Any) -> set[int]:
+    """The parameters that its training changes, by their identities."""
+    return {id(p) for p in net.parameters() if p.requires_grad} if isinstance(net, nn.Module) else set()
 
 
 def _with_r(net: Callable[..., Any], r: Tensor, cond: dict[str, Any], z: Tensor, t: Tensor) -> Any:

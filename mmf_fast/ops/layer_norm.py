@@ -320,12 +320,16 @@ def _jacobian(v: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, r: Tenso
 
 
 class _LayerNormTangent(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dx: Tensor, x_hat: Tensor, mean: Tensor, r: Tensor, shape: list[int]) -> Tensor:
-        d_hat = _jacobian(dx, x, shape, mean, r)
-        ctx.save_for_backward(x, dx, x_hat, mean, r, d_hat)
-        ctx.shape = shape
-        return d_hat
+    def forward(x: Tensor, dx: Tensor, x_hat: Tensor, mean: Tensor, r: Tensor, shape: list[int]) -> Tensor:
+        return _jacobian(dx, x, shape, mean, r)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.shape = inputs
+        ctx.save_for_backward(*tensors, output)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmf_fast.contract import per_sample, take
 from mmf_fast.pictures import save_grid
@@ -22,14 +22,13 @@ def can_draw(shape: Sequence[int]) -> bool:
 
 
 def draw_samples(
-    net: nn.Module, shape: Sequence[int], path: Path, *, seed: int, classes: int, cond: dict[str, Any], rows: int,
-    scales: tuple[float, float] | None = None,
+    net: nn.Module, shape: Sequence[int], path: Path, *, seed: int, classes: int, cond: dict[str, Any], x: Tensor,
+    shown: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> bool:  # fmt: skip
     """Samples of `shape`, of each class where labels are all that the network is given, or else with the conditions
-    (and the noise, where it is given) of `rows` samples, as a picture at `path`.
+    (and the noise, where it is given) of the samples x, as a picture at `path`.
 
-    scales: of the guidance that the network is told, lowest and highest: images have the lowest in the first row and
-        the highest in the last one.
+    shown: `Guidance.shown`, of a network that is told its guidance: images have it from row to row, points the lowest.
     Returns whether they were finite: of others no picture is drawn. Leaves torch's global generators alone.
     """
     by_class = bool(classes) and set(cond) <= {"y"}
@@ -38,13 +37,15 @@ def draw_samples(
     if by_class:
         cond = {"y": torch.arange(count) % columns}
     elif cond:
-        count = min(count, rows)
-        cond = take(cond, slice(count), per_sample(cond, rows))
-    if scales is not None and len(shape) > 1:
+        count = min(count, len(x))
+        cond = take(cond, slice(count), per_sample(cond, len(x)))
+    if "noise" in cond:  # of a coupling; in the dtype in which the loss takes it
+        cond = {**cond, "noise": cond["noise"].to(torch.float64 if x.dtype == torch.float64 else torch.float32)}
+    if shown:
         down = torch.arange(count) // columns / max(1, (count - 1) // columns)
-        cond = {**cond, "omega": scales[0] * (scales[1] / scales[0]) ** down}
-    x = sample(net, (count, *shape), seed=None if "noise" in cond else seed, **cond)  # a coupling brings its own noise
-    finite = bool(torch.isfinite(x).all())
+        cond = {**cond, **shown(down if len(shape) > 1 else torch.zeros(count))}
+    drawn = sample(net, (count, *shape), seed=None if "noise" in cond else seed, **cond)
+    finite = bool(torch.isfinite(drawn).all())
     if finite:
-        save_grid(x.cpu(), path, columns)
+        save_grid(drawn.cpu(), path, columns)
     return finite

@@ -125,7 +125,7 @@ class Trainer:
         loss_fn.net = net = bare(loss_fn.net)
         self.model = type(net).__name__
         self.flow_matching_until = getattr(getattr(loss_fn, "times", None), "start", 0)
-        self.scales = getattr(getattr(loss_fn, "guidance", None), "scales", None)
+        self.shown = getattr(getattr(loss_fn, "guidance", None), "shown", None)
         forwards, flops = getattr(loss_fn, "forwards", None), getattr(net, "flops", None)
         self.flops_of_step = (lambda step: flops() * forwards(self.train.batch, step)) if forwards and flops else None
         fresh = not resume or self.checkpoints.newest() is None
@@ -263,8 +263,8 @@ class Trainer:
             self.log.info("step %d: no picture, as samples of shape %s need their decoder", self.step, tuple(shape))
             return
         net, path = self.engine.averaged(), self.run / "samples" / f"step_{self.step:07d}.png"
-        given: dict[str, Any] = {"cond": conditions_of(cond), "rows": len(x), "classes": self.dataset.num_classes}
-        if self.is_main and not draw_samples(net, shape, path, seed=self.seed, scales=self.scales, **given):
+        given: dict[str, Any] = {"cond": conditions_of(cond), "x": x, "classes": self.dataset.num_classes}
+        if self.is_main and not draw_samples(net, shape, path, seed=self.seed, shown=self.shown, **given):
             self.log.say(f"step {self.step}: samples are not finite, no picture drawn", logging.WARNING)
 
     # ---- one step ---------------------------------------------------------------------------------------------------

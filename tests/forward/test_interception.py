@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops.layers.torch import EinMix, Rearrange, Reduce
 from torch import Tensor, nn
 from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mmf_fast import Dual, MissingRuleError, jvp, register_rule
 from mmf_fast.forward import dual, interception
@@ -43,6 +44,36 @@ def rows(x: Any) -> Any:
     a, b, *rest = x
     total = sum(row * w for row, w in zip(x, W, strict=True))
     return torch.stack([a * b, *rest, total]) + torch.vstack(tuple(x))[1:2] - torch.stack(list(x))[0]
+
+
+class Skipping(nn.Module):
+    """Its hook returns one argument, not a tuple of them: a Dual in place of it would be two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(lambda module, args: 2 * args[0])
+
+    def forward(self, x: Any, skip: Any = None) -> Any:
+        return x @ W if skip is None else x @ W + skip
+
+
+HOOKED = Skipping()
+
+
+def hooked(x: Any) -> Any:
+    return HOOKED(x) * x
+
+
+def received(x: Any) -> Any:
+    """A running state, plain memory itself, is written into other plain memory; then its rows are asked for."""
+    state, out = torch.zeros(4, dtype=x.dtype), torch.zeros(4, 4, dtype=x.dtype)
+    for k in range(4):
+        state.mul_(0.5).add_(x[k] * x[k])
+        out[k] = state
+    more = torch.zeros_like(out)
+    more += out
+    first, *rest = more
+    return torch.stack([*rest, first]) * x / len(more)
 
 
 def kinds(x: Any) -> Any:
@@ -85,7 +116,22 @@ SPELLINGS: dict[str, Callable[[Any], Any]] = {
     "functional_call": lambda x: torch.func.functional_call(LINEAR, {"weight": 2 * LINEAR.weight}, (x,)) ** 2,
     "compiled submodule": lambda x: COMPILED(x) ** 2,
     "len": lambda x: x.square().sum(0) / len(x),
-}
+    "names of numpy": lambda x: (
+        torch.softmax(x, axis=-1) + x.log_softmax(axis=0) + torch.stack([x, x * x], axis=1).sum(axis=1)
+        + torch.linalg.vector_norm(x, axis=1, keepdims=True) + torch.mul(x1=x, x2=x) + torch.cumprod(x, axis=0)
+    ),
+    "a hook that gives one argument": hooked,
+    "rows of memory that received one": received,
+}  # fmt: skip
+
+
+def test_a_function_mapped_over_a_tree_meets_a_dual_as_a_leaf() -> None:
+    """As a tensor would be: over its parts tanh would give no tangent of tanh."""
+    x, dx = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    y, dy = jvp(lambda x: tree_map(torch.tanh, {"a": (x, W)})["a"][0], (x,), (dx,))
+    torch.testing.assert_close(y, x.tanh())
+    torch.testing.assert_close(dy, (1 - x.tanh() ** 2) * dx)
+    assert tree_leaves(Dual(x, dx))[1] is dx  # outside a pass a Dual is what DDP and ZeRO look for
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

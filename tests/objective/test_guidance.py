@@ -79,6 +79,40 @@ def test_class_dropout_replaces_labels_by_the_null_label() -> None:
     assert (labels == 3).double().mean() == pytest.approx(0.1, abs=0.012)
 
 
+def test_labels_of_a_narrow_dtype_have_their_null_label_too() -> None:
+    """256 classes fit into uint8, their null label does not: it once became class 0."""
+    seen = []
+
+    def net(z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append(y)
+        return z
+
+    y = torch.arange(8, dtype=torch.uint8)
+    MeanFlowLoss(net, guidance=Guidance(omega=2.0, dropout=1.0), null_label=256)(torch.randn(8, 2), y=y)
+    assert all((each == 256).all() for each in seen)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(omega=2.0), RANGES], ids=["one scale", "a range"])
+def test_conditions_may_lie_in_memory_as_they_like(guidance: Guidance) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(6, 3, 3, padding=1).double()
+
+        def forward(self, z: Any, r: Any, t: Any, image: Any, **told: Any) -> Any:
+            return self.conv(torch.cat([z, image], 1))
+
+    loss_fn = MeanFlowLoss(Net(), guidance=guidance, null={"image": torch.zeros(3, 1, 1)}, p=0.0)
+    x, noise, image = torch.randn(3, 4, 3, 5, 5).double()
+    image[1] = 0  # one row has no condition
+    times = torch.full((4,), 0.3).double(), torch.full((4,), 0.6).double()
+    losses = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        losses.append(loss_fn(x, noise=noise, times=times, image=image.to(memory_format=layout)).per_sample)
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 # ---- a range of scales -----------------------------------------------------------------------------------------------
 
 
@@ -255,8 +289,12 @@ def test_a_network_of_ones_own_is_told_by_name() -> None:
     net = Adapter(Theirs(), lambda net, z, r, t, **c: net(z, t, t - r, **c))
     MeanFlowLoss(net, guidance=RANGES, null_label=3)(torch.randn(8, 2), y=torch.arange(8) % 3).loss.backward()
     assert all(x.shape == omega.shape for omega, *limits in heard for x in limits)
-    x = sample(net, (4, 2), y=torch.zeros(4), omega=torch.full((4,), 2.0), t_min=0.0, t_max=1.0)
+    heard.clear()
+    x = sample(net, (4, 2), y=torch.zeros(4), omega=2, t_min=0.0, t_max=torch.ones(4))
     assert torch.isfinite(x).all()
+    assert [told.tolist() for told in heard[0]] == [[2.0] * 4, [0.0] * 4, [1.0] * 4]
+    with pytest.raises(ValueError, match="omega is 0: a scale of guidance is 1"):
+        sample(net, (4, 2), y=torch.zeros(4), omega=0)
 
 
 REFUSED = {
@@ -265,6 +303,7 @@ REFUSED = {
     "infinite": (lambda: Guidance(omega=(1, float("inf"))), "must rise"),
     "kappa": (lambda: Guidance(omega=(1, 8), kappa=0.5), "leave it out"),
     "limits alone": (lambda: Guidance(t_max=(0.5, 1)), "guidance.t_max is a range: so must guidance.omega be"),
+    "three": (lambda: Guidance(omega=[1, 8, 9]), "a range is a pair"),
     "crossing": (lambda: Guidance(omega=(1, 8), t_min=(0, 0.6), t_max=(0.5, 1)), "must rise within"),
     "not told": (
         lambda: MeanFlowLoss(lambda z, r, t, y: z, guidance=RANGES, null_label=3), "no condition omega, by which",

@@ -231,6 +231,23 @@ def test_a_dropped_label_is_dropped_for_the_partner_too(stochastic: bool) -> Non
     assert (now == 9).any() and (now != 9).any()
 
 
+@pytest.mark.parametrize("weight", ["sample", "times"])
+def test_noise_and_data_that_are_learned_have_the_derivative_of_the_loss(weight: str) -> None:
+    """Whichever kernel serves: z and v are functions of both, so the target is no constant of them."""
+    net = network("mlp")
+    x, noise, times = batch("mlp", instants=6)
+    loss_fn = MeanFlowLoss(net, p=0.0, weight=weight)
+    learned = [x.clone().requires_grad_(), noise.clone().requires_grad_()]
+    found = torch.autograd.grad(loss_fn(learned[0], noise=learned[1], times=times).loss, learned)
+    for number, gradient in enumerate(found):
+        step = torch.randn_like(x) * 1e-6
+        above, below = ([x, noise] for _ in range(2))
+        above[number], below[number] = above[number] + step, below[number] - step
+        with torch.no_grad():
+            difference = sum(k * loss_fn(a, noise=b, times=times).loss for k, (a, b) in ((1, above), (-1, below))) / 2
+        torch.testing.assert_close((gradient * step).sum(), difference, rtol=1e-5, atol=1e-12)
+
+
 def test_per_sample_losses_stand_in_the_order_of_the_data() -> None:
     net = network("mlp")
     x, noise, (r, t) = batch("mlp", size=7, instants=3)

@@ -9,7 +9,7 @@ import torch
 from support.small_networks import batch, network
 from torch import Tensor, nn
 
-from mmf_fast import MeanFlowLoss, TimeSampler
+from mmf_fast import Adapter, MeanFlowLoss, TimeSampler
 
 MEAN, STD = 1.5, 0.3
 
@@ -110,8 +110,9 @@ def test_what_does_not_fit_is_named() -> None:
     from mmf_fast import Guidance
 
     net = network("mlp", num_classes=3)
-    with pytest.raises(ValueError, match="teacher is the network itself: give copy.deepcopy"):
-        MeanFlowLoss(net, teacher=net)
+    for teacher in (net, Adapter(net, lambda net, z, r, t: net(z, r, t))):
+        with pytest.raises(ValueError, match="trained together, but a teacher is frozen: give copy.deepcopy"):
+            MeanFlowLoss(net, teacher=teacher)
     with pytest.raises(ValueError, match="teacher and guidance do not go together"):
         MeanFlowLoss(net, teacher=copy.deepcopy(net), guidance=Guidance(omega=2.0))
     with pytest.raises(ValueError, match="not as u"):

@@ -15,7 +15,7 @@ from mmf_fast.ops.attention import attention as dual_attention
 from mmf_fast.ops.attention import attention_tangent
 from mmf_fast.ops.dispatch import serve
 
-__all__ = ["attention"]
+__all__ = ["attention", "plain_mask"]
 
 
 def attention(
@@ -44,6 +44,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
+    attn_mask = plain_mask(attn_mask)
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -62,6 +63,17 @@ def scaled_dot_product_attention(
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
     with tangent_scope(query, key, value):
         return y, attention_tangent(q, k, v, dq, dk, dv, mask=mask, is_causal=is_causal, scale=scale)
+
+
+def plain_mask(mask: Value) -> Value:
+    """The mask; of a CausalBias, whose own memory holds no numbers, the boolean mask that it stands for.
+
+    It is known by its module, which is not imported for its sake: it brings Dynamo with it.
+    """
+    if type(mask).__module__ != "torch.nn.attention.bias":
+        return mask
+    diagonal = mask.seq_len_kv - mask.seq_len_q if mask.variant.name == "LOWER_RIGHT" else 0
+    return torch.ones(mask.seq_len_q, mask.seq_len_kv, dtype=torch.bool, device=mask.device).tril(diagonal)
 
 
 def _as_autocast(x: Value) -> Any:

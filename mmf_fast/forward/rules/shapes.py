@@ -45,6 +45,11 @@ no_tangent(
 )
 
 
+@register_rule(Tensor.__reversed__)
+def reversed_(self: Value) -> Any:
+    return self.flip(0)
+
+
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 

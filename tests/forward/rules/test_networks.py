@@ -242,7 +242,7 @@ def test_a_padded_encoder_in_eval_is_asked_for_its_fast_path(left: bool) -> None
         torch.testing.assert_close(dy, (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.LayerNorm(4)], ids=str)
 def test_vmap_within_a_network(activation: nn.Module) -> None:
     net = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4)).double()
     parameters, (x, dx) = list(net.parameters()), torch.randn(2, 2, 5, 4).double()

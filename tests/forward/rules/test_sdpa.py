@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmf_fast
@@ -153,3 +154,18 @@ def test_plain_tensors_are_pytorchs_attention():
         torch.testing.assert_close(
             mmf_fast.attention(q, k, v, **options), F.scaled_dot_product_attention(q, k, v, **options)
         )
+
+
+@pytest.mark.parametrize("mode", ["dual", "func"])
+@pytest.mark.parametrize("count", [4, 7])
+def test_a_causal_bias_is_the_mask_that_it_stands_for(mode: str, count: int) -> None:
+    """PyTorch's object for it is a tensor over memory that nobody wrote."""
+    q, dq, k, dk = (torch.randn(1, 2, n, 8, dtype=torch.float64) for n in (4, 4, count, count))
+    lower, upper = torch.ones(4, count, dtype=torch.bool).tril(count - 4), torch.ones(4, count, dtype=torch.bool).tril()
+    for bias, mask in ((causal_lower_right(4, count), lower), (causal_upper_left(4, count), upper)):
+        (y, dy), (expected, d_expected) = (
+            jvp(lambda q, k, m=m: F.scaled_dot_product_attention(q, k, k, attn_mask=m), (q, k), (dq, dk), mode=way)
+            for m, way in ((bias, mode), (mask, "dual"))
+        )
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(dy, d_expected)
