@@ -7,6 +7,7 @@ from mmf_fast.forward import Dual, MissingRuleError, attention, jvp, register_ru
 from mmf_fast.objective import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler, preset, sg_lambda
 
 if TYPE_CHECKING:
+    from mmf_fast.models import load_pretrained
     from mmf_fast.models.adapter import Adapter, DiffusersAdapter
     from mmf_fast.sampling import sample
     from mmf_fast.training import Optimizer, Train, Trainer
@@ -20,6 +21,7 @@ _LATER = {
     "Optimizer": "training",
     "Train": "training",
     "Trainer": "training",
+    "load_pretrained": "models",
     "sample": "sampling",
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "Trainer",
     "attention",
     "jvp",
+    "load_pretrained",
     "preset",
     "register_rule",
     "sample",

@@ -60,7 +60,7 @@ def check_network(net: Any) -> None:
     if hidden:
         warnings.warn(
             f"net is a function that hides the module {hidden[0]}: its parameters, modes and devices are out of reach; "
-            f"give {ADAPT.format(call='net(z, t, r, **c)')}",
+            "give mmf_fast.Adapter(net, lambda net, z, r, t, **c: ...), with what your function does in place of ...",
             stacklevel=3,
         )
     parameters = _parameters(net)

@@ -25,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mmf doctor", description=__doc__)
     parser.add_argument("network", metavar="MODULE:FUNCTION", help="builds the network, without arguments")
     parser.add_argument("--shape", required=True, help="of one sample: 3,32,32")
-    parser.add_argument("--call", help="a function of (net, z, r, t), where the network is called otherwise")
+    parser.add_argument(
+        "--call",
+        help="how a batch of 2 is given to the network, where it is called otherwise, or has labels: "
+        "'lambda net, z, r, t: net(z, r, t, y=torch.zeros(2, dtype=torch.long))'",
+    )
     parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile, which takes a while")
     options = parser.parse_args(arguments)
     net = _built(options.network)
@@ -88,7 +92,8 @@ def examine(
             with torch.no_grad():
                 plain = call(net, z, r, t)
         except Exception as error:
-            findings[question] = f"no: {_line(error)}"
+            way_out = "; say how it is called with --call" if isinstance(error, TypeError) else ""
+            findings[question] = f"no: {_line(error)}{way_out}"
             continue
         failed = "".join(f"; examined in it, as float64 fails: {verdict[4:]}" for verdict in findings.values())
         findings = {question: f"yes{failed}"}

@@ -27,15 +27,16 @@ def one_device(folder: Path) -> str:
     parts = {name: json.loads(path.read_text()) for name in PARTS if (path := folder / f"{name}.json").exists()}
     machines = [part["machine"] for part in parts.values()]
     machine = machines[0]
-    commits = sorted({part["machine"]["commit"][:9] or "unknown" for part in parts.values()})
+    commits = sorted({(m["commit"][:9] or "unknown") + "+" * m["uncommitted changes"] for m in machines})
+    days = sorted({m["date"][:10] for m in machines})
     copy = max(m["copy GB/s"] for m in machines)  # a part whose process others disturb sees lower limits
     product = max(m["product GFLOP/s"]["bf16"] for m in machines)
     files = ", ".join(f"[{name}](../benchmarks/results/{folder.name}/{name}.json)" for name in parts)
     said = [
         f"### On {machine['device']}",
         f"torch {machine['torch']}, Triton {machine['triton']}, power limit {machine['power limit']}, commit "
-        f"{', '.join(commits)}, {machine['date'][:10]}, by `make gpu`; a copy reaches {copy:.0f} GB/s, a bf16 product "
-        f"{product / 1e3:.0f} TFLOP/s. Every figure: {files}.",
+        f"{', '.join(commits)} (+: not all committed), {' and '.join(days)}; a copy reaches {copy:.0f} GB/s, a "
+        f"bf16 product {product / 1e3:.0f} TFLOP/s. Every figure, and the command of each part: {files}.",
     ]
     for name, part in parts.items():
         said += [f"#### {TITLES[name]}", WRITERS[name](part), _left_out(part)]

@@ -20,4 +20,4 @@ __all__ = ["DetachedDual", "Dual", "MissingRuleError", "attention", "jvp", "prim
 
 for _name, _module in sys.modules.copy().items():
     if _name.startswith("mmf_fast."):
-        vars(_module).setdefault("isinstance", isinstance)  # which a pass replaces for networks: here it must be quick
+        vars(_module).setdefault("isinstance", isinstance)  # a pass replaces the builtin; ours keep it, which is faster

@@ -86,8 +86,8 @@ def compile_blocks(blocks: Sequence[nn.Module], mode: str = "default") -> None:
 
 @dataclass(frozen=True)
 class Unseen:
-    """Inductor as a backend of torch.compile, whose code no mode sees: that of the pass in which a block is called
-    would be asked about each of its hundred calls on plain tensors. Graphs are those of all backends that are equal."""
+    """Inductor, with torch function modes switched off while its code runs: the mode of the pass in which a block is
+    called would otherwise be asked about each of its hundred calls on plain tensors. Equal instances share graphs."""
 
     mode: str
 

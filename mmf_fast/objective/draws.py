@@ -70,8 +70,8 @@ WHOLE_BATCH = BatchShare()
 
 
 def chances(step: int | None, part: BatchShare = WHOLE_BATCH) -> list[float]:
-    """Two numbers in (0, 1) that round counts: those of the step on every rank, which fill the unit square evenly as
-    the steps go on; for a whole batch whose step is not told, from torch's global generator."""
+    """Two numbers in (0, 1), equal on all ranks, which decide whether a fractional count of rows is rounded up at this
+    step. Over the steps they fill the unit square evenly; without a step they come from torch's global generator."""
     if step is None and part.seed is None:
         return torch.rand(2).tolist()
     return [((step or 0) + 0.5) * multiple % 1.0 for multiple in EVEN]

@@ -305,7 +305,7 @@ class MeanFlowLoss(nn.Module):
         """
         points, v = d.on_path()
         v = self._taught(points, v)
-        instants, with_graph, _ = d.sizes
+        instants = d.sizes[0]
         now, later = points.rows(0, instants), points.rows(instants, len(v))
 
         u_now = self._velocity(now)  # r = t: flow matching
@@ -317,16 +317,18 @@ class MeanFlowLoss(nn.Module):
             if self.tangent == "conditional" or w is None:
                 w = target[instants:]
 
-        def rows_of(start: int, stop: int) -> Tensor | None:
-            return None if weight is None else weight[start:stop]
-
-        found = [(d.weights[0], self._error(u_now, target[:instants], rows_of(0, instants)))] if instants else []
-        groups = ((0, with_graph, lam), (with_graph, len(w), None))  # None: SG_0, the tangent is detached
-        for of_loss, (start, stop, share) in zip(d.weights[1:], groups, strict=True):
+        targets = target.split(d.sizes)
+        weights = (None, None, None) if weight is None else weight.split(d.sizes)
+        found = [(d.weights[0], self._error(u_now, targets[0], weights[0]))] if instants else []
+        start = 0
+        for kind, share in ((1, lam), (2, None)):  # None: SG_0, the tangent is detached
+            stop = start + d.sizes[kind]
             if start < stop:
-                rows, at = later.rows(start, stop), (instants + start, instants + stop)
+                rows = later.rows(start, stop)
                 u, du = self._average(rows, w[start:stop], tangent_grad=share is not None)
-                found.append((of_loss, self._error(u, target[slice(*at)], rows_of(*at), du, rows.t - rows.r, share)))
+                term = self._error(u, targets[kind], weights[kind], du, rows.t - rows.r, share)
+                found.append((d.weights[kind], term))
+            start = stop
         loss = torch.stack([term.loss * of_loss for of_loss, term in found]).sum()
         terms = [term for of_loss, term in found if of_loss]
         square = torch.cat([term.square for term in terms]) / v[0].numel()

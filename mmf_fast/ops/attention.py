@@ -100,31 +100,6 @@ def _four_dimensions(x: Tensor | None, lead: torch.Size) -> Any:
 # -- registration ------------------------------------------------------------------------------------------------------
 
 
-def _fake(
-    q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any, causal: bool, scale: float, grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = dq is not None or dk is not None
-    o, lse = _empty(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide)
-    d_o = torch.empty_like(o) if logits or dv is not None else q.new_empty(0)
-    return o, d_o, lse, torch.empty_like(lse) if logits else lse.new_empty(0)
-
-
-def _fake_backward(
-    g: Any, h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, *rest: Any
-) -> tuple[Tensor, ...]:
-    pairs = ((q, q), (q, dq), (k, k), (k, dk), (v, v), (v, dv))
-    return tuple(
-        q.new_empty(0) if dx is None or (h is None and dx is not x) else _empty(x, x.shape[-1]) for x, dx in pairs
-    )
-
-
-def _empty(like: Tensor, width: int) -> Tensor:
-    """(B, H, N, width) laid out as (B, N, H, width): what follows merges the heads."""
-    batch, heads, rows, _ = like.shape
-    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
-
-
 def _check(
     q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any, *_: Any, name: str = "attention"
 ) -> Arguments:
@@ -168,7 +143,7 @@ _OPERANDS = "Tensor q, Tensor? dq, Tensor k, Tensor? dk, Tensor v, Tensor? dv, T
 _operator = define(
     f"attention({_OPERANDS}, bool causal, float scale, bool tangent_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.attention,
-    _fake,
+    attention_triton.outputs,
     attention_triton.forward,
     check=_check,
     takes=_takes,
@@ -177,7 +152,7 @@ _backward_operator = define(
     f"attention_backward(Tensor? g, Tensor? h, {_OPERANDS}, Tensor o, Tensor? d_o, Tensor lse, Tensor? mu, bool causal,"
     " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.attention_backward,
-    _fake_backward,
+    lambda g, h, q, dq, k, dk, v, dv, *_: attention_triton.gradients(h, q, dq, k, dk, v, dv),
     attention_triton.backward,
     check=_check_backward,
     takes=_takes_backward,

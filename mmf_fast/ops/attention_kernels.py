@@ -159,7 +159,7 @@ def delta_kernel(
 @jit
 def tiles(
     q, dq, k, dk, g, h, v, dv, lse, mu, gam, delta, mask_ptr, mask_strides, row, key, N, M, scale,
-    HAS_H: tl.constexpr, HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
+    HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CHECK: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P, H, dS, dS' (queries x keys, or keys x queries if TRANSPOSED); those that need no tangent repeat P."""
@@ -234,7 +234,7 @@ def key_kernel(
             gam = tl.load(gam_ptr + at, mask=row < N, other=0.0)
         p, p_h, d, u = tiles(
             q, dq, k, dk, g, h, v, dv, lse[None, :], mu[None, :], gam[None, :], delta[None, :], mask_ptr, mask_strides,
-            row[None, :], key[:, None], N, M, scale, HAS_H, HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL, False, True,
+            row[None, :], key[:, None], N, M, scale, HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL, False, True,
             PRECISION,
         )  # fmt: skip
         g_v = dot(p, g, g_v, PRECISION)
@@ -260,7 +260,7 @@ def key_kernel(
 def query_sweep(
     g_q, g_dq, q, dq, g, h, lse, mu, gam, delta, k_ptr, dk_ptr, v_ptr, dv_ptr, mask_ptr,
     k_strides, dk_strides, v_strides, dv_strides, mask_strides, first, begin, end, N, M, scale,
-    HAS_H: tl.constexpr, HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
+    HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CHECK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -276,7 +276,7 @@ def query_sweep(
             dv = load_rows(dv_ptr, dv_strides, start, M, BLOCK_N, E)
         _, _, d, u = tiles(
             q, dq, k, dk, g, h, v, dv, lse[:, None], mu[:, None], gam[:, None], delta[:, None], mask_ptr, mask_strides,
-            row[:, None], key[None, :], N, M, scale, HAS_H, HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL and CHECK,
+            row[:, None], key[None, :], N, M, scale, HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL and CHECK,
             CHECK, False, PRECISION,
         )  # fmt: skip
         g_q = dot(d, k, g_q, PRECISION)
@@ -327,12 +327,12 @@ def query_kernel(
     g_q, g_dq = query_sweep(
         g_q, g_dq, q, dq, g, h, lse, mu, gam, delta, k_ptr, dk_ptr, v_ptr, dv_ptr, mask_ptr,
         k_strides, dk_strides, v_strides, dv_strides, mask_strides, first, 0, whole, N, M, scale,
-        HAS_H, HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL, False, D, E, PRECISION, BLOCK_M, BLOCK_N,
+        HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL, False, D, E, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     g_q, g_dq = query_sweep(
         g_q, g_dq, q, dq, g, h, lse, mu, gam, delta, k_ptr, dk_ptr, v_ptr, dv_ptr, mask_ptr,
         k_strides, dk_strides, v_strides, dv_strides, mask_strides, first, whole, end, N, M, scale,
-        HAS_H, HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL, True, D, E, PRECISION, BLOCK_M, BLOCK_N,
+        HAS_DQ, HAS_DK, HAS_DV, MASK, CAUSAL, True, D, E, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     store_rows(at_head(g_q_ptr, g_q_strides, head, H), g_q_strides, g_q, scale, first, N, BLOCK_M, D)
     if HAS_DQ:

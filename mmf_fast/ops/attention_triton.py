@@ -15,16 +15,13 @@ from mmf_fast.ops.dispatch import constant_to_dynamo, has_flags
 from mmf_fast.ops.gpu import triton
 from mmf_fast.ops.tiles import Config, choices
 
-__all__ = ["backward", "forward", "has_kernels"]
+__all__ = ["backward", "forward", "gradients", "has_kernels", "outputs"]
 
 
 def forward(
     q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any, causal: bool, scale: float, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = dq is not None or dk is not None
-    o, lse = _empty(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    d_o = torch.empty_like(o) if logits or dv is not None else q.new_empty(0)
-    mu = torch.empty_like(lse) if logits else lse.new_empty(0)
+    o, d_o, lse, mu = outputs(q, dq, k, dk, v, dv)
     if lse.numel():
         run(_forward_call(q, dq, k, dk, v, dv, mask, o, d_o, lse, mu, causal, scale))
     return o, d_o, lse, mu
@@ -36,14 +33,13 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if h is None:
         dq = dk = dv = d_o = mu = None
-    pairs = ((q, q), (q, dq), (k, k), (k, dk), (v, v), (v, dv))
-    grads = [q.new_empty(0) if dx is None else _empty(x, x.shape[-1]) for x, dx in pairs]
+    grads = gradients(h, q, dq, k, dk, v, dv)
     if q.numel() == 0 or k.numel() == 0:
         return tuple(x.zero_() for x in grads)
     g = torch.zeros_like(o) if g is None else g
     for call in _backward_calls(g, h, q, dq, k, dk, v, dv, mask, o, d_o, lse, mu, grads, causal, scale):
         run(call)
-    return tuple(grads)
+    return grads
 
 
 def has_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -62,7 +58,24 @@ def _tf32() -> bool:
     return (torch.backends.fp32_precision if chosen == "none" else chosen) == "tf32"  # type: ignore[attr-defined]
 
 
+def outputs(q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, *_: Any) -> tuple[Tensor, ...]:
+    """O, O', LSE and mu, not yet computed."""
+    logits = dq is not None or dk is not None
+    o, lse = _empty(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    d_o = torch.empty_like(o) if logits or dv is not None else q.new_empty(0)
+    return o, d_o, lse, torch.empty_like(lse) if logits else lse.new_empty(0)
+
+
+def gradients(h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any) -> tuple[Tensor, ...]:
+    """What q, q', k, k', v, v' receive, not yet computed; empty where there is no tangent, or no cotangent of O'."""
+    pairs = ((q, q), (q, dq), (k, k), (k, dk), (v, v), (v, dv))
+    return tuple(
+        q.new_empty(0) if dx is None or (h is None and dx is not x) else _empty(x, x.shape[-1]) for x, dx in pairs
+    )
+
+
 def _empty(like: Tensor, width: int) -> Tensor:
+    """(B, H, N, width) laid out as (B, N, H, width): what follows merges the heads."""
     batch, heads, rows, _ = like.shape
     return like.new_empty(batch, rows, heads, width).transpose(1, 2)
 
@@ -79,7 +92,7 @@ def _forward_call(
 
 def _backward_calls(
     g: Tensor, h: Any, q: Tensor, dq: Any, k: Tensor, dk: Any, v: Tensor, dv: Any, mask: Any,
-    o: Tensor, d_o: Any, lse: Tensor, mu: Any, grads: list[Tensor], causal: bool, scale: float,
+    o: Tensor, d_o: Any, lse: Tensor, mu: Any, grads: tuple[Tensor, ...], causal: bool, scale: float,
 ) -> Iterator[Call]:  # fmt: skip
     g, h, q, dq, k, dk, v, dv = map(_unit, (g, h, q, dq, k, dk, v, dv))
     delta, gam = torch.empty_like(lse), None if h is None else torch.empty_like(lse)
