@@ -49,7 +49,7 @@ def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
             f"model.name={name} does not take samples of shape {shape} (data.name={dataset.name}); choose another model"
         )
     if isinstance(dataset, (IndexedDataset, StreamedDataset)):  # labels in batches do not tell how many
-        del implied["num_classes"]
+        implied["num_classes"] = config.model.get("num_classes", 0)
     for key in implied.keys() & config.model.keys():
         if config.model[key] != implied[key]:
             unlabelled = key == "num_classes" and not config.model[key]
