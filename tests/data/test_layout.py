@@ -323,6 +323,14 @@ REFUSED = {
     ),
     "parquet and images": (images("1.png") | {"a.parquet": b"x"}, "holds parquet and image files; pass --format"),
     "a sample without .cls": (images("1.png", "2.png") | {"1.cls": b"0"}, r"2\.png: has no \.cls file"),
+    "two images of one sample": (
+        images("1.jpg", "1.seg.png") | {"1.cls": b"0"},
+        r"1\.jpg and 1\.seg\.png are of one sample: which is its image\? pass --ignore '\*\.seg\.png', or '\*\.jpg'$",
+    ),
+    "two images of one sample and one ending": (
+        images("1.png", "1.seg.png") | {"1.cls": b"0"},
+        r"1\.png and 1\.seg\.png are of one sample: which is its image\? pass --ignore '\*\.seg\.png'$",
+    ),
     "an archive beside what it holds": (
         CATS | {"cat.zip": None},
         r"cat\.zip: lies beside cat, perhaps the same twice; pass --ignore cat\.zip",
@@ -348,6 +356,15 @@ def test_class_folders_with_a_json_beside_each_file_are_read_as_told(tmp_path):
     write_folder(tmp_path, CATS | {name.replace(".png", ".json"): b"{}" for name in CATS})
     assert len(open_source(tmp_path, root=".").classes) == 2
     assert open_source(tmp_path, labels="none").classes is None
+
+
+def test_masks_of_a_webdataset_are_left_out_as_told(tmp_path):
+    masked = {"1.cls": b"cat", "2.cls": b"dog"} | images("1.jpg", "1.seg.png", "2.jpg", "2.seg.png")
+    write_tar(tmp_path / "a.tar", masked, "")
+    assert taken(tmp_path / "a.tar", ignore=("*.seg.png",))[0] == {"1.jpg": "cat", "2.jpg": "dog"}
+    for labels in (None, "none"):
+        with pytest.raises(DataError, match="which is its image"):
+            open_source(tmp_path / "a.tar", labels=labels)
 
 
 def test_an_empty_class_folder(tmp_path):

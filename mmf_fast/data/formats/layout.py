@@ -184,6 +184,8 @@ _Found = tuple[np.ndarray | None, list[str] | None, str]
 def _labelled(tree: Tree, names: Sequence[str], at: str, told: bool, labels: str | None, allow_empty: bool) -> _Found:
     """Labels, classes, and the rule. told: the user said that the classes lie at `at`."""
     inner = [name[len(at) :] for name in names]
+    if _has_cls(tree, at) and at + "dataset.json" not in tree.names:
+        _check_keys(tree, names)
     if labels == "none":
         return None, None, "no labels, as told"
     if labels == "parents":
@@ -272,6 +274,21 @@ def _by_cls(tree: Tree, names: Sequence[str]) -> _Found:
     stated = [tree.read(texts[_key(name)]).decode(errors="replace").strip() for name in names]
     number, classes = numbering(stated, f"{tree.path}: .cls files")
     return np.array([number(text) for text in stated], np.int64), classes, ".cls files"
+
+
+def _check_keys(tree: Tree, names: Sequence[str]) -> None:
+    """Raises DataError where WebDataset's samples hold two images each, of which one is a mask perhaps."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(_key(name), name)
+        if other != name:
+            one, two = (each.rpartition("/")[2] for each in (other, name))
+            long, short = sorted((each.partition(".")[2] for each in (one, two)), key=len, reverse=True)
+            or_else = "" if long.endswith(f".{short}") else f", or '*.{short}'"  # *.png would leave out x.seg.png too
+            raise DataError(
+                f"{tree.label(other)}: {one} and {two} are of one sample: which is its image? "
+                f"pass --ignore '*.{long}'{or_else}"
+            )
 
 
 def _key(name: str) -> str:
