@@ -185,7 +185,7 @@ def _hints(target: Callable[..., Any], include_extras: bool = False) -> dict[str
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:
-    """A YAML value -> the annotated type: scalars, Literal, unions, tuples, lists, dicts and dataclasses.
+    """A YAML value -> the annotated type: scalars, Literal, unions, tuples, lists, sets, dicts and dataclasses.
 
     A whole float is an int where an int is asked for (steps=1e4), an int is a float; nothing else is coerced.
     Raises ConfigError naming `key`.
@@ -199,8 +199,9 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return _one_of(value, args, key)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _convert_dataclass(value, hint, key)
-    if origin in (tuple, list, Sequence):
-        return _convert_sequence(value, origin, args, key)
+    kind = origin or hint  # Collection of Collection[str]
+    if made := _collection(kind):
+        return _convert_collection(value, kind, made, args, key)
     if hint is dict or origin in (dict, Mapping):
         return _mapping(value, key)
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -209,7 +210,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{key}: must be a number, is nan")
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+    if inspect.isclass(kind) and (not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool)):
         raise ConfigError(f"{key}: must be {_named(hint)}, is {value!r}")
     return value
 
@@ -244,15 +245,23 @@ def _convert_dataclass(value: Any, hint: type, key: str) -> Any:
         raise ConfigError(text) from error
 
 
-def _convert_sequence(value: Any, origin: Any, args: tuple[Any, ...], key: str) -> Any:
+def _collection(kind: Any) -> type | None:
+    """What a list becomes where `kind` is asked for: a tuple for Sequence, Collection or Iterable, a set for Set; None
+    where `kind` is no collection of single items."""
+    if not inspect.isclass(kind) or not issubclass(kind, Iterable):
+        return None
+    return next((made for made in (tuple, list, set, frozenset) if issubclass(made, kind)), None)
+
+
+def _convert_collection(value: Any, kind: Any, made: type, args: tuple[Any, ...], key: str) -> Any:
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{key}: must be a list, is {value!r}")
-    fixed = origin is tuple and args and args[-1] is not Ellipsis
+    fixed = kind is tuple and args and args[-1] is not Ellipsis
     if fixed and len(value) != len(args):
         raise ConfigError(f"{key}: must be a list of {len(args)}, is {list(value)!r}")
     hints = args if fixed else [args[0] if args else Any] * len(value)
     items = [convert(item, hint, f"{key}[{i}]") for i, (item, hint) in enumerate(zip(value, hints, strict=True))]
-    return items if origin is list else tuple(items)
+    return made(items)
 
 
 # ---- small pieces ----------------------------------------------------------------------------------------------------
@@ -305,6 +314,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value), key=repr)  # in one order, since the run compares what it saves
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from mmf_fast import data, models
 from mmf_fast.config import Config, ConfigError, load
+from mmf_fast.data.adapt import IndexedDataset, StreamedDataset
 from mmf_fast.objective import MeanFlowLoss
 from mmf_fast.registry import parameters_of
 from mmf_fast.training import Trainer
@@ -47,6 +48,8 @@ def build_loss(config: Config, dataset: data.Dataset) -> MeanFlowLoss:
         raise ConfigError(
             f"model.name={name} does not take samples of shape {shape} (data.name={dataset.name}); choose another model"
         )
+    if isinstance(dataset, (IndexedDataset, StreamedDataset)):  # labels in batches do not tell how many
+        implied["num_classes"] = config.model.get("num_classes", 0)
     for key in implied.keys() & config.model.keys():
         if config.model[key] != implied[key]:
             unlabelled = key == "num_classes" and not config.model[key]

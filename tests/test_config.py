@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, MutableSequence, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -212,6 +213,13 @@ class Point:
         (2, int | None, 2),
         ([1, 2.0], tuple[int, ...], (1, 2)),
         ([1, 2], Sequence[float], (1.0, 2.0)),
+        (["a"], Collection[str], ("a",)),
+        (["a"], Iterable[str] | None, ("a",)),
+        ([1.0], MutableSequence[int], [1]),
+        (["a", "a"], AbstractSet[str], {"a"}),
+        ([1, 1], set[float], {1.0}),
+        (["a"], frozenset[str], frozenset("a")),
+        (["a"], tuple, ("a",)),
         ([[0, 0.5]], tuple[tuple[int, float], ...], ((0, 0.5),)),
         ("a", Literal["a", 1], "a"),
         ({"x": 1, "tags": ["b"]}, Point, Point(1.0, ("b",))),
@@ -237,11 +245,25 @@ def test_convert(value: Any, hint: Any, expected: Any) -> None:
         ({}, Point),
         ({"y": 1}, Point),
         ("x", Point | float),
+        ("text", Collection[str]),
+        ([1], set[str]),
+        ("f", Callable[[int], int]),
     ],
 )
 def test_convert_coerces_nothing_else(value: Any, hint: Any) -> None:
     with pytest.raises(ConfigError, match="key"):
         convert(value, hint, "key")
+
+
+def test_names_of_conditions_are_a_list_that_survives_a_round_trip(toy: Path) -> None:
+    cfg = config.load(toy, ["loss.shared=[text]"])
+    assert cfg.loss["shared"] == ("text",) and config.from_tree(yaml.safe_load(yaml.safe_dump(cfg.tree()))) == cfg
+    with pytest.raises(ConfigError, match=r"loss\.shared: must be a list, is 'text'"):
+        config.load(toy, ["loss.shared=text"])
+
+
+def test_a_set_is_saved_as_a_list_in_one_order() -> None:
+    assert config._plain({"tags": {"b", "c", "a"}}) == {"tags": ["a", "b", "c"]}
 
 
 def test_a_mapping_replaces_what_the_file_says_of_a_component(toy: Path) -> None:

@@ -26,6 +26,8 @@ def as_dataset(source: Any, seed: int = 0) -> Dataset:
 
     cond are the keyword arguments of the network; labels alone are its `y`. A coupling, or a source other than normal
     noise, gives each sample its own: {"noise": rows like x, ...}. seed: of the order of the samples.
+    Labels (N,) of integers from 0 are classes, as many as the largest says; `num_classes` of other data is 0, for only
+    their batches tell.
     Raises ValueError for anything else.
     """
     if callable(getattr(source, "batch", None)):
@@ -62,13 +64,21 @@ def _held(x: Any, cond: Any, seed: int) -> Dataset:
     tensors = {name: torch.as_tensor(rows) for name, rows in named.items()}
     if isinstance(cond, Mapping):
         return IndexedDataset(_Table(torch.as_tensor(x), tensors), seed)
-    return ArrayDataset("tensor", {"train": (torch.as_tensor(x), tensors.get("y"))}, seed=seed)
+    y = tensors.get("y")
+    return ArrayDataset("tensor", {"train": (torch.as_tensor(x), y)}, 0 if y is None else _classes(y), seed)
+
+
+def _classes(y: Tensor) -> int:
+    """How many classes labels speak of: 0 where they are no integers from 0, one for each sample."""
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.min() < 0:
+        return 0
+    return int(y.max()) + 1
 
 
 class _Own:
     """Shape and classes of a dataset that only yields batches: they are read from its first batch."""
 
-    num_classes = 0  # pictures then take the conditions of the first batch
+    num_classes = 0  # unknown: that of the network counts, and pictures take the conditions of the first batch
     identity: Identity = {}
 
     def __init__(self, source: Any, shape: tuple[int, ...]) -> None:

@@ -100,6 +100,10 @@ class ArrayDataset:
 
     def split(self, name: SplitName) -> Split:
         check_split(name)
+        if name not in self._splits:
+            raise ValueError(
+                f'{self.name} has no {name} split: give one, ArrayDataset(name, {{"train": (x, y), "{name}": (x, y)}})'
+            )
         return self._splits[name]
 
 

@@ -66,6 +66,11 @@ def prepare(
             return _same(folder, read_manifest(folder), _origin(path, format, identity_of(path, chosen.ignore), given))
         opened = open_source(path, format, **options)
         if num_classes is not None:
+            if opened.classes is not None and len(opened.classes) != num_classes:
+                raise DataError(
+                    f"{path}: names {len(opened.classes)} classes, --num-classes says {num_classes}; leave it out, or "
+                    "let the source hold all of them (--allow-empty keeps empty folders)"
+                )
             opened = replace(opened, num_classes=num_classes)
         told = f"{path}: {opened.rule}{_listed('; images: ', opened.looks)}{_listed('; not taken: ', opened.left_out)}"
         tqdm.write(told, file=sys.stderr)

@@ -124,7 +124,7 @@ def evaluate_run(
     device: str = "auto",
     pictures: bool = True,
     net: nn.Module | None = None,
-    dataset: data.Dataset | None = None,
+    dataset: Any = None,
     count: int = MOST,
     sampler: Sampler = "average",
     overrides: Sequence[str] = (),
@@ -132,7 +132,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """`evaluate` for the network and the dataset of a run folder; writes evaluation.json and the pictures there.
 
-    net, dataset: of one's own, in place of those the run names; net takes the weights of the run.
+    net, dataset: of one's own, in place of those the run names; net takes the weights of the run, dataset is what
+        `data.as_dataset` takes.
     overrides: of the options of the data that the run names, as data.validation=FOLDER.
     Raises ValueError for a missing or damaged run too.
     """
@@ -152,13 +153,16 @@ def evaluate_run(
                 "with --data package.module:make"
             )
         dataset = data.load(**saved)
-    if (shape, num_classes) != (dataset.shape, dataset.num_classes):
+    judged = data.as_dataset(dataset)
+    if (shape, num_classes) != (judged.shape, judged.num_classes):
+        alike = f"data of as many classes, if your own as data.ArrayDataset(name, splits, num_classes={num_classes})"
+        way_out = alike if shape == judged.shape else "the data it was trained with"
         raise ValueError(
             f"the network of {run} has shape {shape} and {num_classes} classes, "
-            f"but {dataset.name} has {dataset.shape} and {dataset.num_classes}; its model.json is not its own"
+            f"but {judged.name} has {judged.shape} and {judged.num_classes}; give {way_out}"
         )
     result = {"step": extra.get("step")} | evaluate(
-        net.to(choose_device(device)), dataset, steps, seed, run if pictures else None, count, sampler, guidance
+        net.to(choose_device(device)), judged, steps, seed, run if pictures else None, count, sampler, guidance
     )
     write_text(Path(run) / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -281,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--count", type=int, default=MOST, help=f"images per column at most (default: {MOST})")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     network_option(result)
-    result.add_argument("--data", metavar="MODULE:MAKE", help="data.Dataset of one's own")
+    result.add_argument("--data", metavar="MODULE:MAKE", help="data of one's own, with a validation split")
     result.add_argument(
         "overrides",
         nargs="*",

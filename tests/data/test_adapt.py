@@ -43,6 +43,23 @@ def test_samples_by_index_are_shuffled_anew_in_each_epoch_and_shared_by_the_rank
             assert torch.equal(x, want_x) and torch.equal(y, want_y)
 
 
+@pytest.mark.parametrize(
+    ("y", "classes"),
+    [
+        (torch.tensor([0, 4, 1] * 4), 5),
+        (np.array([0, 4, 1] * 4, np.uint8), 5),
+        (torch.tensor([-1, 4, 1] * 4), 0),
+        (torch.rand(12), 0),
+        (torch.ones(12, 2, dtype=torch.long), 0),
+        (torch.ones(12, dtype=torch.bool), 0),
+        ({"y": Y}, 0),
+        (None, 0),
+    ],
+)
+def test_integers_from_0_are_classes(y: Any, classes: int) -> None:
+    assert as_dataset(X if y is None else (X, y)).num_classes == classes
+
+
 def test_conditions_by_name_follow_their_samples() -> None:
     dataset = as_dataset((X, {"text": 10.0 * Y, "y": Y}))
     for step in range(4):

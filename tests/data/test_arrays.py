@@ -172,6 +172,18 @@ REFUSED = {
     "two arrays of images": (npz(a=COLOUR, b=COLOUR), r"holds the images: a, b\?"),
     "channels that cannot be told": (npz(x=COLOUR[:, :3]), "which are the 1 or 3 channels cannot be told"),
     "pickled labels": (npz(x=COLOUR, y=np.array([{}] * 6, object)), "pickled"),
+    "a name that tells nothing": (npz(x=COLOUR, time=np.arange(6.0)), r"labels: time\? pass --label-column NAME, or"),
+    "labels of a name of one's own": (npz(x=COLOUR, breed=DIGITS), r"labels: breed\? pass --label-column"),
+    "labels of other images": (
+        npz(x=COLOUR, labels=DIGITS[:5]),
+        r"labels is of shape \(5,\), not a label for each of 6",
+    ),
+    "labels with axes": (
+        npz(x=COLOUR, y=DIGITS[:, None, None]),
+        r"y is of shape \(6, 1, 1\).*save it as \(6,\), or pass",
+    ),
+    "labels of another split": (npz(x_train=COLOUR, x_test=COLOUR, labels=DIGITS[:2]), r"labels is of shape \(2,\)"),
+    "labels of two kinds": (npz(x=COLOUR, y=DIGITS, fine_label=DIGITS), r"labels: y, fine_label\?"),
     "Fortran order": (npz(x=np.asfortranarray(COLOUR)), "Fortran order"),
 }
 
@@ -194,7 +206,21 @@ def test_an_order_that_is_not_read_is_named_and_matters_in_the_images_alone(tmp_
     assert loaded(tmp_path / "b.npz", "arrays")[1] == DIGITS.tolist()
 
 
+def test_what_is_called_otherwise_becomes_no_labels(tmp_path):
+    """Numbers and names of files had become classes, one for each image."""
+    others = {"ids": np.arange(6), "filename": np.array(list("abcdef"))}
+    (tmp_path / "a.npz").write_bytes(npz(x=COLOUR, **others))
+    (tmp_path / "b.npz").write_bytes(npz(x=COLOUR, labels=DIGITS, time=np.arange(6.0), classes=np.arange(10), **others))
+    (tmp_path / "c.npz").write_bytes(npz(x_train=COLOUR, labels=DIGITS, x_test=COLOUR[:2], y_test=DIGITS[:2]))
+    assert loaded(tmp_path / "a.npz", "arrays")[1] == [None] * 6
+    for name in ("b", "c"):
+        assert loaded(tmp_path / f"{name}.npz", "arrays")[1] == DIGITS.tolist()
+    assert loaded(tmp_path / "b.npz", "arrays", label_column="ids")[1] == list(range(6))
+
+
 def test_the_array_of_labels_that_was_named(tmp_path):
     (tmp_path / "a.npz").write_bytes(npz(x=COLOUR, fine=DIGITS, coarse=DIGITS // 5))
     assert loaded(tmp_path, "arrays", label_column="coarse")[1] == (DIGITS // 5).tolist()
     assert set(loaded(tmp_path, "arrays", labels="none")[1]) == {None}
+    with pytest.raises(DataError, match=r"has no array 'kind' of labels, but fine, coarse; pass --label-column NAME"):
+        open_source(tmp_path, label_column="kind")

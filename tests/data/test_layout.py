@@ -157,6 +157,11 @@ def test_layouts_with_one_reading(case, tmp_path):
         assert "val" not in " ".join(found) and "checkpoint" not in " ".join(found)
 
 
+def test_shards_without_labels_are_one_set_as_told(tmp_path):
+    write_folder(tmp_path, images("train-000000/1.png", "train-000001/2.png", "val-000000/3.png"))
+    assert taken(tmp_path, labels="none")[0] == {"train-000000/1.png": None, "train-000001/2.png": None}
+
+
 def test_splits_without_classes_are_no_classes(tmp_path):
     """https://github.com/huggingface/datasets/issues/7880: train/ and test/ became the labels."""
     found, source = taken(write_folder(tmp_path, images("train/1.png", "train/2.png", "test/3.png")))
@@ -323,6 +328,22 @@ REFUSED = {
     ),
     "parquet and images": (images("1.png") | {"a.parquet": b"x"}, "holds parquet and image files; pass --format"),
     "a sample without .cls": (images("1.png", "2.png") | {"1.cls": b"0"}, r"2\.png: has no \.cls file"),
+    "shards without labels": (
+        images("train-000000/1.png", "train-000001/2.png", "val-000000/3.png"),
+        r"train-000000, train-000001 are classes, or chunks of one set\?.*--labels none for chunks",
+    ),
+    "years of a split": (
+        images("train_2014/1.png", "train_2017/2.png"),
+        r"train_2014, train_2017 all look like the train split; pass --root 'train_2014' for that one alone$",
+    ),
+    "two images of one sample": (
+        images("1.jpg", "1.seg.png") | {"1.cls": b"0"},
+        r"1\.jpg and 1\.seg\.png are of one sample: which is its image\? pass --ignore '\*\.seg\.png', or '\*\.jpg'$",
+    ),
+    "two images of one sample and one ending": (
+        images("1.png", "1.seg.png") | {"1.cls": b"0"},
+        r"1\.png and 1\.seg\.png are of one sample: which is its image\? pass --ignore '\*\.seg\.png'$",
+    ),
     "an archive beside what it holds": (
         CATS | {"cat.zip": None},
         r"cat\.zip: lies beside cat, perhaps the same twice; pass --ignore cat\.zip",
@@ -348,6 +369,31 @@ def test_class_folders_with_a_json_beside_each_file_are_read_as_told(tmp_path):
     write_folder(tmp_path, CATS | {name.replace(".png", ".json"): b"{}" for name in CATS})
     assert len(open_source(tmp_path, root=".").classes) == 2
     assert open_source(tmp_path, labels="none").classes is None
+
+
+@pytest.mark.parametrize("folder", ["", "shards/"])
+def test_shards_of_a_split_are_one_set(folder, tmp_path):
+    """train-000000.tar, train-000001.tar, ...: none was taken, or one for all."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for i, shard in enumerate(["train-000000", "train-000001", "val-000000", "val-000001"]):
+        write_tar(
+            tmp_path / folder / f"{shard}.tar", images(f"{i}.png") | {f"{i}.cls": b"dog" if i % 2 else b"cat"}, ""
+        )
+    for split, word, numbers in (("train", "train", (0, 1)), ("validation", "val", (2, 3))):
+        found, source = taken(tmp_path, split=split)
+        assert [re.search(r"(\d)\.png$", name)[1] for name in found] == [str(i) for i in numbers]
+        assert list(found.values()) == ["cat", "dog"] and source.rule == f"split {split}, 2 shards; .cls files"
+        assert source.left_out == {".cls": 2, f"outside {folder}{word}-000000, {folder}{word}-000001": 2}
+    assert len(taken(tmp_path, root=f"{folder}train-000001")[0]) == 1
+
+
+def test_masks_of_a_webdataset_are_left_out_as_told(tmp_path):
+    masked = {"1.cls": b"cat", "2.cls": b"dog"} | images("1.jpg", "1.seg.png", "2.jpg", "2.seg.png")
+    write_tar(tmp_path / "a.tar", masked, "")
+    assert taken(tmp_path / "a.tar", ignore=("*.seg.png",))[0] == {"1.jpg": "cat", "2.jpg": "dog"}
+    for labels in (None, "none"):
+        with pytest.raises(DataError, match="which is its image"):
+            open_source(tmp_path / "a.tar", labels=labels)
 
 
 def test_an_empty_class_folder(tmp_path):

@@ -299,6 +299,16 @@ def test_samples_that_do_not_fit_each_other(case, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_the_number_of_classes_that_have_names_is_told_by_the_source(tmp_path):
+    """Otherwise all samples were written before the names did not suffice."""
+    source = write_folder(tmp_path / "src", {f"{name}/1.png": png(pictures(1, 8)[0]) for name in "ab"})
+    for count in (1, 5):
+        with pytest.raises(DataError, match=f"src: names 2 classes, --num-classes says {count}; leave it out") as error:
+            prepare(source, tmp_path / "out", num_classes=count)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert prepare(source, tmp_path / "out", num_classes=2).classes == ["a", "b"]
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 

@@ -370,3 +370,41 @@ def test_data_of_another_shape_than_the_network(run):
     models.save_pretrained(run, models.load_pretrained(run)[0], {"data": {"name": "digits"}})
     with pytest.raises(ValueError, match=r"shape \(2,\) and 0 classes, but digits has \(1, 8, 8\) and 10"):
         evaluate_run(run)
+
+
+OWN = """
+import torch
+from mmf_fast.data import ArrayDataset
+x, images, y = torch.randn(40, 2), torch.zeros(40, 1, 8, 8), torch.arange(40) % 3
+def pair(): return x, y
+def points(): return x
+def trained(): return ArrayDataset("mine", {"train": (x, None)})
+def unsaid(): return ArrayDataset("mine", {"train": (images, y), "validation": (images, y)})
+def batches(): return [(images[:4], y[:4])]
+"""
+
+
+@pytest.mark.parametrize(
+    ("net", "make", "message"),
+    [
+        ("mlp", "points", "tensor has no validation split: give one, ArrayDataset(name, {"),
+        ("mlp", "trained", "mine has no validation split: give one, ArrayDataset(name, {"),
+        ("mlp", "pair", "has shape (2,) and 0 classes, but tensor has (2,) and 3; give data of as many classes, if"),
+        (
+            "dit",
+            "unsaid",
+            "3 classes, but mine has (1, 8, 8) and 0; give data of as many classes, if your own as data.Arr",
+        ),
+        ("dit", "batches", "3 classes, but list has (4, 1, 8, 8) and 0; give the data it was trained with"),
+    ],
+)
+def test_own_data_that_cannot_be_judged_is_one_line(net, make, message, tmp_path, monkeypatch, capsys):
+    """What a Trainer takes, such as a pair of tensors, is taken, and what it lacks is named."""
+    (tmp_path / "own_for_test_samples.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"input_size": 8, "channels": 1, "patch_size": 4, "num_classes": 3, "heads": 2}
+    built = models.build(net, width=16, depth=1, **(options if net == "dit" else {}))
+    models.save_pretrained(tmp_path, built, {"step": 1})
+    assert main(["evaluate", "--run", str(tmp_path), "--data", f"own_for_test_samples:{make}", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from support.archives import edm, edm2, pictures, write_zip
 from support.tiny_runs import TINY, Poisoned, tiny
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from mmf_fast import config, models
 from mmf_fast.config import Config, ConfigError
@@ -337,6 +338,20 @@ def test_sequences_become_a_transformer_of_one_dimension() -> None:
     assert loss_fn(dataset.batch(0, 4)[0], step=0).loss.isfinite()
     with pytest.raises(ValueError, match=r"model\.name=unet does not take samples of shape \(6, 2\)"):
         build_loss(config.load("fashion"), dataset)
+
+
+def test_classes_of_own_data_are_those_of_their_labels_or_as_the_model_says() -> None:
+    """A tensor of labels tells how many there are; of a torch Dataset or a DataLoader, model.num_classes decides."""
+    x, y = torch.randn(20, 1, 8, 8), torch.arange(20) % 3
+    small = ["model.width=16", "model.depth=1"]
+    rows = TensorDataset(x, y)
+    for source, said in (((x, y), []), (rows, ["model.num_classes=3"]), (DataLoader(rows, 4), ["model.num_classes=3"])):
+        dataset = as_dataset(source)
+        loss_fn = build_loss(config.load("digits", [*small, *said]), dataset)
+        batch, labels = dataset.batch(0, 4)
+        assert loss_fn.net.num_classes == 3 and loss_fn(batch, step=0, y=labels).loss.isfinite()
+    with pytest.raises(ConfigError, match=r"model\.num_classes is 4, but that of data\.name=tensor is 3"):
+        build_loss(config.load("digits", [*small, "model.num_classes=4"]), as_dataset((x, y)))
 
 
 def test_two_rates_of_the_same_seed_differ_only_where_they_should(tmp_path: Path) -> None:

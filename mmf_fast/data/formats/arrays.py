@@ -4,6 +4,7 @@
     train_images, train_labels, val_images, ... MedMNIST
     kmnist-train-imgs.npz, ...-labels.npz       KMNIST, Kuzushiji-49: one array in each
     arr_0, arr_1                                guided-diffusion: images, and labels perhaps
+    images, labels                              or y, classes, targets, ...
 
 An array of images is uint8: (N, H, W), (N, H, W, C) or (N, C, H, W). It is streamed, never held whole.
 """
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mmf_fast.data.formats.labels import numbering
+from mmf_fast.data.formats.labels import LABELS, NOT_LABELS, numbering
 from mmf_fast.data.formats.layout import left_out, split_of
 from mmf_fast.data.formats.sources import DataError, Item, Options, Source
 from mmf_fast.data.formats.trees import Tree
@@ -49,6 +50,12 @@ class _Array(NamedTuple):
         words = re.split(r"[^a-z]+", f"{self.name.rpartition('/')[2]} {self.key or ''}".lower())
         return next((word for word in words if split_of(word)), "")
 
+    @property
+    def stem(self) -> str:
+        """Its title without ending and split: y of y_train, kmnist_labels of kmnist-train-labels.npz."""
+        words = re.split(r"[-_.\s]+", re.sub(r"\.np[yz]$", "", self.title, flags=re.IGNORECASE))
+        return "_".join(word for word in words if not split_of(word))
+
 
 def holds_images(tree: Tree) -> bool:
     """Whether the numpy files of a tree are few, and one of their arrays is of many images."""
@@ -61,11 +68,9 @@ def holds_images(tree: Tree) -> bool:
 def open_arrays(tree: Tree, options: Options) -> Source:
     """Raises DataError where images or labels may be one array or another."""
     arrays = _arrays(tree)
-    images = _one_of([array for array in arrays if _is_images(array)], "images", tree, options)
+    images = _images_of([array for array in arrays if _is_images(array)], tree, options)
+    labels = None if options.labels == "none" else _labels_of(images, arrays, tree, options.label_column)
     count = images.shape[0]
-    rest = [array for array in arrays if array.shape[:1] == (count,) and not _is_images(array)]
-    rest = [array for array in rest if array.word == images.word and len(array.shape) < 3]
-    labels = None if options.labels == "none" else _one_of(rest, "labels", tree, options, optional=True)
     place = f"{tree.label(images.name)}{f'[{images.key}]' if images.key else ''}"
     stated = None
     if labels is not None:
@@ -132,23 +137,54 @@ def _is_images(array: _Array) -> bool:
     )
 
 
-def _one_of(arrays: Sequence[_Array], what: str, tree: Tree, options: Options, optional: bool = False) -> Any:
+def _images_of(arrays: Sequence[_Array], tree: Tree, options: Options) -> _Array:
     """The array of the split that is meant."""
-    if what == "labels" and options.label_column is not None:
-        arrays = [array for array in arrays if options.label_column in (array.key, array.title)]
-        optional = False
-    elif what == "images" and any(array.word for array in arrays):
+    if any(array.word for array in arrays):
         arrays = [array for array in arrays if split_of(array.word) == options.split]
         arrays = [array for array in arrays if not array.word.startswith("test")] or arrays  # val before test
-    elif what == "images" and options.split == "validation":
+    elif options.split == "validation":
         arrays = []
-    if optional and not arrays:
-        return None
     if len(arrays) != 1:
-        titles = ", ".join(array.title for array in arrays) or f"none of the {options.split} split"
-        way_out = "pass --label-column NAME, or --labels none" if what == "labels" else "pass --ignore, or another file"
-        raise DataError(f"{tree.path}: which array holds the {what}: {titles}? {way_out}")
+        titles = _titles(arrays) or f"none of the {options.split} split"
+        raise DataError(f"{tree.path}: which array holds the images: {titles}? pass --ignore, or another file")
     return arrays[0]
+
+
+def _labels_of(images: _Array, arrays: Sequence[_Array], tree: Tree, chosen: str | None) -> _Array | None:
+    """The array that the user chose, or that is called as labels are; None where none may be meant.
+
+    It has a row for each image. Raises DataError where it has not, or where it cannot be told.
+    """
+    count, way_out = images.shape[0], "pass --label-column NAME, or --labels none"
+    rest = [array for array in arrays if not _is_images(array) and array.word in (images.word, "")]
+    if chosen is None:
+        named = [array for array in rest if LABELS.fullmatch(array.stem)]
+    else:
+        named = [array for array in rest if chosen in (array.key, array.title)]
+
+    def fit(arrays: Sequence[_Array]) -> list[_Array]:
+        return [array for array in arrays if array.shape[:1] == (count,) and len(array.shape) < 3]
+
+    found = fit(named)
+    if len(found) == 1:
+        return found[0]
+    if named and not found:
+        raise DataError(
+            f"{tree.path}: {named[0].title} is of shape {named[0].shape}, not a label for each of {count} images; "
+            f"save it as ({count},), or {way_out}"
+        )
+    if chosen is not None and not named:
+        raise DataError(f"{tree.path}: has no array {chosen!r} of labels, but {_titles(rest) or 'none'}; {way_out}")
+    doubtful = found or fit([array for array in rest if not NOT_LABELS.fullmatch(array.stem)])
+    if not doubtful:
+        return None
+    if images.key == "arr_0" and [array.key for array in doubtful] == ["arr_1"]:
+        return doubtful[0]  # numpy's names for what guided-diffusion saves without any
+    raise DataError(f"{tree.path}: which array holds the labels: {_titles(doubtful)}? {way_out}")
+
+
+def _titles(arrays: Sequence[_Array]) -> str:
+    return ", ".join(array.title for array in arrays)
 
 
 def _channels_last(shape: tuple[int, ...], place: str) -> bool:

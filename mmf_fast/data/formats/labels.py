@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mmf_fast.data.formats.sources import DataError
 
-__all__ = ["alike", "in_order", "json_labels", "numbering"]
+__all__ = ["LABELS", "NOT_LABELS", "alike", "in_order", "json_labels", "numbering"]
+
+# What a column or an array of labels is called, and what one that holds something else.
+LABELS = re.compile(
+    r"(.*_)?(labels?|cls|class|classes|category|targets?|y)(_?(id|idx|index|name|label))?", re.IGNORECASE
+)
+NOT_LABELS = re.compile(
+    r"(image_|img_)?(id|idx|index|key|name|path|url|width|height|size|file_?name|file_?path|text|captions?|prompt|"
+    r"md5|sha256|hash|license|source|mode|format)s?|__index_level_\d+__|__key__|__url__|image_file_path",
+    re.IGNORECASE,
+)
 
 _IDS = 100_000  # labels above this are ids, unless most numbers below them are labels too
 

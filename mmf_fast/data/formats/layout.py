@@ -5,7 +5,8 @@
     class folders    cat/1.png, dog/2.png; numbered in sorted order
     no labels        all files in one folder that nothing says is a class
 
-Above these may lie folders that hold everything, and folders train and val (or their kin), of which one is read.
+Above these may lie folders that hold everything, and folders train and val (or their kin), of which one is read; of
+WebDataset's shards train-000000, train-000001, ... all are.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _TABLES = {".csv", ".tsv", ".json", ".jsonl", ".xml", ".mat", ".xlsx", ".parquet
 _PLAIN_TEXT = re.compile(r"(readme|licen[cs]e|copying|citation|changelog|md5|sha)", re.IGNORECASE)
 _EDM = re.compile(r"\d{5}/img[-\w]*\d{8}\.\w+")
 _CHUNK = re.compile(r"\d{4,}")
+_SHARD = re.compile(r"[^\W\d_]+[-_]\d{4,}")
 _PREFIX = re.compile(r"(.*?[^\W\d_].*?)[-_. ]*\d+\.\w+")  # cat.0.jpg, n01440764_18.JPEG
 
 
@@ -68,10 +70,11 @@ def lay_out(tree: Tree, endings: Iterable[str], options: Options, besides: Seque
     if not samples:
         raise DataError(f"{tree.path}: holds no files {', '.join(known[:4])}, ...; {_kinds(left_out(tree, []))}")
     if root is None:
-        at, story = _descend(tree, samples, options.split, labels)
+        at, within, story = _descend(tree, samples, options.split, labels)
     else:
         at, story = "" if root.strip("./") == "" else root.strip("/").removeprefix("./") + "/", []
-    names = [name for name in samples if name.startswith(at)]
+        within = (at,)
+    names = [name for name in samples if name.startswith(within)]
     if not names:
         raise DataError(f"{tree.path}: has no samples in {root}; pass --root FOLDER as it is called in there")
     if root is None:
@@ -79,16 +82,17 @@ def lay_out(tree: Tree, endings: Iterable[str], options: Options, besides: Seque
     found, classes, rule = _labelled(tree, names, at, root is not None, labels, options.allow_empty)
     others = len(samples) - len(names)
     used = [*names, at + "dataset.json"] if rule.startswith("dataset.json") else names
-    missed = left_out(tree, [*used, *besides], at)
+    missed = left_out(tree, [*used, *besides], within)
     if others:
-        missed[f"outside {at[:-1]}"] = others
+        missed[f"outside {_some(folder[:-1] for folder in within)}"] = others
     return Layout(names, found, classes, "; ".join([*story, rule]), missed)
 
 
-def left_out(tree: Tree, taken: Iterable[str], at: str = "") -> dict[str, int]:
+def left_out(tree: Tree, taken: Iterable[str], within: tuple[str, ...] = ("",)) -> dict[str, int]:
     """{ending: files that are not taken}, and hidden ones."""
     used = set(taken)
-    counts = Counter(ending(name) or "no ending" for name in tree.names if name not in used and name.startswith(at))
+    missed = (name for name in tree.names if name not in used and name.startswith(within))
+    counts = Counter(ending(name) or "no ending" for name in missed)
     found = dict(counts.most_common())
     return {**found, "hidden or ignored": tree.hidden} if tree.hidden else found
 
@@ -106,9 +110,11 @@ def _first_word(name: str) -> str:
 # ---- where the samples lie -------------------------------------------------------------------------------------------
 
 
-def _descend(tree: Tree, samples: Sequence[str], split: str, labels: str | None) -> tuple[str, list[str]]:
-    """The folder that holds the class folders, with a / at its end, and how it was found."""
-    at, alone, story = "", None, list[str]()
+def _descend(
+    tree: Tree, samples: Sequence[str], split: str, labels: str | None
+) -> tuple[str, tuple[str, ...], list[str]]:
+    """The folder that holds the class folders, with a / at its end; where in it the samples lie; how it was found."""
+    at, alone, story, shards = "", None, list[str](), list[str]()
     while not (at + "dataset.json" in tree.names and labels is None):
         here = [name[len(at) :] for name in samples if name.startswith(at)]
         splits = {top: split_of(top) for top in sorted({name.split("/")[0] for name in here if "/" in name})}
@@ -121,7 +127,11 @@ def _descend(tree: Tree, samples: Sequence[str], split: str, labels: str | None)
         if not splits or loose:
             break
         if not story and _are_splits(splits):
-            chosen = _pick(tree, at, splits, split)
+            chosen, *others = _pick(tree, at, splits, split)
+            if others:
+                shards = [chosen, *others]
+                story.append(f"split {split}, {len(shards)} shards")
+                break
             alone = (at or ".") if len(splits) == 1 else alone
             at += chosen + "/"
             story.append(f"split {chosen}")
@@ -145,10 +155,11 @@ def _descend(tree: Tree, samples: Sequence[str], split: str, labels: str | None)
         )
     if split == "validation" and not story:
         raise DataError(f"{tree.path}: has no folder val; pass the validation set itself, without --split")
-    return at, story
+    return at, tuple(f"{at}{shard}/" for shard in shards) or (at,), story
 
 
-def _pick(tree: Tree, at: str, splits: Mapping[str, str | None], split: str) -> str:
+def _pick(tree: Tree, at: str, splits: Mapping[str, str | None], split: str) -> list[str]:
+    """The folder of a split, or all its shards."""
     found = [top for top in splits if splits[top] == split]
     if split == "validation":  # val and test may both be there
         for word in _FIRST:
@@ -160,9 +171,19 @@ def _pick(tree: Tree, at: str, splits: Mapping[str, str | None], split: str) -> 
         raise DataError(
             f"{_place(tree, at)}: has no {split} split, but {_some(splits)}; pass --split, or --root FOLDER"
         )
-    if len(found) > 1:
-        raise DataError(f"{_place(tree, at)}: {_some(found)} all look like the {split} split; pass --root FOLDER")
-    return found[0]
+    numbered = all(map(_is_shard, found)) and any(re.search("[-_]0", top) for top in found)  # train_2014 is a year
+    if len(found) > 1 and not numbered:
+        together = f", --root '{at or '.'}' for all folders as one set" if _has_cls(tree, at) else ""
+        raise DataError(
+            f"{_place(tree, at)}: {_some(found)} all look like the {split} split; "
+            f"pass --root '{at}{found[0]}' for that one alone{together}"
+        )
+    return found
+
+
+def _is_shard(top: str) -> bool:
+    """train-000000, as WebDataset numbers the archives of a split."""
+    return split_of(top) is not None and _SHARD.fullmatch(top) is not None
 
 
 def _are_splits(splits: Mapping[str, str | None]) -> bool:
@@ -184,6 +205,8 @@ _Found = tuple[np.ndarray | None, list[str] | None, str]
 def _labelled(tree: Tree, names: Sequence[str], at: str, told: bool, labels: str | None, allow_empty: bool) -> _Found:
     """Labels, classes, and the rule. told: the user said that the classes lie at `at`."""
     inner = [name[len(at) :] for name in names]
+    if _has_cls(tree, at) and at + "dataset.json" not in tree.names:
+        _check_keys(tree, names)
     if labels == "none":
         return None, None, "no labels, as told"
     if labels == "parents":
@@ -214,7 +237,7 @@ def _labelled(tree: Tree, names: Sequence[str], at: str, told: bool, labels: str
             f"{_place(tree, at)}: are {one!r} and {other!r} one class? "
             f"give them one name, or pass --root '{at or '.'}' for two"
         )
-    if not told and len(tops) > 1 and all(_CHUNK.fullmatch(top) for top in tops):
+    if not told and len(tops) > 1 and all(_CHUNK.fullmatch(top) or _is_shard(top) for top in tops):
         raise DataError(
             f"{_place(tree, at)}: folders {_some(tops)} are classes, or chunks of one set? "
             f"pass --root '{at or '.'}' for classes, --labels none for chunks"
@@ -272,6 +295,21 @@ def _by_cls(tree: Tree, names: Sequence[str]) -> _Found:
     stated = [tree.read(texts[_key(name)]).decode(errors="replace").strip() for name in names]
     number, classes = numbering(stated, f"{tree.path}: .cls files")
     return np.array([number(text) for text in stated], np.int64), classes, ".cls files"
+
+
+def _check_keys(tree: Tree, names: Sequence[str]) -> None:
+    """Raises DataError where WebDataset's samples hold two images each, of which one is a mask perhaps."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(_key(name), name)
+        if other != name:
+            one, two = (each.rpartition("/")[2] for each in (other, name))
+            long, short = sorted((each.partition(".")[2] for each in (one, two)), key=len, reverse=True)
+            or_else = "" if long.endswith(f".{short}") else f", or '*.{short}'"  # *.png would leave out x.seg.png too
+            raise DataError(
+                f"{tree.label(other)}: {one} and {two} are of one sample: which is its image? "
+                f"pass --ignore '*.{long}'{or_else}"
+            )
 
 
 def _key(name: str) -> str:

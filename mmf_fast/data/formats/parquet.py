@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from mmf_fast.data.formats.labels import numbering
+from mmf_fast.data.formats.labels import LABELS, NOT_LABELS, numbering
 from mmf_fast.data.formats.layout import left_out, split_of
 from mmf_fast.data.formats.pixels import Pixels, survey
 from mmf_fast.data.formats.sources import DataError, Item, Options, Source
@@ -21,12 +21,6 @@ from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["open_parquet"]
 
-_LABEL = re.compile(r"(.*_)?(labels?|cls|class|classes|category|target|y)(_?(id|idx|index|name|label))?", re.IGNORECASE)
-_NO_LABEL = re.compile(
-    r"(image_|img_)?(id|idx|index|key|name|path|url|width|height|size|file_?name|file_?path|text|captions?|prompt|"
-    r"md5|sha256|hash|license|source|mode|format)s?|__index_level_\d+__|__key__|__url__|image_file_path",
-    re.IGNORECASE,
-)
 _ROWS = 64  # rows decoded from parquet at once
 
 
@@ -169,8 +163,8 @@ def _label_column(schema: Any, image: str, file: str, options: Options) -> tuple
     if options.labels == "none":
         return None, "no labels, as told"
     named = [name for name in names if _class_names(schema, name)]
-    found = sorted({*named, *(name for name in names if _LABEL.fullmatch(name))}, key=names.index)
-    doubtful = found or [name for name in names if not _NO_LABEL.fullmatch(name)]
+    found = sorted({*named, *(name for name in names if LABELS.fullmatch(name))}, key=names.index)
+    doubtful = found or [name for name in names if not NOT_LABELS.fullmatch(name)]
     if len(found) == 1:
         return found[0], f"column {found[0]}"
     if not doubtful:
