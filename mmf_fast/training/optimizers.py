@@ -1,5 +1,6 @@
 """Builds AdamW, of PyTorch or Apex (DeepSpeed's are built in its engine); clips or skips before its step."""
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +47,12 @@ def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> list[torch.optim
         if not isinstance(each, torch.optim.Optimizer):
             raise ConfigError(
                 f"make_optimizer gave a {type(each).__name__}: return torch.optim.Optimizers, one or more"
+            )
+        closure = inspect.signature(each.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"make_optimizer gave a {type(each).__name__}, whose step computes the loss again by a closure: take "
+                "one that steps on the gradients as they are, such as torch.optim.AdamW"
             )
     taken = Counter(each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"])
     for name, each in parameters.items():

@@ -41,7 +41,7 @@ class Optimizer:
     """AdamW, its learning rate, gradient clipping and the moving average of the weights."""
 
     # The same AdamW from PyTorch (fused), NVIDIA Apex, or DeepSpeed: on GPUs, or on the CPU where the
-    # ZeRO file offloads the optimizer. All but the first need train.zero.
+    # ZeRO file offloads the optimizer. All but the first are for DeepSpeed's engine.
     kind: Literal["adamw", "apex", "deepspeed_fused", "deepspeed_cpu"] = field(default="adamw", metadata=FREE)
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)

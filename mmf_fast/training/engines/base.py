@@ -241,6 +241,9 @@ def check_trainable(loss_fn: nn.Module) -> None:
             raise ConfigError(f"{name} has no shape yet: call the network once, for instance on zeros, before training")
         if each.requires_grad and each.dtype in (torch.float16, torch.bfloat16):
             raise ConfigError(f"{name} is {each.dtype}: give the network in float32, and set train.precision=bf16")
+    for name, module in loss_fn.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ConfigError(f"{name} has sparse gradients, which cannot be clipped: build it with sparse=False")
     if not any(each.requires_grad for each in parameters.values()):
         raise ConfigError("nothing to train: no parameter of loss_fn has requires_grad")
 

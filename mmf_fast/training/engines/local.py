@@ -35,7 +35,10 @@ class LocalEngine(Engine):
         make_optimizer: MakeOptimizer | None = None,
     ) -> None:
         if optimizer.kind != "adamw":  # the others cannot skip a step without waiting for the host
-            raise ConfigError(f"optimizer.kind={optimizer.kind} needs train.zero, for instance train.zero=zero1.json")
+            raise ConfigError(
+                f"optimizer.kind={optimizer.kind} is for DeepSpeed's engine: take train.zero=zero1.json, or "
+                "optimizer.kind=adamw"
+            )
         super().__init__(loss_fn, optimizer, train, device or choose_device(train.device), seed)
         self.owned = self._own(train)
         owned = {name: each.value for name, each in self.owned.items()}

@@ -195,11 +195,26 @@ def test_optimizers_of_ones_own_step_at_their_own_rates(float64: None) -> None:
         (lambda named: torch.optim.SGD(named[1:]), "make_optimizer: net.0.weight is in 0 groups of its optimizers"),
         (lambda named: 2 * [torch.optim.SGD(named)], "net.0.weight is in 2 groups of its optimizers; put it into one"),
         (lambda named: torch.optim.SGD([*(p for _, p in named), torch.zeros(1)]), "tensors that it was not given"),
+        (lambda named: torch.optim.LBFGS(named), "make_optimizer gave a LBFGS, .* by a closure: take one that steps on"),
     ],
 )
 def test_an_optimizer_of_other_parameters_is_one_line(make: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN, make_optimizer=make)
+
+
+@pytest.mark.parametrize("kind", ["apex", "deepspeed_fused", "deepspeed_cpu"])
+def test_the_optimizers_of_another_engine_are_one_line(kind: Any) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer.kind={kind} is for DeepSpeed's engine: take train.zero=zero1"):
+        LocalEngine(Regression(make_net()), Optimizer(kind=kind), TRAIN)
+
+
+def test_sparse_gradients_are_one_line() -> None:
+    net = nn.Sequential(nn.Embedding(3, 4, sparse=True), nn.Linear(4, 2))
+    with pytest.raises(ConfigError, match="net.0 has sparse gradients, .*: build it with sparse=False"):
+        LocalEngine(Regression(net), OPTIMIZER, TRAIN)
+    net[0].weight.requires_grad_(False)  # has no gradient at all
+    LocalEngine(Regression(net), OPTIMIZER, TRAIN)
 
 
 def test_learning_rate() -> None:
