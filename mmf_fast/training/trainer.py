@@ -221,11 +221,11 @@ class Trainer:
                     self._record(rows, bar, values | speed.read())
                 if logs or self.step % train.max_bad_steps == 0:
                     self._check_finite(x)
-                if draws:
-                    self.draw()
                 if saves:
                     self.save()
                     saved = self.step
+                if draws:  # after saving: where it fails, the run goes on behind it
+                    self.draw()
                 if logs or draws or saves:
                     speed.restart()
         if saved < self.step:
