@@ -300,6 +300,43 @@ def test_a_step_that_is_not_finite_leaves_buffers_as_they_were() -> None:
         assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
 
 
+class Rebinding(nn.Module):
+    """Puts another tensor in the place of its buffer at each step, and one of another shape in that of its cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("cache", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            self.cache = torch.zeros(len(x))
+        return self.fc(x - self.mean)
+
+
+def test_a_buffer_that_is_rebound_is_kept_as_it_is_now() -> None:
+    engine = LocalEngine(Regression(Rebinding()), OPTIMIZER, TRAIN)
+    mean = torch.zeros(4)
+    for step in range(4):
+        data = batch(step)
+        if step == 2:  # is left out
+            data["x"][0, 0] = math.nan
+        else:
+            mean = 0.9 * mean + 0.1 * data["x"].mean(0)
+        engine.step(step=step, **data)
+        saved = engine.state_dict()["buffers"]["net.mean"]
+        for found in (engine.net.mean, engine.averaged().mean, saved):
+            torch.testing.assert_close(found, mean)
+    other = LocalEngine(Regression(Rebinding()), OPTIMIZER, TRAIN)
+    other.step(step=0, **batch(7))
+    other.load_state_dict([copy.deepcopy(engine.state_dict())])
+    assert torch.equal(other.net.mean, engine.net.mean)
+    one, two = (each.step(step=4, **batch(4)).metrics["loss"] for each in (engine, other))
+    assert one == two
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.7])
 @pytest.mark.parametrize("block", [None, Suspicious])
 def test_compiled_blocks_train_as_eager_ones(block: Any, lam: float) -> None:
