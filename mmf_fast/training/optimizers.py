@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmf_fast.training.plain import plain, readable
 from mmf_fast.training.settings import ConfigError, Optimizer
 
 __all__ = ["MakeOptimizer", "adam_options", "build_optimizer", "clip_or_skip", "made"]
@@ -40,7 +41,8 @@ def build_optimizer(parameters: Iterable[Tensor], config: Optimizer) -> torch.op
 
 
 def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
-    """One's own optimizers. Raises ConfigError where they are none, or do not step on each of these tensors once."""
+    """One's own optimizers, the numbers of their groups as Python's. Raises ConfigError where they are none, or do not
+    step on each of these tensors once, and ValueError where no checkpoint could hold them."""
     found: Any = make(list(parameters.items()))  # type: ignore[arg-type]
     optimizers = list(found) if isinstance(found, (list, tuple)) else [found]
     for each in optimizers:
@@ -60,6 +62,10 @@ def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> list[torch.optim
             raise ConfigError(f"make_optimizer: {name} is in {taken[each]} groups of its optimizers; put it into one")
     if len(taken) > len(parameters):
         raise ConfigError("make_optimizer: its optimizers step on tensors that it was not given; leave them out")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group |= plain(group) | {"lr": float(group["lr"])}
+        readable(optimizer.state_dict(), type(optimizer).__name__)
     return optimizers
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+from mmf_fast.training.plain import plain
+
 __all__ = [
     "FREE",
     "ConfigError",
@@ -172,8 +174,12 @@ def read_zero(path: str | Path) -> dict[str, Any]:
 
 
 def _check_kinds(settings: Any) -> None:
-    """Raises ConfigError for a word that is none of those of its field, and for a number that should be whole."""
+    """Makes NumPy's numbers Python's.
+
+    Raises ConfigError for a word that is none of those of its field, and for a number that should be whole.
+    """
     for name, hint in get_type_hints(type(settings)).items():
+        object.__setattr__(settings, name, plain(getattr(settings, name)))  # the settings are frozen
         value, kinds = getattr(settings, name), get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         if words:
