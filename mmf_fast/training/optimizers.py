@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmf_fast.training.plain import plain, readable
 from mmf_fast.training.settings import ConfigError, Optimizer
 
-__all__ = ["MakeOptimizer", "adam_options", "build_optimizer", "clip_or_skip", "made"]
+__all__ = ["MakeOptimizer", "adam_options", "build_optimizer", "clip_or_skip", "made", "options_of"]
 
 # One's own optimizers, of the trained parameters and their names in the loss module, which begin with "net.".
 MakeOptimizer: TypeAlias = Callable[
@@ -67,6 +67,17 @@ def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> list[torch.optim
             group |= plain(group) | {"lr": float(group["lr"])}
         readable(optimizer.state_dict(), type(optimizer).__name__)
     return optimizers
+
+
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and words among the options of a parameter group, also in tuples."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(map(is_plain, value))
+        return value is None or isinstance(value, (bool, int, float, str))
+
+    return {key: each for key, each in group.items() if key not in ("params", "param_names") and is_plain(each)}
 
 
 def clip_or_skip(

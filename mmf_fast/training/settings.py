@@ -136,8 +136,10 @@ def fixed(optimizer: Optimizer, train: Train) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The keys in which two flat configurations differ, as "key (value of one -> value of other)"."""
-    keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    """The keys in which two flat configurations differ, as "key (value of one -> value of other)". Where key differs,
+    parts of it (key[0].lr) are not named beside it."""
+    found = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    keys = [key for key in found if "[" not in key or key.partition("[")[0] not in found]
     return [f"{key} ({one.get(key, 'default')} -> {other.get(key, 'default')})" for key in keys]
 
 
