@@ -187,3 +187,22 @@ def test_other_options_of_ones_own_optimizers_need_leave_and_are_recorded(tmp_pa
     base = {"optimizer": Optimizer(warmup=2, ema=0.5, lr=1e-4), "make_optimizer": balls(0.01, 0.5)}
     trainer(run, steps=13, resume=True, allow_changes=True, **base).fit()
     assert read(run / "metrics.jsonl")[-1]["lr"] == pytest.approx(0.01)
+
+
+def test_a_run_starts_from_another_with_optimizers_of_ones_own(tmp_path: Path) -> None:
+    source = trainer(tmp_path / "source", steps=6, make_optimizer=balls())
+    source.fit()
+
+    def started(part: str) -> Any:
+        settings = {"init": str(tmp_path / "source"), "init_from": part}
+        return trainer(tmp_path / part, settings=settings, make_optimizer=balls(0.01, 0.5)).engine
+
+    name, before = "net.body.0.weight", source.engine.state_dict()["fragments"]
+    weights, state = started("weights"), started("state")
+    for engine in (weights, state):
+        assert torch.equal(engine.owned[name].value.detach().flatten(), before[name]["weight"])
+        assert [engine.param_groups[0][key] for key in ("lr", "momentum")] == [0.01, 0.5]
+    assert not weights.own[0].state and weights.earlier == 0  # the optimizer and the average begin
+    momenta = [engine.own[0].state[engine.owned[name].value]["momentum_buffer"] for engine in (source.engine, state)]
+    assert torch.equal(*momenta) and state.earlier == 6
+    assert torch.equal(state.average[name].flatten(), before[name]["average"])
