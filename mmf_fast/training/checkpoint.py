@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from mmf_fast.files import digest, remove_drafts, write_text, writing
+from mmf_fast.training.plain import readable
 
 
 class CheckpointError(ValueError):
@@ -38,8 +39,9 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any], step: int, shares: Mapping[str, str] | None = None) -> Path:
         """Writes `state` as the checkpoint of `step` and moves `latest` to it. shares: what `save_share` returned on
-        the other ranks. Raises OSError (a full disk)."""
+        the other ranks. Raises OSError (a full disk), and ValueError for what could not be read again."""
         path = self.folder / f"step_{step:07d}.pt"
+        state = readable(state, "the checkpoint")
         with self._writing(path) as draft:
             _write(draft, {**state, "shares": dict(shares or {})})
             path.unlink(missing_ok=True)  # a damaged one of an earlier attempt: the checksum below is not its own
@@ -50,8 +52,9 @@ class Checkpoints:
         return path
 
     def save_share(self, share: dict[str, Any], step: int, rank: int) -> tuple[str, str]:
-        """Writes what `rank` alone holds; returns the file's name and checksum. Raises OSError."""
+        """Writes what `rank` alone holds; returns the file's name and checksum. Raises as `save` does."""
         path = self.folder / f"step_{step:07d}.rank{rank}.pt"
+        share = readable(share, "the share")
         with self._writing(path) as draft:
             _write(draft, share)
             found = digest(draft)
@@ -75,23 +78,20 @@ class Checkpoints:
     def newest_whole(self) -> Path | None:
         """The newest checkpoint whose files are all whole, to be read with check=False; None where there is none.
 
-        A damaged one is named in a warning and the one before it is used.
-        Raises CheckpointError when all of them are damaged.
+        One that is damaged or cannot be read is named in a warning and the one before it is used.
+        Raises CheckpointError, with the reasons, when none of them can be used.
         """
-        damaged = []
+        reasons = []
         for path in reversed(_found(self.folder)):
             try:
                 read(path)
             except CheckpointError as error:
-                damaged.append(path)
+                reasons.append(str(error))
                 warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
                 continue
             return path
-        if damaged:
-            names = ", ".join(path.name for path in damaged)
-            raise CheckpointError(
-                f"{self.folder}: all checkpoints are damaged ({names}); restore one or start another run"
-            )
+        if reasons:
+            raise CheckpointError(f"no checkpoint can be used: {'; '.join(reasons)}; restore one or start another run")
         return None
 
     def newest(self) -> Path | None:
@@ -138,7 +138,9 @@ def _read(path: Path, expected: str | None, holder: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing, though {holder} names it") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch.load names it in the midst of many lines
+        reason = f"it holds {foreign[1]}, which could run code" if foreign else str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be read ({reason})") from error
 
 
 def _reason(error: BaseException) -> str:

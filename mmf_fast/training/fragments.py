@@ -7,7 +7,7 @@ A fragment is elements start, start + 1, ... of a parameter of the loss module, 
 process owns each as a whole, ZeRO a piece of a flat partition, FSDP2 some rows. As only names and places are written, a
 run goes on with any engine, ZeRO stage and number of ranks. "steps": how many the optimizer has made on it; with none
 there are no moments. "earlier": steps of the run from whose moving average this one began. "own" and "own_identity", of
-optimizers of one's own alone: their states as they give them, and their classes.
+optimizers of one's own alone: their states as they give them, their classes and the options that they began with.
 
 "constants" are what of the network no optimizer changes and no state dict may hold: frozen parameters and buffers that
 are not persistent, such as random Fourier features. Larger ones than CONSTANT, as of a pretrained network, are those

@@ -47,8 +47,7 @@ def start_from(
             if part == "weights":
                 return [_weights_alone(share) for share in shares]
             # The moving average goes on as after so many steps: at a start it would forget what it holds.
-            steps = max((each["steps"] for share in shares for each in share["fragments"].values()), default=0.0)
-            return [{**share, "earlier": share.get("earlier", 0.0) + steps} for share in shares]
+            return [{**share, "earlier": share.get("earlier", 0.0) + state["step"]} for share in shares]
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"train.init={source}: {' '.join(str(error).split())}; give a run folder, or a safetensors "
@@ -63,7 +62,7 @@ def _weights_alone(share: dict[str, Any]) -> dict[str, Any]:
         name: {"start": each["start"], "weight": each["weight"], "average": each["weight"], "steps": 0.0}
         for name, each in share["fragments"].items()
     }
-    return {**share, "fragments": fragments, "earlier": 0.0}
+    return {"fragments": fragments, "buffers": share["buffers"], "earlier": 0.0}
 
 
 def take_constants(net: nn.Module, checkpoints: Checkpoints) -> None:

@@ -1,5 +1,6 @@
 """Builds AdamW, of PyTorch or Apex (DeepSpeed's are built in its engine); clips or skips before its step."""
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmf_fast.training.plain import plain, readable
 from mmf_fast.training.settings import ConfigError, Optimizer
 
-__all__ = ["MakeOptimizer", "adam_options", "build_optimizer", "clip_or_skip", "made"]
+__all__ = ["MakeOptimizer", "adam_options", "build_optimizer", "clip_or_skip", "made", "options_of"]
 
 # One's own optimizers, of the trained parameters and their names in the loss module, which begin with "net.".
 MakeOptimizer: TypeAlias = Callable[
@@ -39,7 +41,8 @@ def build_optimizer(parameters: Iterable[Tensor], config: Optimizer) -> torch.op
 
 
 def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
-    """One's own optimizers. Raises ConfigError where they are none, or do not step on each of these tensors once."""
+    """One's own optimizers, the numbers of their groups as Python's. Raises ConfigError where they are none, or do not
+    step on each of these tensors once, and ValueError where no checkpoint could hold them."""
     found: Any = make(list(parameters.items()))  # type: ignore[arg-type]
     optimizers = list(found) if isinstance(found, (list, tuple)) else [found]
     for each in optimizers:
@@ -47,13 +50,34 @@ def made(make: MakeOptimizer, parameters: dict[str, Tensor]) -> list[torch.optim
             raise ConfigError(
                 f"make_optimizer gave a {type(each).__name__}: return torch.optim.Optimizers, one or more"
             )
+        closure = inspect.signature(each.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"make_optimizer gave a {type(each).__name__}, whose step computes the loss again by a closure: take "
+                "one that steps on the gradients as they are, such as torch.optim.AdamW"
+            )
     taken = Counter(each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"])
     for name, each in parameters.items():
         if taken[each] != 1:
             raise ConfigError(f"make_optimizer: {name} is in {taken[each]} groups of its optimizers; put it into one")
     if len(taken) > len(parameters):
         raise ConfigError("make_optimizer: its optimizers step on tensors that it was not given; leave them out")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group |= plain(group) | {"lr": float(group["lr"])}
+        readable(optimizer.state_dict(), type(optimizer).__name__)
     return optimizers
+
+
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and words among the options of a parameter group, also in tuples."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(map(is_plain, value))
+        return value is None or isinstance(value, (bool, int, float, str))
+
+    return {key: each for key, each in group.items() if key not in ("params", "param_names") and is_plain(each)}
 
 
 def clip_or_skip(

@@ -20,6 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mmf_fast.files import remove_drafts, write_text
+from mmf_fast.training.plain import plain
 
 __all__ = ["RunFolderError", "check_run_folder", "prepare_run_folder", "seed_everything"]
 
@@ -44,7 +45,7 @@ def prepare_run_folder(run: Path, record: Mapping[str, Any]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         remove_drafts(run)
-        write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(record))))
+        write_text(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(dict(record)))))
     except OSError as error:
         raise RunFolderError(f"{run}: cannot be written ({error.strerror}); pass another --run") from error
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+from mmf_fast.training.plain import plain
+
 __all__ = [
     "FREE",
     "ConfigError",
@@ -41,7 +43,7 @@ class Optimizer:
     """AdamW, its learning rate, gradient clipping and the moving average of the weights."""
 
     # The same AdamW from PyTorch (fused), NVIDIA Apex, or DeepSpeed: on GPUs, or on the CPU where the
-    # ZeRO file offloads the optimizer. All but the first need train.zero.
+    # ZeRO file offloads the optimizer. All but the first are for DeepSpeed's engine.
     kind: Literal["adamw", "apex", "deepspeed_fused", "deepspeed_cpu"] = field(default="adamw", metadata=FREE)
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
@@ -134,8 +136,10 @@ def fixed(optimizer: Optimizer, train: Train) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The keys in which two flat configurations differ, as "key (value of one -> value of other)"."""
-    keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    """The keys in which two flat configurations differ, as "key (value of one -> value of other)". Where key differs,
+    parts of it (key[0].lr) are not named beside it."""
+    found = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    keys = [key for key in found if "[" not in key or key.partition("[")[0] not in found]
     return [f"{key} ({one.get(key, 'default')} -> {other.get(key, 'default')})" for key in keys]
 
 
@@ -172,8 +176,12 @@ def read_zero(path: str | Path) -> dict[str, Any]:
 
 
 def _check_kinds(settings: Any) -> None:
-    """Raises ConfigError for a word that is none of those of its field, and for a number that should be whole."""
+    """Makes NumPy's numbers Python's.
+
+    Raises ConfigError for a word that is none of those of its field, and for a number that should be whole.
+    """
     for name, hint in get_type_hints(type(settings)).items():
+        object.__setattr__(settings, name, plain(getattr(settings, name)))  # the settings are frozen
         value, kinds = getattr(settings, name), get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         if words:

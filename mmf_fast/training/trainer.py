@@ -32,6 +32,7 @@ from mmf_fast.training.engines import Engine, build_engine
 from mmf_fast.training.initial import start_from, take_constants
 from mmf_fast.training.logs import RankLog
 from mmf_fast.training.optimizers import MakeOptimizer
+from mmf_fast.training.plain import plain, readable
 from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard, plot_curves
 from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, seed_everything
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
@@ -105,10 +106,9 @@ class Trainer:
         allow_changes: bool = False,
         profile: bool = False,
     ) -> None:
-        self.train, self.seed, self.callbacks, self.profile = train or Train(), seed, callbacks, profile
-        self.allow_changes = allow_changes
+        self.train, optimizer, seed = train or Train(), optimizer or Optimizer(), plain(seed)
+        self.seed, self.callbacks, self.profile, self.allow_changes = seed, callbacks, profile, allow_changes
         self.history: list[dict[str, Any]] = []
-        optimizer = optimizer or Optimizer()
         self.run = Path(run)
         self.checkpoints = Checkpoints(self.run / "checkpoints", self.train.keep)
         self.step = 0  # steps done: the schedules follow from it
@@ -119,7 +119,8 @@ class Trainer:
 
         check_run_folder(self.run, resume)
         self.dataset = as_dataset(data, seed)
-        self.fingerprint = {**(identity or self.dataset.identity), **fixed(optimizer, self.train), "seed": seed}
+        own = readable(dict(identity or self.dataset.identity), "identity")
+        self.fingerprint = {**own, **fixed(optimizer, self.train), "seed": seed}
         if not isinstance(getattr(loss_fn, "net", None), nn.Module):
             raise ConfigError("loss_fn.net must be the network, a torch module: there is nothing to train otherwise")
         loss_fn.net = net = bare(loss_fn.net)
@@ -144,7 +145,7 @@ class Trainer:
         rank, count = self.engine.rank, self.engine.world_size
         # Refuses a batch that does not fit before anything is written.
         self._example = agree(lambda: self.dataset.batch(0, self.train.batch, rank, count))
-        self.extra = {"shape": list(self.dataset.shape), "num_classes": self.dataset.num_classes, **(extra or {})}
+        self.extra = plain({"shape": [*self.dataset.shape], "num_classes": self.dataset.num_classes, **(extra or {})})
         self.log = RankLog(self.engine.rank, terminal=self.is_main)
         first = gather(content_digest(self._example[0]))
         if len(set(first)) < len(first):
@@ -221,11 +222,11 @@ class Trainer:
                     self._record(rows, bar, values | speed.read())
                 if logs or self.step % train.max_bad_steps == 0:
                     self._check_finite(x)
-                if draws:
-                    self.draw()
                 if saves:
                     self.save()
                     saved = self.step
+                if draws:  # after saving: where it fails, the run goes on behind it
+                    self.draw()
                 if logs or draws or saves:
                     speed.restart()
         if saved < self.step:

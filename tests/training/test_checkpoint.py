@@ -1,11 +1,13 @@
 import hashlib
 import os
 import random
+import re
 import subprocess
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -140,7 +142,7 @@ def test_the_system_says_why_a_file_cannot_be_written(tmp_path: Path) -> None:
 def test_all_damaged_is_an_error_and_not_a_fresh_start(three: Checkpoints) -> None:
     for path in three.folder.glob("*.pt"):
         truncate(path)
-    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="all checkpoints are damaged"):
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="no checkpoint can be used: .*10.pt: damaged"):
         warnings.simplefilter("ignore")
         load(three)
 
@@ -150,9 +152,56 @@ def test_an_object_that_would_run_code_is_refused(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (exec, ("raise SystemExit('ran')",))
 
-    path = Checkpoints(tmp_path).save({"x": Harmful()}, 1)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    path = tmp_path / "step_0000001.pt"
+    torch.save({"x": Harmful()}, path)
+    lines = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+    path.with_name(f"{path.name}.sha256").write_text(lines)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(it holds exec, which could run code\)"):
         read(path)
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="no checkpoint can be used: ") as caught:
+        warnings.simplefilter("ignore")
+        Checkpoints(tmp_path).newest_whole()
+    assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)  # it is whole
+
+
+class Pair(NamedTuple):
+    one: int
+    two: int
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (Path("x"), "the checkpoint.nested[0].a is of PosixPath"),
+        (np.zeros(3), "the checkpoint.nested[0].a is of ndarray"),
+        (lambda: 1, "the checkpoint.nested[0].a is of function"),
+        (Pair(1, 2), "the checkpoint.nested[0].a is of Pair"),
+        ({Path("x"): 1}, "a key of the checkpoint.nested[0].a is of PosixPath"),
+        (np.longdouble(1), "the checkpoint.nested[0].a is of longdouble"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(three: Checkpoints, value: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(named)}, which no checkpoint can hold: give a number, a word,"):
+        three.save({"weights": torch.zeros(2), "nested": [{"a": value}]}, 40)
+    with pytest.raises(ValueError, match="the share.a is of .*|a key of the share.a is of"):
+        three.save_share({"a": value}, 40, 1)
+    found = load(three)
+    assert found is not None and found[1]["step"] == 30
+
+
+def test_numbers_of_numpy_are_read_as_those_of_python(tmp_path: Path) -> None:
+    written = {"a": np.float64(0.1), "b": (np.int64(3), [np.bool_(True)]), np.int32(7): np.array(2.5)}
+    found = read(Checkpoints(tmp_path).save(written, 1))
+    del found["shares"]
+    assert found == {"a": 0.1, "b": (3, [True]), 7: 2.5}
+    kinds = [type(each) for each in (found["a"], found["b"][0], found["b"][1][0], found[7])]
+    assert kinds == [float, int, bool, float]
+
+
+def test_all_that_torch_reads_is_written(tmp_path: Path) -> None:
+    """As an optimizer of one's own may remember it."""
+    others = [torch.float32, torch.Size([2]), {1, 2}, b"x", 1j, torch.device("cpu"), OrderedDict(a=1)]
+    assert read(Checkpoints(tmp_path).save({"others": others}, 1))["others"] == others
 
 
 class Crash(BaseException):

@@ -1,6 +1,5 @@
 """The trainer with a network, a loss and data that are not of this package."""
 
-import functools
 import json
 import shutil
 import threading
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.open_runs import SETTINGS, Net, X, Y, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,32 +21,6 @@ from mmf_fast.sampling import draw_run
 from mmf_fast.training import CheckpointError, ConfigError, RunFolderError, checkpoint, drawing
 from mmf_fast.training import trainer as trainer_module
 from mmf_fast.training.record import read
-
-
-class Net(nn.Module):
-    """u(z, r, t, y) without any attribute of the networks of this package; the last layer is frozen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.label = nn.Embedding(3, 4)
-        self.body = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Dropout(0.1), nn.Linear(16, 2))
-        self.last = nn.Linear(2, 2).requires_grad_(False)
-        self.register_buffer("scale", torch.tensor(2.0))
-
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.last(self.body(torch.cat([z, r[:, None], t[:, None], self.label(y)], 1))) * self.scale
-
-
-SETTINGS = Train(batch=8, steps=10, log_every=1, sample_every=0, checkpoint_every=4, device="cpu")
-X, Y = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
-
-
-def trainer(run: Path, data: Any = (X, Y), steps: int = 10, wrap: Any = lambda net: net, **options: Any) -> Trainer:
-    torch.manual_seed(1)
-    loss_fn = MeanFlowLoss(wrap(Net()), times=TimeSampler(share=0.5), lam=0.5, paired=True, null_label=2)
-    train = Train(**{**vars(SETTINGS), "steps": steps, **options.pop("settings", {})})
-    options = {"optimizer": Optimizer(warmup=2, ema=0.5), **options}
-    return Trainer(loss_fn, data, run, train=train, **options)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "dataset", "loader"])
@@ -73,32 +47,6 @@ def test_it_trains_stops_goes_on_and_leaves_what_it_promises(kind: str, tmp_path
     noise, y = torch.randn(5, 2), torch.arange(5) % 3
     x = sample(net, (5, 2), noise=noise, y=y)
     torch.testing.assert_close(x, noise - net(noise, torch.zeros(5), torch.ones(5), y))
-
-
-def test_a_run_with_optimizers_of_ones_own_goes_on_exactly(tmp_path: Path) -> None:
-    def matrices_apart(named: list[tuple[str, nn.Parameter]], rest: Any = torch.optim.NAdam) -> Any:
-        matrices, others = ([p for _, p in named if (p.ndim == 2) == yes] for yes in (True, False))
-        return [torch.optim.Muon(matrices, lr=0.02), rest(others, lr=0.01)]
-
-    trainer(tmp_path / "whole", make_optimizer=matrices_apart).fit()
-    trainer(tmp_path / "cut", steps=6, make_optimizer=matrices_apart).fit()
-    assert trainer(tmp_path / "cut", make_optimizer=matrices_apart, resume=True).fit()
-    found = [[row["loss"] for row in read(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
-    assert found[0] == found[1] and len(found[0]) == 10
-    assert [row["lr"] for row in read(tmp_path / "whole" / "metrics.jsonl")][:3] == pytest.approx([0.01, 0.02, 0.02])
-
-    other = functools.partial(matrices_apart, rest=torch.optim.SGD)
-    for make, name in ((other, r"Muon \+ SGD"), (None, "default")):
-        with pytest.raises(
-            CheckpointError, match=rf"optimizer.made \(Muon \+ NAdam -> {name}\); set these back, go on with"
-        ):
-            trainer(tmp_path / "cut", steps=12, make_optimizer=make, resume=True)
-    assert trainer(tmp_path / "cut", steps=12, make_optimizer=other, resume=True, allow_changes=True).fit()
-    with pytest.raises(ConfigError, match="train.zero=fsdp shares parameters out, and make_optimizer would get pieces"):
-        trainer(tmp_path / "many", make_optimizer=other, settings={"zero": "fsdp"})
-    engine = trainer(tmp_path / "other").engine
-    with pytest.raises(ConfigError, match="engine and make_optimizer do not go together"):
-        trainer(tmp_path / "both", make_optimizer=other, engine=engine)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.optim.swa_utils.AveragedModel], ids=["compiled", "averaged"])

@@ -153,6 +153,22 @@ def test_drawing_takes_one_evaluation_of_the_averaged_weights(tmp_path: Path, mo
     assert y.view(8, 10).eq(torch.arange(10)).all()  # one class per column
 
 
+def test_a_picture_that_fails_comes_after_the_checkpoint_of_its_step(tmp_path: Path) -> None:
+    """Or each restart would fail at the same place again."""
+
+    def fail() -> None:
+        raise RuntimeError("no picture")
+
+    for start in (0, 4, 8):
+        trainer = build_trainer(tiny(train={"sample_every": 4}), tmp_path / "run", resume=start > 0)
+        assert trainer.step == start
+        trainer.draw = fail  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="no picture"):
+            trainer.fit()
+    build_trainer(tiny(), tmp_path / "whole").fit()
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
 def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
     trainer = build_trainer(tiny(train={"max_bad_steps": 4}), tmp_path / "run")
     trainer.dataset = Poisoned(trainer.dataset, range(5, 8))

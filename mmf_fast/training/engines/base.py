@@ -65,8 +65,9 @@ class Engine:
                 tensor.data.copy_(whole)
         self.shapes = {name: each.shape for name, each in loss_fn.named_parameters() if each.requires_grad}
         saved = loss_fn.state_dict().keys()
-        self.buffers = {name: buffer for name, buffer in loss_fn.named_buffers() if name in saved}
-        self.good = {name: buffer.clone() for name, buffer in self.buffers.items()}  # of the last step that was finite
+        buffers = {name: buffer for name, buffer in loss_fn.named_buffers() if name in saved}
+        self.holders = {name: loss_fn.get_submodule(name.rpartition(".")[0]) for name in buffers}
+        self.good = {name: buffer.clone() for name, buffer in buffers.items()}  # of the last step that was finite
         self.whole = copied(self.net).eval().requires_grad_(False) if self.rank == 0 else None
         if self.whole is not None and self.world_size > 1:  # until it is drawn from
             self.whole.cpu()
@@ -85,6 +86,13 @@ class Engine:
                 f"train.compile={train.compile}: {type(self.net).__name__} has no {' or '.join(train.blocks)}; name "
                 "its modules by train.blocks, or set train.compile=true"
             )
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """As they are now: a network may put others in their place. Those of another shape, as caches that grow, are
+        its own affair."""
+        now = {name: getattr(holder, name.rpartition(".")[2]) for name, holder in self.holders.items()}
+        return {name: buffer for name, buffer in now.items() if buffer.shape == self.good[name].shape}
 
     earlier = 0.0  # steps of the run whose moving average this one goes on with
 
@@ -241,6 +249,9 @@ def check_trainable(loss_fn: nn.Module) -> None:
             raise ConfigError(f"{name} has no shape yet: call the network once, for instance on zeros, before training")
         if each.requires_grad and each.dtype in (torch.float16, torch.bfloat16):
             raise ConfigError(f"{name} is {each.dtype}: give the network in float32, and set train.precision=bf16")
+    for name, module in loss_fn.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ConfigError(f"{name} has sparse gradients, which cannot be clipped: build it with sparse=False")
     if not any(each.requires_grad for each in parameters.values()):
         raise ConfigError("nothing to train: no parameter of loss_fn has requires_grad")
 

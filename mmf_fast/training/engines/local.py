@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmf_fast.devices import choose_device
 from mmf_fast.training.engines.base import Engine
 from mmf_fast.training.fragments import MOMENTS, Fragment, Saved
-from mmf_fast.training.optimizers import MakeOptimizer, build_optimizer, clip_or_skip, made
+from mmf_fast.training.optimizers import MakeOptimizer, build_optimizer, clip_or_skip, made, options_of
 from mmf_fast.training.settings import ConfigError, Optimizer, Train
 
 __all__ = ["LocalEngine"]
@@ -22,7 +22,8 @@ class LocalEngine(Engine):
     """`Engine` of one process, which owns every parameter as a whole.
 
     make_optimizer: makes what takes the place of AdamW. The groups keep their learning rates, times the schedule of
-        `optimizer.lr`; what they remember is saved as they give it. Each step waits until it is known to be finite.
+        `optimizer.lr`; what they remember is saved as they give it, and their options are part of the identity of the
+        run. Each step waits until it is known to be finite.
     """
 
     def __init__(
@@ -35,7 +36,10 @@ class LocalEngine(Engine):
         make_optimizer: MakeOptimizer | None = None,
     ) -> None:
         if optimizer.kind != "adamw":  # the others cannot skip a step without waiting for the host
-            raise ConfigError(f"optimizer.kind={optimizer.kind} needs train.zero, for instance train.zero=zero1.json")
+            raise ConfigError(
+                f"optimizer.kind={optimizer.kind} is for DeepSpeed's engine: take train.zero=zero1.json, or "
+                "optimizer.kind=adamw"
+            )
         super().__init__(loss_fn, optimizer, train, device or choose_device(train.device), seed)
         self.owned = self._own(train)
         owned = {name: each.value for name, each in self.owned.items()}
@@ -43,9 +47,11 @@ class LocalEngine(Engine):
         self.optimizers = self.own or [build_optimizer(owned.values(), optimizer)]
         self.moments: dict[Tensor, dict[str, Any]] = {} if self.own else self.optimizers[0].state
         if self.own:
+            self.options = [options_of(group) for group in self.param_groups]  # before a step changes any
             self.identity = {"optimizer.made": " + ".join(type(each).__name__ for each in self.own)}
-            for group in self.param_groups:
-                group["relative_lr"] = group["lr"] / optimizer.lr
+            for i, options in enumerate(self.options):
+                self.identity |= {f"optimizer.made[{i}].{key}": value for key, value in options.items()}
+            self._set_options(self.identity)
         self.start_average()
 
     @property
@@ -99,9 +105,19 @@ class LocalEngine(Engine):
 
     def load_state_dict(self, shares: list[dict[str, Any]]) -> None:
         super().load_state_dict(shares)
-        if self.own and shares[0].get("own_identity") == self.identity:  # others remember other things
+        before = shares[0].get("own_identity", {})
+        if self.own and before.get("optimizer.made") == self.identity["optimizer.made"]:  # others remember other things
             for each, saved in zip(self.own, shares[0]["own"], strict=True):
-                each.load_state_dict(saved)
+                each.load_state_dict(saved)  # which replaces the options, too
+            self._set_options(before)
+
+    def _set_options(self, before: dict[str, Any]) -> None:
+        """Sets the options of the groups that make_optimizer gave otherwise than `before`. The others stay as they
+        are: some optimizers keep in them what they count and estimate."""
+        for i, (group, options) in enumerate(zip(self.param_groups, self.options, strict=True)):
+            named = {key: f"optimizer.made[{i}].{key}" for key in options}
+            group |= {key: value for key, value in options.items() if before.get(named[key], ...) != value}
+            group["relative_lr"] = options["lr"] / self.config.lr
 
     def write(self, saved: Saved) -> None:
         for each in self.optimizers:

@@ -1,36 +1,19 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from support.regression import OPTIMIZER, TRAIN, Output, Regression, batch, make_net, weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmf_fast.config import Optimizer, Train
 from mmf_fast.models import MLP, DiT
-from mmf_fast.objective import BatchShare, MeanFlowLoss, TimeSampler
+from mmf_fast.objective import MeanFlowLoss, TimeSampler
 from mmf_fast.training.engines.local import LocalEngine
 from mmf_fast.training.settings import ConfigError, learning_rate
-
-
-class Output(NamedTuple):
-    loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-class Regression(nn.Module):
-    """A loss module with the trainer's calling convention: mean square distance of net(x) to y."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, step: int = 0, part: BatchShare | None = None, y: Tensor | None = None) -> Output:
-        error = self.net(x) - y
-        mse = error.square().mean()
-        return Output(mse, {"mse": mse.detach()})
 
 
 class Suspicious(nn.Module):
@@ -44,24 +27,6 @@ class Suspicious(nn.Module):
         if not (isinstance(x, Tensor) and torch.is_tensor(x)) or isinstance(x, tuple):
             raise TypeError(f"x is a {type(x)}")
         return checkpoint(self.block, x, c, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-OPTIMIZER = Optimizer(lr=0.02, betas=(0.9, 0.95), weight_decay=0.1, clip=0.05, warmup=3, ema=0.5)
-TRAIN = Train(batch=8, steps=20, device="cpu")
-
-
-def make_net() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2))
-
-
-def batch(step: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return {"x": torch.randn(8, 4, generator=generator), "y": torch.randn(8, 2, generator=generator)}
-
-
-def weights(net: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
 
 def test_steps_are_those_of_adamw_written_out(float64: None) -> None:
@@ -155,51 +120,18 @@ def test_the_state_is_complete() -> None:
     assert all(torch.equal(a, b) for a, b in zip(everything(one), everything(other), strict=True))
 
 
-def heavy_balls(parameters: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
-    """One for the weights, one for the biases, at rates of their own."""
-
-    def sgd(ending: str, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD([each for name, each in parameters if name.endswith(ending)], lr=lr, momentum=0.9)
-
-    return [sgd("weight", 0.5), sgd("bias", 0.1)]
+@pytest.mark.parametrize("kind", ["apex", "deepspeed_fused", "deepspeed_cpu"])
+def test_the_optimizers_of_another_engine_are_one_line(kind: Any) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer.kind={kind} is for DeepSpeed's engine: take train.zero=zero1"):
+        LocalEngine(Regression(make_net()), Optimizer(kind=kind), TRAIN)
 
 
-def test_optimizers_of_ones_own_step_at_their_own_rates(float64: None) -> None:
-    """v <- 0.9 v + g, theta <- theta - lr v, with the warm-up and the clipping of the settings."""
-    net = make_net().double()
-    theta = {name: each.detach().clone() for name, each in net.named_parameters()}
-    v = {name: torch.zeros_like(each) for name, each in theta.items()}
-    engine = LocalEngine(Regression(net), OPTIMIZER, TRAIN, make_optimizer=heavy_balls)
-    for step in range(5):
-        data = {key: value.double() for key, value in batch(step).items()}
-        if step == 2:  # is left out
-            data["x"][0, 0] = math.nan
-        else:
-            at = {name: each.clone().requires_grad_() for name, each in theta.items()}
-            loss = (torch.func.functional_call(net, at, (data["x"],)) - data["y"]).square().mean()
-            grads = dict(zip(at, torch.autograd.grad(loss, list(at.values())), strict=True))
-            norm = torch.cat([each.flatten() for each in grads.values()]).norm()
-            for name, grad in grads.items():
-                v[name] = 0.9 * v[name] + grad * min(1.0, 0.05 / (norm.item() + 1e-6))
-                rate = (0.5 if name.endswith("weight") else 0.1) * min(1.0, (step + 1) / 3)
-                theta[name] = theta[name] - rate * v[name]
-        assert engine.step(step=step, **data).skipped == (step == 2)
-        for name, parameter in net.named_parameters():
-            torch.testing.assert_close(parameter.detach(), theta[name], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda named: dict(named), "make_optimizer gave a dict: return torch.optim.Optimizers, one or more"),
-        (lambda named: torch.optim.SGD(named[1:]), "make_optimizer: net.0.weight is in 0 groups of its optimizers"),
-        (lambda named: 2 * [torch.optim.SGD(named)], "net.0.weight is in 2 groups of its optimizers; put it into one"),
-        (lambda named: torch.optim.SGD([*(p for _, p in named), torch.zeros(1)]), "tensors that it was not given"),
-    ],
-)
-def test_an_optimizer_of_other_parameters_is_one_line(make: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN, make_optimizer=make)
+def test_sparse_gradients_are_one_line() -> None:
+    net = nn.Sequential(nn.Embedding(3, 4, sparse=True), nn.Linear(4, 2))
+    with pytest.raises(ConfigError, match="net.0 has sparse gradients, .*: build it with sparse=False"):
+        LocalEngine(Regression(net), OPTIMIZER, TRAIN)
+    net[0].weight.requires_grad_(False)  # has no gradient at all
+    LocalEngine(Regression(net), OPTIMIZER, TRAIN)
 
 
 def test_learning_rate() -> None:
@@ -283,6 +215,43 @@ def test_a_step_that_is_not_finite_leaves_buffers_as_they_were() -> None:
     assert engine.step(step=1, **bad).skipped
     for net in (engine.net, engine.averaged()):
         assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+class Rebinding(nn.Module):
+    """Puts another tensor in the place of its buffer at each step, and one of another shape in that of its cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("cache", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            self.cache = torch.zeros(len(x))
+        return self.fc(x - self.mean)
+
+
+def test_a_buffer_that_is_rebound_is_kept_as_it_is_now() -> None:
+    engine = LocalEngine(Regression(Rebinding()), OPTIMIZER, TRAIN)
+    mean = torch.zeros(4)
+    for step in range(4):
+        data = batch(step)
+        if step == 2:  # is left out
+            data["x"][0, 0] = math.nan
+        else:
+            mean = 0.9 * mean + 0.1 * data["x"].mean(0)
+        engine.step(step=step, **data)
+        saved = engine.state_dict()["buffers"]["net.mean"]
+        for found in (engine.net.mean, engine.averaged().mean, saved):
+            torch.testing.assert_close(found, mean)
+    other = LocalEngine(Regression(Rebinding()), OPTIMIZER, TRAIN)
+    other.step(step=0, **batch(7))
+    other.load_state_dict([copy.deepcopy(engine.state_dict())])
+    assert torch.equal(other.net.mean, engine.net.mean)
+    one, two = (each.step(step=4, **batch(4)).metrics["loss"] for each in (engine, other))
+    assert one == two
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7])
