@@ -34,13 +34,13 @@ def test_the_tree_names_real_files() -> None:
     assert [name for name in names if not list(ROOT.glob(f"**/{name.rstrip('/')}"))] == []
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["own network", "adapter", "own training"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["own network", "adapter", "own training", "own optimizers"])
 def test_a_block_runs_outside_of_the_checkout(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, "a page", "exec"), {"__name__": "page"})
 
 
 def test_the_commands_of_the_readme_exist() -> None:
