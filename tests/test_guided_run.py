@@ -12,7 +12,7 @@ import torch
 from support.tiny_runs import TINY
 from torch import Tensor, nn
 
-from mmf_fast import config, data, models, sample
+from mmf_fast import Guidance, MeanFlowLoss, Train, Trainer, config, data, models, sample
 from mmf_fast.cli import main
 from mmf_fast.evaluation.distances import sliced_wasserstein
 from mmf_fast.evaluation.fid import sample_statistics
@@ -123,3 +123,30 @@ def test_a_network_that_is_not_told_refuses_a_scale(tmp_path: Path, capsys: pyte
     models.save_pretrained(tmp_path, models.build("mlp", width=16, depth=1), extra={"data": {"name": "two_moons"}})
     assert main(["sample", "--run", str(tmp_path), "--out", str(tmp_path / "x.png"), "--omega", "2"]) == 2
     assert "a network that is not told its guidance was given one" in capsys.readouterr().err
+
+
+class Points(nn.Module):
+    """A network of one's own, which cannot do without what training tells it."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, z: Any, r: Any, t: Any, y: Any, omega: Any) -> Any:
+        return self.last(torch.cat([z, t[:, None], omega[:, None]], 1))
+
+
+def test_pictures_of_points_are_told_the_lowest_scale(tmp_path: Path) -> None:
+    loss_fn = MeanFlowLoss(Points(), guidance=Guidance(omega=(1, 4)))
+    pairs, settings = (torch.randn(60, 2), torch.arange(60) % 3), Train(batch=8, steps=2, sample_every=2)
+    assert Trainer(loss_fn, pairs, tmp_path / "run", train=settings).fit()
+    assert (tmp_path / "run" / "samples" / "step_0000002.png").is_file()
+
+
+def test_pictures_take_a_coupling_of_another_precision_as_the_loss_does(tmp_path: Path) -> None:
+    data = torch.randn(60, 2), {"noise": torch.randn(60, 2).double()}
+    settings = Train(batch=8, steps=2, sample_every=2)
+    assert Trainer(MeanFlowLoss(models.MLP(2, width=8, depth=1)), data, tmp_path / "run", train=settings).fit()
+    assert (tmp_path / "run" / "samples" / "step_0000002.png").is_file()
