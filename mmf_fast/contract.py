@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 __all__ = [
+    "GUIDANCE",
     "Paths",
     "bare",
     "check_cond",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 Paths: TypeAlias = tuple[tuple[Any, ...], ...]  # each path is the keys and indices that lead to one leaf
+
+GUIDANCE = ("omega", "t_min", "t_max")  # conditions by which a network is told its guidance, see mmf_fast.Guidance
 
 ADAPT = "mmf_fast.Adapter(net, lambda net, z, r, t, **c: {call})"
 

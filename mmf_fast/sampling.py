@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.contract import check_cond, check_network, check_output, per_sample, take, to_device
+from mmf_fast.contract import GUIDANCE, check_cond, check_network, check_output, per_sample, take, to_device
 from mmf_fast.devices import choose_device, device_of
 from mmf_fast.files import writing
 from mmf_fast.models import load_pretrained
@@ -32,7 +32,6 @@ from mmf_fast.registry import import_object
 __all__ = ["GUIDANCE", "Sampler", "draw_run", "evaluating", "noises_of", "sample", "sample_in_chunks"]
 
 Sampler: TypeAlias = Literal["average", "euler", "consistency"]
-GUIDANCE = ("omega", "t_min", "t_max")  # what a guided network is told, see mmf_fast.Guidance
 DECODED = 16  # latents that a decoder gets at a time
 
 

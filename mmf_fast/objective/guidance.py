@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mmf_fast.contract import GUIDANCE
 from mmf_fast.objective.draws import column
 from mmf_fast.objective.streams import GlobalStream, NumberedStream
 
@@ -47,7 +48,7 @@ class Guidance:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("omega", "t_min", "t_max"):
+        for name in GUIDANCE:
             if isinstance(getattr(self, name), (list, tuple)):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
                 if len(getattr(self, name)) != 2:
@@ -74,7 +75,7 @@ class Guidance:
     @property
     def told(self) -> tuple[str, ...]:
         """What each row draws and the network is told."""
-        return tuple(name for name in ("omega", "t_min", "t_max") if isinstance(getattr(self, name), tuple))
+        return tuple(name for name in GUIDANCE if isinstance(getattr(self, name), tuple))
 
     @property
     def active(self) -> bool:
@@ -91,14 +92,21 @@ class Guidance:
         for name in self.told:
             if name in cond:
                 raise ValueError(f"{name}= was given, but guidance.{name} is a range: the loss draws it; leave it out")
-        drawn = {name: _drawn(getattr(self, name), stream.uniform(), ratio=name == "omega") for name in self.told}
-        return {**cond, **drawn}
+        return {**cond, **self._within({name: stream.uniform() for name in self.told})}
 
     def shown(self, share: Tensor) -> dict[str, Tensor]:
         """What samples are told that show the range: omega from the lowest at a share of 0 to the highest at 1, and the
         widest limits. share: (B,)."""
         shares = {"omega": share, "t_min": torch.zeros_like(share), "t_max": torch.ones_like(share)}
-        return {name: _drawn(getattr(self, name), shares[name], ratio=name == "omega") for name in self.told}
+        return self._within(shares)
+
+    def _within(self, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each range at its share (B,) in [0, 1], omega by ratios: of a uniform share its density is 1 / omega."""
+        found = {}
+        for name in self.told:
+            (low, high), share = getattr(self, name), shares[name]
+            found[name] = low * (high / low) ** share if name == "omega" else low + (high - low) * share
+        return found
 
     def drop(self, cond: Mapping[str, Any], nulls: Mapping[str, Tensor], uniform: Tensor) -> dict[str, Any]:
         """cond, its rows replaced by those of `nulls` with chance `dropout`; uniform (B,) are draws in [0, 1). Raises
@@ -147,9 +155,3 @@ def like_rows(nulls: Mapping[str, Tensor], cond: Mapping[str, Any]) -> dict[str,
 
 def _range(limit: float | Range) -> Range:
     return limit if isinstance(limit, tuple) else (limit, limit)
-
-
-def _drawn(limits: Range, uniform: Tensor, ratio: bool) -> Tensor:
-    """(B,) between the limits: uniformly, or `ratio`: with density proportional to 1 / x."""
-    low, high = limits
-    return low * (high / low) ** uniform if ratio else low + (high - low) * uniform
