@@ -139,7 +139,7 @@ class Dual(NamedTuple):
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if kwargs and any([name in _ALIASES for name in kwargs]) and not isinstance(func, _NAME_AS_THEY_LIKE):
             kwargs = {_ALIASES.get(name, name): value for name, value in kwargs.items()}
-        mode = None if tracing else _watching()
+        mode = _watching()
         if mode is None:
             return _paired(cls, func, rule(*args, **kwargs))
         torch._C._pop_torch_function_stack()  # `unwatched`, written out, since every call comes here
