@@ -1,5 +1,6 @@
 """The pages say what the committed measurements say, and name what exists."""
 
+import json
 import re
 import subprocess
 import sys
@@ -46,6 +47,23 @@ def test_a_block_runs_outside_of_the_checkout(block: str, tmp_path: Path, monkey
 def test_the_commands_of_the_readme_exist() -> None:
     named = set(re.findall(r"\bmmf ([a-z]+)", README))
     assert {"train", "sample", "evaluate", "doctor"} <= named <= set(COMMANDS)
+
+
+def test_the_figures_of_the_recipes_are_those_of_mmf_evaluate() -> None:
+    """docs/recipes holds the evaluation.json of a run of each."""
+
+    def figure(name: str, of: str, column: str) -> float:
+        found: float = json.loads((ROOT / f"docs/recipes/{name}.json").read_text())["figures"][of][column]
+        return found
+
+    text = " ".join(README.split())
+    agreement = [f"{100 * figure('fashion', 'class_agreement', column):.0f} %" for column in ("1", "validation")]
+    assert f"sees the class asked for in {agreement[0]} of them (in {agreement[1]} of test images)" in text
+    distance, real = (figure("fashion", "frechet_distance", column) for column in ("1", "validation"))
+    four = figure("fashion_consistency", "frechet_distance", "4")
+    assert f"is {distance:.0f} (test images {real:.1f}), with four evaluations {four:.0f}" in text
+    distance, real = (figure("digits", "frechet_distance", column) for column in ("1", "validation"))
+    assert f"Frechet distance {distance:.1f}, of real unseen digits {real:.1f}" in text
 
 
 def test_the_readme_stays_short() -> None:
