@@ -12,8 +12,9 @@ functional.py    `jvp`: Duals, torch.func.jvp made right, finite differences
 import sys
 
 from mmf_fast.forward import rules as rules  # importing them registers them
-from mmf_fast.forward.dual import DetachedDual, Dual, MissingRuleError, primal, register_rule, tangent
+from mmf_fast.forward.dual import DetachedDual, Dual, primal, register_rule, tangent
 from mmf_fast.forward.functional import jvp
+from mmf_fast.forward.missing import MissingRuleError
 from mmf_fast.forward.rules.sdpa import attention
 
 __all__ = ["DetachedDual", "Dual", "MissingRuleError", "attention", "jvp", "primal", "register_rule", "tangent"]

@@ -1,10 +1,10 @@
 """How functions that were written for tensors come to meet a Dual.
 
-What torch hands to `Dual.__torch_function__` needs nothing from here. Five things do not arrive there by themselves:
+What torch hands to `Dual.__torch_function__` needs nothing from here. Six things do not arrive there by themselves:
 what torch.compile spells in its own way, and libraries that ask for the type of a tensor (teaching.py); plain tensors
-that received a Dual (buffers.py); `torch.is_tensor` and `isinstance(x, torch.Tensor)`; `autograd.Function.apply` and
-checkpoints. `intercepted()` is the scope of one pass and cares for all of them; outside it nothing in the process is
-changed.
+that received a Dual (buffers.py); `torch.is_tensor` and `isinstance(x, torch.Tensor)`; `autograd.Function.apply`;
+checkpoints; what torch.jit.script has made. `intercepted()` is the scope of one pass and cares for all of them; outside
+it nothing in the process is changed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from mmf_fast.forward.dual import (
     looks_into_tuples,
     primal,
 )
+from mmf_fast.forward.missing import missing_rule_error
 from mmf_fast.forward.teaching import still_builtin, teach
 
 __all__ = ["intercepted"]
@@ -165,6 +166,17 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return kind_of(duals).__torch_function__(cls, (), args, kwargs)
 
 
+def _refusing(call: Any) -> Any:
+    """TorchScript asks nobody: it would take plain memory that received a Dual for a constant."""
+
+    def scripted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if duals_in(CURRENT.buffers.moving((*args, *kwargs.values()))):
+            raise missing_rule_error(self.name, "TorchScript knows no Dual, call the function that it was made of")
+        return call(self, *args, **kwargs)
+
+    return scripted
+
+
 def _recomputing(function: Any, *args: Any, **kwargs: Any) -> Any:
     """What a checkpoint runs again in backward is a part of this pass."""
     buffers = CURRENT.buffers
@@ -240,10 +252,12 @@ _KEEPS = getattr(checkpoint, "_NoopSaveInputs", None)  # the inputs of a checkpo
 _RECOMPUTING = "_checkpoint_without_reentrant_generator"
 _RECOMPUTING += "_impl" * hasattr(checkpoint, f"{_RECOMPUTING}_impl")  # its name since PyTorch 2.14
 _CHECKPOINT: Any = getattr(checkpoint, _RECOMPUTING)
+_SCRIPTED: Any = (torch._C.ScriptFunction, torch._C.ScriptMethod)
 _REPLACED: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch, "is_tensor", torch.is_tensor, _is_tensor),
     (builtins, "isinstance", isinstance, _isinstance),
     (pytree, "_get_node_type", _NODE_TYPE, _node_type),
     (torch.autograd.Function, "apply", _APPLY, classmethod(_apply)),
     (checkpoint, _RECOMPUTING, _CHECKPOINT, _recomputing),
+    *((kind, "__call__", kind.__call__, _refusing(kind.__call__)) for kind in _SCRIPTED),
 )

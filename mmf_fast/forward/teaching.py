@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import (
-    DetachedDual,
-    Dual,
-    duals_in,
-    known_functions,
-    looks_into_tuples,
-    missing_rule_error,
-)
+from mmf_fast.forward.dual import DetachedDual, Dual, duals_in, known_functions, looks_into_tuples
+from mmf_fast.forward.missing import missing_rule_error
 from mmf_fast.ops.dispatch import constant_to_dynamo
 
 __all__ = ["operands_keep_their_order", "still_builtin", "teach"]

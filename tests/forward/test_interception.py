@@ -277,6 +277,28 @@ def test_torch_tensor_makes_a_constant() -> None:
     assert torch.equal(jvp(lambda x: torch.tensor(x) * x, (W,), (W,))[1], W * W)
 
 
+@pytest.mark.parametrize("module", [False, True], ids=["function", "module"])
+def test_torchscript_is_refused_by_name(module: bool) -> None:
+    """It asks no mode, so plain memory that received a Dual would go in as a constant."""
+    scripted = torch.jit.script(nn.Tanh() if module else scripted_tanh)
+
+    def through_memory(x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        total += x
+        return scripted(total)
+
+    for network in (scripted, through_memory):
+        with pytest.raises(MissingRuleError, match="call the function that it was made of"):
+            jvp(network, (W,), (W,))
+    constant = torch.zeros_like(W)
+    assert torch.equal(jvp(lambda x: scripted(constant) + x, (W,), (W,))[1], W)
+    assert torch.equal(scripted(W), torch.tanh(W))  # outside of a pass
+
+
+def scripted_tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
 def test_einops_is_not_imported_for_its_sake() -> None:
     script = "import sys, torch, mmf_fast; mmf_fast.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),)); "
     subprocess.run([sys.executable, "-c", script + "assert 'einops' not in sys.modules"], check=True)

@@ -22,7 +22,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmf_fast.forward import dual
-from mmf_fast.forward.dual import DetachedDual, Dual, MissingRuleError, primal, tangent
+from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
+from mmf_fast.forward.missing import MissingRuleError
 
 STEP = 1e-4
 TOLERANCE = 1e-6

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mmf_fast.forward.dual import Value, missing_rule_error
+from mmf_fast.forward.dual import Value
+from mmf_fast.forward.missing import missing_rule_error
 from mmf_fast.forward.rules.families import by_pytorch, constant_arguments, forward_derivative, rule, spellings
 
 # -- right in the graph ------------------------------------------------------------------------------------------------

@@ -9,17 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import (
-    DetachedDual,
-    Dual,
-    Rule,
-    Value,
-    missing_rule_error,
-    primal,
-    register_rule,
-    tangent,
-    tangent_scope,
-)
+from mmf_fast.forward.dual import DetachedDual, Dual, Rule, Value, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.missing import missing_rule_error
 
 # Where PyTorch keeps the same operation under the same name and argument order.
 _NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft)

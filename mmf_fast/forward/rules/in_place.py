@@ -22,12 +22,12 @@ from mmf_fast.forward.dual import (
     Rule,
     Value,
     known_functions,
-    missing_rule_error,
     primal,
     register_rule,
     tangent,
     tangent_scope,
 )
+from mmf_fast.forward.missing import missing_rule_error
 from mmf_fast.forward.rules.families import spellings
 
 # They change shape or graph, not the values; or draw, where the function of that name draws differently.

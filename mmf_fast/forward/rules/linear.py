@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmf_fast.forward.dual import Value, missing_rule_error, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Value, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.missing import missing_rule_error
 from mmf_fast.forward.rules.families import add_tangents
 
 

@@ -18,17 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmf_fast.forward.buffers import LIVE
-from mmf_fast.forward.dual import (
-    DetachedDual,
-    Dual,
-    Value,
-    missing_rule_error,
-    primal,
-    register_rule,
-    tangent,
-    tangent_scope,
-    unwatched,
-)
+from mmf_fast.forward.dual import DetachedDual, Dual, Value, primal, register_rule, tangent, tangent_scope, unwatched
+from mmf_fast.forward.missing import missing_rule_error
 from mmf_fast.forward.rules.families import (
     add_tangents,
     as_autocast,

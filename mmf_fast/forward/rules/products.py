@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import Dual, Value, missing_rule_error, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.dual import Dual, Value, primal, register_rule, tangent, tangent_scope
+from mmf_fast.forward.missing import missing_rule_error
 from mmf_fast.forward.rules.families import add_tangents, rule, spellings
 from mmf_fast.forward.teaching import operands_keep_their_order
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mmf_fast.forward.dual import Value, missing_rule_error, primal, register_rule, tangent
+from mmf_fast.forward.dual import Value, primal, register_rule, tangent
+from mmf_fast.forward.missing import missing_rule_error
 
 # A step: (W_ih x + b_ih, the state (h,) or (h, c), W_hh, b_hh, W_hr or None) -> the next state.
 Step = Callable[..., tuple[Value, ...]]

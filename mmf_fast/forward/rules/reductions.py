@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmf_fast.forward.dual import Value, missing_rule_error, register_rule, tangent_scope
+from mmf_fast.forward.dual import Value, register_rule, tangent_scope
+from mmf_fast.forward.missing import missing_rule_error
 from mmf_fast.forward.rules.families import forward_derivative, rule
 
 
