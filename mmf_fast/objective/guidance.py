@@ -109,7 +109,7 @@ class Guidance:
         return found
 
     def drop(self, cond: Mapping[str, Any], nulls: Mapping[str, Tensor], uniform: Tensor) -> dict[str, Any]:
-        """cond, its rows replaced by those of `nulls` with chance `dropout`; uniform (B,) are draws in [0, 1). Raises
+        """cond, its rows replaced by those of `nulls` with chance `dropout`; uniform (B,) are draws in [0, 1]. Raises
         ValueError for a condition that is missing or has no row for each of them."""
         for name in nulls:
             given = cond.get(name)

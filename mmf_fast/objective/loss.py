@@ -14,31 +14,18 @@ it diverges as r -> t. The velocity is eps - x.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmf_fast.contract import check_cond, check_network, check_output, names_refused, names_taken, per_sample
 from mmf_fast.forward.functional import FiniteDifference, check_mode, jvp
 from mmf_fast.objective.compiled import Compiled
-from mmf_fast.objective.draws import (
-    WHOLE_BATCH,
-    BatchShare,
-    Draw,
-    Kinds,
-    Points,
-    arrange,
-    chances,
-    check,
-    column,
-    draw_kinds,
-    given_kinds,
-)
+from mmf_fast.objective.counts import Counts
+from mmf_fast.objective.draws import WHOLE_BATCH, BatchShare, Draw, Points, arrange, check, column
 from mmf_fast.objective.guidance import Guidance, like_rows
 from mmf_fast.objective.schedule import LambdaSchedule
 from mmf_fast.objective.times import TimeSampler
@@ -177,6 +164,10 @@ class MeanFlowLoss(nn.Module):
     def teacher(self) -> Callable[..., Any] | None:
         return self._teacher[0]
 
+    @property
+    def _counts(self) -> Counts:
+        return Counts(self.times, self.lam, self.paired, self.stochastic)  # as they are now: they may be replaced
+
     def forward(
         self,
         x: Tensor,
@@ -204,20 +195,20 @@ class MeanFlowLoss(nn.Module):
             check_cond(self.net, given, "loss_fn")
         check(x, noise, times, cond)
         rows, dtype = len(x), torch.float64 if x.dtype == torch.float64 else torch.float32
-        stream = part.stream(step or 0, x, dtype)
+        stream, counts = part.stream(step or 0, x, dtype), self._counts
         if self.guidance is not None:  # before rows are paired: a tangent is that of its row's label, dropped or not
             cond = self.guidance.drop(cond, self._nulls, stream.uniform())
         if times is None:
-            kinds, lam = self._draw_kinds(rows, step, part)
+            kinds, lam = counts.draw(rows, step, part)
             r, t = self.times.draw(stream)
         else:
             r, t = (time.to(x.device, dtype) for time in times)
-            kinds, lam = self._given_kinds(r, t, step, part)
+            kinds, lam = counts.given(r, t, step, part)
         if self.guidance is not None:
             cond = self.guidance.tell(cond, stream)
         noise = stream.noise() if noise is None else noise.to(dtype)
         x = x if x.dtype == torch.uint8 else x.to(dtype)
-        padded = self._called_elsewhere(step or 0) if times is None else (False, False, False)
+        padded = counts.called_elsewhere(step or 0) if times is None else (False, False, False)
         d, order = arrange(x, noise, r, t, cond, per_sample(cond, rows, self.shared), kinds, padded)
 
         of_graph = torch.full((), lam, dtype=dtype, device=x.device)  # a new value needs no new graph
@@ -234,19 +225,6 @@ class MeanFlowLoss(nn.Module):
         lam = lam * kinds.graphs / kinds.intervals if kinds.intervals else self.lam(step or 0)
         metrics["lam"] = torch.tensor(lam)
         return LossOutput(loss, per_sample_loss, metrics)
-
-    def _draw_kinds(self, rows: int, step: int | None, part: BatchShare) -> tuple[Kinds, float]:
-        """Which rows are intervals, and lambda of those that keep their tangent in the graph."""
-        chance = chances(step, part)
-        intervals = self._intervals(rows, part.count, step or 0, chance[0])
-        lam, graphs = self._graphs(intervals, step or 0, chance[1])
-        return draw_kinds(rows, part, step or 0, intervals, graphs, self.paired), lam
-
-    def _given_kinds(self, r: Tensor, t: Tensor, step: int | None, part: BatchShare) -> tuple[Kinds, float]:
-        """The same where the times of the rows are given."""
-        chance = chances(step, part)[1] if self.stochastic else 0.0
-        lam, graphs = self._graphs(int((r < t).sum()), step or 0, chance)
-        return given_kinds(r, t, graphs, self.paired), lam
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the loss computation in place (fullgraph). Noise and times are still drawn eagerly, so a seed gives
@@ -265,36 +243,13 @@ class MeanFlowLoss(nn.Module):
         stochastic: 6 for the rows whose tangent back-propagates at this step, 4 for the other r < t. Central
         differences evaluate each r < t once more, with a backward where lam > 0.
         """
-        intervals = self._intervals(batch, 1, step, chances(step)[0])
-        _, graphs = self._graphs(intervals, step, chances(step)[1])
+        intervals, graphs = self._counts.of_batch(batch, step)
         needs_u = self.tangent == "predicted" or self._guided_by_class
         cost = 3 * (batch - intervals) + 4 * intervals + 2 * graphs
         cost += intervals if needs_u and not self.paired else 0
         cost += intervals + 2 * graphs if isinstance(self.jvp, FiniteDifference) and self.jvp.order == 2 else 0
         more = self.teacher is not None or (self.guidance is not None and self.guidance.active)
         return cost + (batch if more else 0)
-
-    def _intervals(self, rows: int, parts: int, step: int, chance: float) -> int:
-        """How many rows of a global batch of `parts` parts are intervals."""
-        found = self.times.intervals(rows * parts, step, chance)
-        return min(found, max(1, rows // 2) * parts) if self.paired else found
-
-    def _graphs(self, intervals: int, step: int, chance: float) -> tuple[float, int]:
-        """lam of the intervals that keep their tangent in the graph, and how many of them do: with `stochastic`,
-        lam * intervals on average over the steps, in at most five values, since each is a graph to the compiler."""
-        lam = self.lam(step)
-        if not self.stochastic:
-            return lam, intervals if lam > 0 else 0
-        levels = max((n for n in range(1, 5) if intervals % n == 0), default=1)
-        return 1.0, math.floor(lam * levels + chance) * (intervals // levels)
-
-    def _called_elsewhere(self, step: int) -> tuple[bool, bool, bool]:
-        """Which kinds of rows another rank may have at this step. All must call the network alike, for ZeRO-3 and FSDP
-        gather its weights at each call, so a rank without such a row evaluates one for nothing."""
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return False, False, False
-        share, lam = self.times.share_at(step), self.lam(step)
-        return share < 1, share > 0 and lam > 0, share > 0 and (lam == 0 or (self.stochastic and lam < 1))
 
     def _compute(
         self, d: Draw, lam: Tensor, weight: Tensor | None = None
@@ -310,12 +265,11 @@ class MeanFlowLoss(nn.Module):
 
         u_now = self._velocity(now)  # r = t: flow matching
         with torch.no_grad():
-            w = None
+            u_later = None
             if self.tangent == "predicted" or self._guided_by_class:
-                w = self._velocity(later) if d.pair is None else u_now[d.pair]
-            target = self._target(points, v, u_now, w)
-            if self.tangent == "conditional" or w is None:
-                w = target[instants:]
+                u_later = self._velocity(later) if d.pair is None else u_now[d.pair]
+            target = self._target(points, v, u_now, u_later)
+            w = target[instants:] if u_later is None or self.tangent == "conditional" else u_later
 
         targets = target.split(d.sizes)
         weights = (None, None, None) if weight is None else weight.split(d.sizes)

@@ -11,8 +11,9 @@ from support.small_networks import network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmf_fast import Guidance, MeanFlowLoss, TimeSampler
+from mmf_fast import Guidance, LambdaSchedule, MeanFlowLoss, TimeSampler
 from mmf_fast.objective import BatchShare
+from mmf_fast.objective.counts import Counts
 from mmf_fast.objective.draws import draw_kinds
 
 
@@ -59,6 +60,14 @@ def test_the_share_holds_over_the_steps(rows: int, share: float, paired: bool, t
     assert sum(found) / 400 == pytest.approx(expected, abs=spread)
     if told == "step":
         assert all(loss_fn.forwards(rows, step) >= 3 * rows + found[step] for step in range(400))
+
+
+def test_a_stochastic_lambda_holds_over_the_steps() -> None:
+    """1 or 2 of 6 rows are intervals, so the chance by which one is rounded up must not know that of the other."""
+    counts = Counts(TimeSampler(share=0.25), LambdaSchedule(value=0.3), paired=False, stochastic=True)
+    found = torch.tensor([counts.of_batch(6, step) for step in range(2000)], dtype=torch.float64).sum(0)
+    assert float(found[0]) / 2000 == pytest.approx(1.5, abs=0.003)
+    assert float(found[1] / found[0]) == pytest.approx(0.3, abs=0.003)
 
 
 def test_a_last_batch_of_any_size_is_paired() -> None:

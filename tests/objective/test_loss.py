@@ -312,11 +312,15 @@ def test_sg_lambda() -> None:
 def test_metrics() -> None:
     net = network("mlp")
     x, noise, (r, t) = batch("mlp", size=6, instants=2)
-    metrics = MeanFlowLoss(net, lam=LambdaSchedule(kind="linear", warmup=10))(
-        x, step=5, noise=noise, times=(r, t)
-    ).metrics
+    lam = LambdaSchedule(kind="linear", warmup=10)
+    metrics = MeanFlowLoss(net, lam=lam)(x, step=5, noise=noise, times=(r, t)).metrics
     assert set(metrics) == {"mse", "mse_instant", "mse_interval", "lam"}
     assert float(metrics["lam"]) == pytest.approx(0.5)
+    square = MeanFlowLoss(net, lam=lam, p=0)(
+        x, step=5, noise=noise, times=(r, t)
+    ).per_sample  # of each row, not weighted
+    assert float(metrics["mse_instant"]) == pytest.approx(float(square[r == t].mean()) / x[0].numel())
+    assert float(metrics["mse_interval"]) == pytest.approx(float(square[r < t].mean()) / x[0].numel())
     assert float(metrics["mse"]) == pytest.approx(float(2 * metrics["mse_instant"] + 4 * metrics["mse_interval"]) / 6)
     assert not any(value.requires_grad for value in metrics.values())
 
