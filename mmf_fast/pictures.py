@@ -1,4 +1,4 @@
-"""Pictures of samples: grids of images, named rows of images, scatter plots, the learned field of a toy.
+"""Pictures: grids of images, named rows of images, scatter plots, the learned field of a toy, the curves of a run.
 
 They are drawn on matplotlib's Agg canvas without pyplot, so no backend of the calling program is touched; matplotlib is
 imported when the first picture is drawn. All functions write whole files or none, and raise ValueError when a picture
@@ -7,7 +7,7 @@ cannot be drawn or written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["save_arrows", "save_field", "save_grid", "save_rows"]
+__all__ = ["save_arrows", "save_curves", "save_field", "save_grid", "save_rows"]
 
 _DATA, _SAMPLES, _NOISE = "#4C72B0", "#C44E52", "#8C8C8C"
 
@@ -127,6 +127,37 @@ def save_arrows(noise: Tensor, x: Tensor, data: Tensor, path: str | Path, arrows
     truth.set_title("data")
     _same_limits(panels, [1.3 * data])  # the tails of the noise would make the rest small
     _save(figure, path)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def save_curves(curves: Mapping[str, np.ndarray], path: str | Path, logarithmic: Collection[str] = ()) -> None:
+    """Write one panel per entry, two beside each other: its points (N, 2) of (step, value), and their running mean.
+
+    logarithmic: which of them have such an axis, where all values are above 0.
+    """
+    rows = -(-len(curves) // 2)
+    figure = _figure(10, 3 * rows, layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, (title, points) in zip(panels, curves.items(), strict=False):
+        steps, values = points.T
+        axes.plot(steps, values, linewidth=0.6, alpha=0.4, color="tab:blue")
+        axes.plot(steps, _smooth(values), linewidth=1.5, color="tab:blue")
+        if title in logarithmic and len(values) and values.min() > 0:
+            axes.set_yscale("log")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+    """Centred running mean over `share` of the points; the window shrinks at the ends."""
+    half = int(len(values) * share / 2)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
 
 
 # ---- matplotlib ------------------------------------------------------------------------------------------------------

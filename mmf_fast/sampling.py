@@ -29,7 +29,7 @@ from mmf_fast.models import load_pretrained
 from mmf_fast.pictures import save_grid
 from mmf_fast.registry import import_object
 
-__all__ = ["GUIDANCE", "Sampler", "draw_run", "evaluating", "noises_of", "sample", "sample_in_chunks"]
+__all__ = ["Sampler", "draw_run", "evaluating", "noises_of", "sample", "sample_in_chunks"]
 
 Sampler: TypeAlias = Literal["average", "euler", "consistency"]
 DECODED = 16  # latents that a decoder gets at a time
@@ -312,8 +312,8 @@ def guidance_options(parser: argparse.ArgumentParser) -> None:
 
 
 def guidance_of(options: argparse.Namespace) -> dict[str, float]:
-    """What of GUIDANCE was given. Raises ValueError as `check_guidance` does."""
-    given = {name: value for name in GUIDANCE if (value := getattr(options, name)) is not None}
+    """What of GUIDANCE was given, taken out of the options. Raises ValueError as `check_guidance` does."""
+    given = {name: value for name in GUIDANCE if (value := vars(options).pop(name)) is not None}
     check_guidance(given)
     return given
 

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mmf_fast import MeanFlowLoss, Optimizer, TimeSampler
 from mmf_fast.models import MLP
+from mmf_fast.models.layers import FREQUENCIES, Conditioning, sinusoids
 from mmf_fast.training.engines import StepResult, build_engine
 from studies.mixture import one_step_error, three_gaussians
 from studies.noise import signal_to_noise
@@ -51,14 +54,27 @@ FACTORS: list[dict[str, Any]] = [
 ]
 
 
+class Times(nn.Module):
+    """What an MLP without labels is conditioned on, by the same layers, but with frequencies of the times up to
+    `highest`: networks have no such option, as 2 is better than more."""
+
+    def __init__(self, own: Conditioning, highest: float) -> None:
+        super().__init__()
+        self.fc_in, self.fc_out, self.highest = own.fc_in, own.fc_out, highest
+
+    def forward(self, r: Tensor, t: Tensor, y: None = None, context: None = None) -> Tensor:
+        times_B4F = torch.cat([sinusoids(time, FREQUENCIES, self.highest) for time in (t, t - r)], dim=-1)
+        return F.silu(self.fc_out(F.silu(self.fc_in(times_B4F))))
+
+
 def run(setting: Setting, seed: int, quick: bool) -> Mapping[str, float]:
     steps, batches, batch = 16 if quick else STEPS, 3 if quick else 24, setting["batch"]
     torch.manual_seed(seed)
     data = three_gaussians(setting["dim"], setting["outside"], seed=seed, count=setting["count"])
     net = MLP(dim=setting["dim"], width=WIDTH, depth=DEPTH)
-    net.conditioning.highest = setting["frequency"]
+    net.add_module("conditioning", Times(net.conditioning, setting["frequency"]))
     loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.5), lam=setting["lam"], paired=True, p=0.0)
-    average: list[torch.nn.Module] = []
+    average: list[nn.Module] = []
     figures: dict[str, float] = {}
 
     def watch(step: int, result: StepResult) -> None:

@@ -28,25 +28,33 @@ def as_dataset(source: Any, seed: int = 0) -> Dataset:
     noise, gives each sample its own: {"noise": rows like x, ...}. seed: of the order of the samples.
     Labels (N,) of integers from 0 are classes, as many as the largest says; `num_classes` of other data is 0, for only
     their batches tell.
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, such as rows of named columns: which of them is x nobody has said.
     """
-    if callable(getattr(source, "batch", None)):
+    lacking = [name for name in _ASKED if not hasattr(source, name)]
+    if not lacking:
         return source
     if isinstance(source, _ROWS):
         source = (source, None)
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], _ROWS):
         return _held(*source, seed=seed)
+    if isinstance(source, Mapping) and 0 not in source:
+        names = _listed(source)
+        raise ValueError(f"data is a {type(source).__name__} of {names}: give one of its entries, or (x, y) of two")
     streams = isinstance(source, IterableDataset)  # which inherits __getitem__, and may have a length
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not streams:
         return IndexedDataset(source, seed)
     if isinstance(source, Iterable):
         return StreamedDataset(source, seed)
+    if "batch" not in lacking:
+        raise ValueError(f"data is a {type(source).__name__} without {', '.join(lacking)}: give it what a Dataset has")
     raise ValueError(
         f"data is a {type(source).__name__}: give a tensor, (x, y), a torch Dataset, or an iterable of batches"
     )
 
 
 _ROWS = (Tensor, np.ndarray)
+# What training asks of a `Dataset`. One of Hugging Face, and a torch DataPipe, have a `batch` that is something else.
+_ASKED = ("name", "shape", "num_classes", "identity", "batch")
 
 
 def _held(x: Any, cond: Any, seed: int) -> Dataset:
@@ -122,6 +130,8 @@ class IndexedDataset(_Own):
 
 def _collated(samples: list[Any]) -> Any:
     """As a DataLoader does it. Raises ValueError for samples that are no tensors, arrays or numbers."""
+    if isinstance(samples[0], Mapping):
+        raise _no_sample(samples[0])
     try:
         return default_collate(samples)
     except TypeError as error:
@@ -208,4 +218,18 @@ def _split(item: Any) -> Batch:
         return item, None
     if isinstance(item, (tuple, list)) and 1 <= len(item) <= 2 and isinstance(item[0], Tensor):
         return item[0], item[1] if len(item) == 2 else None
-    raise ValueError(f"data gave a {type(item).__name__}: a sample is x, (x, y) or (x, {{name: value}}), x a tensor")
+    raise _no_sample(item)
+
+
+def _no_sample(item: Any) -> ValueError:
+    found, way_out = f"a {type(item).__name__}", ""
+    if isinstance(item, Mapping):  # a row of Hugging Face: which column is x, and how it becomes a tensor, is not said
+        columns = ", ".join(f"row[{name!r}]" for name in [*item][:2])
+        found += f" of {_listed(item)}"
+        way_out = f"; wrap the data in a torch Dataset whose __getitem__ returns {columns} (a DataLoader: collate_fn)"
+    return ValueError(f"data gave {found}: a sample is x, (x, y) or (x, {{name: value}}), x a tensor{way_out}")
+
+
+def _listed(names: Iterable[Any]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")

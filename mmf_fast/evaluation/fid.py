@@ -41,7 +41,6 @@ from mmf_fast.evaluation.statistics import Statistics, Sums, read_statistics, wr
 from mmf_fast.files import digest, write_text
 from mmf_fast.models import load_pretrained
 from mmf_fast.sampling import (
-    GUIDANCE,
     Sampler,
     guidance_of,
     guidance_options,
@@ -326,9 +325,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parser().parse_args(arguments)
-    options = {name: value for name, value in vars(given).items() if name not in ("local_rank", *GUIDANCE)}
-    options["guidance"] = guidance_of(given)
-    options["net"] = import_made(options["net"])
+    guidance, net = guidance_of(given), import_made(given.net)
+    options = vars(given) | {"guidance": guidance, "net": net}
+    del options["local_rank"]  # launchers set it; the environment decides
     with process_group(options["device"]):
         result = evaluate_fid(**options)
     if "fid" in result:

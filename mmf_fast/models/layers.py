@@ -95,7 +95,7 @@ class Conditioning(nn.Module):
             raise ValueError(f"num_classes must be 0 (unconditional) or more, got {num_classes}")
         if context_dim < 0:
             raise ValueError(f"context_dim must be 0 (no context) or more, got {context_dim}")
-        self.num_classes, self.highest = num_classes, HIGHEST
+        self.num_classes = num_classes
         self.fc_in = nn.Linear(4 * FREQUENCIES, width)
         self.fc_out = nn.Linear(width, width)
         # Its weights have deviation 1, as in ADM. DiT's 0.02 is hardly heard beside the times: after 500 steps on the
@@ -116,7 +116,7 @@ class Conditioning(nn.Module):
         t_min: Tensor | float | None = None,
         t_max: Tensor | float | None = None,
     ) -> Tensor:
-        times_B4F = torch.cat([sinusoids(time, FREQUENCIES, self.highest) for time in (t, t - r)], dim=-1)
+        times_B4F = torch.cat([sinusoids(time, FREQUENCIES) for time in (t, t - r)], dim=-1)
         c_BD = self.fc_out(F.silu(self.fc_in(times_B4F.to(self.fc_in.weight.dtype))))
         if self.label is not None:
             if y is None:

@@ -22,7 +22,7 @@ from mmf_fast.models.mlp import MLP
 from mmf_fast.models.unet import UNet
 from mmf_fast.registry import Registry
 
-__all__ = ["NETWORKS", "Network", "build", "load_pretrained", "register_network", "save_pretrained"]
+__all__ = ["NETWORKS", "Network", "build", "exported_step", "load_pretrained", "register_network", "save_pretrained"]
 
 Network: TypeAlias = MLP | DiT | UNet
 

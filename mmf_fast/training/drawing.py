@@ -1,4 +1,4 @@
-"""Pictures of a run: one-step samples of a network, from the same noise at every call."""
+"""Pictures of a run: one-step samples of a network, from the same noise at every call, and the curves of its record."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmf_fast.contract import per_sample, take
-from mmf_fast.pictures import save_grid
+from mmf_fast.pictures import save_curves, save_grid
 from mmf_fast.sampling import sample
+from mmf_fast.training.record import read
 
-__all__ = ["can_draw", "draw_samples"]
+__all__ = ["can_draw", "draw_curves", "draw_samples"]
+
+CURVES = {"loss": "weighted loss", "mse": "raw error", "lam": "lambda", "grad_norm": "gradient norm"}
 
 
 def can_draw(shape: Sequence[int]) -> bool:
@@ -49,3 +53,12 @@ def draw_samples(
     if finite:
         save_grid(drawn.cpu(), path, columns)
     return finite
+
+
+def draw_curves(run: Path) -> Path:
+    """Draws loss, raw error, lambda and gradient norm over the steps into curves.png and returns its path."""
+    records, path = read(run / "metrics.jsonl"), run / "curves.png"
+    points = {key: [(each["step"], each[key]) for each in records if each.get(key) is not None] for key in CURVES}
+    curves = {CURVES[key]: np.array(found, dtype=float).reshape(-1, 2) for key, found in points.items()}
+    save_curves(curves, path, logarithmic={CURVES["mse"], CURVES["grad_norm"]})
+    return path

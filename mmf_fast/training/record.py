@@ -1,5 +1,4 @@
-"""The record of a run: metrics.jsonl (one JSON object per logged step), TensorBoard and other callbacks, and the
-picture of its curves."""
+"""The record of a run: metrics.jsonl (one JSON object per logged step), TensorBoard and other callbacks."""
 
 from __future__ import annotations
 
@@ -11,13 +10,9 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from mmf_fast.files import write_text, writing
-
-CURVES = {"loss": "weighted loss", "mse": "raw error", "lam": "lambda", "grad_norm": "gradient norm"}
-
+from mmf_fast.files import write_text
 
 Callback: TypeAlias = Callable[[int, dict[str, float]], Any]  # callback(step, row)
 
@@ -109,33 +104,3 @@ def read(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
-
-
-def plot_curves(run: Path) -> Path:
-    """Draws loss, raw error, lambda and gradient norm over the steps into curves.png and returns its path."""
-    from matplotlib.figure import Figure  # a second of start-up, and needed once at the end
-
-    records = read(run / "metrics.jsonl")
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-        axes.plot(steps, values, linewidth=0.6, alpha=0.4, color="tab:blue")
-        axes.plot(steps, _smooth(values), linewidth=1.5, color="tab:blue")
-        if key in ("mse", "grad_norm") and len(values) and values.min() > 0:
-            axes.set_yscale("log")
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-    path = run / "curves.png"
-    with writing(path) as draft:
-        figure.savefig(draft, dpi=120, format="png")
-    return path
-
-
-def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Centred running mean over `share` of the points; the window shrinks at the ends."""
-    half = int(len(values) * share / 2)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)

@@ -27,13 +27,13 @@ from mmf_fast.files import write_text
 from mmf_fast.models import exported_step, save_pretrained
 from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
-from mmf_fast.training.drawing import can_draw, draw_samples
+from mmf_fast.training.drawing import can_draw, draw_curves, draw_samples
 from mmf_fast.training.engines import Engine, build_engine
 from mmf_fast.training.initial import start_from, take_constants
 from mmf_fast.training.logs import RankLog
 from mmf_fast.training.optimizers import MakeOptimizer
 from mmf_fast.training.plain import plain, readable
-from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard, plot_curves
+from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard
 from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, seed_everything
 from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
 from mmf_fast.training.signals import Signals
@@ -196,7 +196,7 @@ class Trainer:
                 return False
             self.draw()
             if self.is_main:
-                plot_curves(self.run)
+                draw_curves(self.run)
             return True
 
     def _train(self, rows: Rows | None, bar: Any) -> None:

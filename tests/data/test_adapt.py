@@ -1,6 +1,7 @@
 """Data of one's own: every kind gives the batches of a Dataset."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torch.utils.data.datapipes.iter import IterableWrapper
 
 from mmf_fast.data import ArrayDataset, as_dataset, load, register_dataset
 
@@ -95,6 +97,49 @@ def test_each_process_iterates_over_its_own_batches_and_epochs_are_shuffled_by_t
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
     again = [int(y) for step in (2, 3) for y in dataset(0).batch(step, 6, 0, 2)[1]]  # as after a resumption
     assert again == [*epochs[1][:3], *epochs[1][6:9]]
+
+
+class HuggingFace:
+    """As datasets.Dataset is: its `batch` groups rows into lists, its `shape` is (rows, columns), a row is a dict."""
+
+    shape, split = (12, 2), "train"
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.rows[i]
+
+    def batch(self, batch_size: int) -> Any:
+        raise AssertionError("is not the batch of a training stream")
+
+
+def test_a_batch_alone_makes_no_dataset_of_ours() -> None:
+    """torch's DataPipes and the datasets of Hugging Face have one too, which groups rows."""
+    x, y = as_dataset(HuggingFace([(X[i], i) for i in range(12)])).batch(0, 12)
+    assert isinstance(y, Tensor) and torch.equal(x, X[y]) and not torch.equal(x, X)
+    assert torch.equal(as_dataset(IterableWrapper(X.split(4))).batch(1, 4)[0], X[4:8])
+    ours = ArrayDataset("it", {"train": (X, Y)})
+    assert as_dataset(ours) is ours
+    with pytest.raises(ValueError, match="data is a SimpleNamespace without name, num_classes, identity: give it"):
+        as_dataset(SimpleNamespace(batch=ours.batch, shape=(2,)))
+
+
+@pytest.mark.parametrize("image", [X[0], object()], ids=["tensor", "picture"])
+def test_rows_of_named_columns_are_refused_with_what_to_write(image: Any) -> None:
+    line = (
+        r"data gave a dict of 'image', 'label': a sample is x, .*; wrap the data in a torch Dataset whose __getitem__ "
+        r"returns row\['image'\], row\['label'\] \(a DataLoader: collate_fn\)$"
+    )
+    named = HuggingFace([{"image": image, "label": 3}] * 12)
+    for source in (named, iter([named[0]])):  # the latter as load_dataset(streaming=True) gives them
+        with pytest.raises(ValueError, match=line):
+            as_dataset(source)
+    with pytest.raises(ValueError, match="data is a dict of 'train', 'test': give one of its entries"):
+        as_dataset({"train": named, "test": named})
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:

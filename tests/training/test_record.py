@@ -5,7 +5,8 @@ from pathlib import Path
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmf_fast.training.record import MetricsLog, Rows, TensorBoard, plot_curves, read
+from mmf_fast.training.drawing import draw_curves
+from mmf_fast.training.record import MetricsLog, Rows, TensorBoard, read
 
 
 def write(run: Path, steps: range, resumed: int = 0, offset: float = 0.0) -> None:
@@ -47,10 +48,10 @@ def test_non_finite_values_are_null_in_valid_json(tmp_path: Path) -> None:
 
 def test_curves_are_drawn_also_from_gaps_and_from_nothing(tmp_path: Path) -> None:
     with Rows(MetricsLog(tmp_path, 0)) as log:
-        empty = imread(plot_curves(tmp_path))
+        empty = imread(draw_curves(tmp_path))
         for step in range(1, 100):
             log(step, {"loss": math.nan if step % 7 == 0 else 1 / step, "mse": 1 / step, "lam": 1.0, "grad_norm": 0})
-    drawn = imread(plot_curves(tmp_path))
+    drawn = imread(draw_curves(tmp_path))
     assert drawn.shape == empty.shape
     assert (drawn != empty).any(axis=-1).mean() > 0.01
 

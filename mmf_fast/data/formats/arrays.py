@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mmf_fast.data.formats.labels import LABELS, NOT_LABELS, numbering
-from mmf_fast.data.formats.layout import left_out, split_of
 from mmf_fast.data.formats.sources import DataError, Item, Options, Source
+from mmf_fast.data.formats.splits import split_of
 from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["array_file", "holds_images", "open_arrays", "read_array", "rows", "source_of_rows"]
@@ -106,7 +106,7 @@ def source_of_rows(
             yield Item(f"{place}[{i}]", None if labels is None else labels[i], partial(np.array, image, order="C"))
 
     known = len(classes) if classes else None
-    missed = left_out(tree, names)
+    missed = tree.left_out(names)
     return Source(format, "images", items, count=count, num_classes=known, classes=classes, rule=rule, left_out=missed)
 
 

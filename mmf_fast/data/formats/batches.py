@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmf_fast.data.formats.arrays import array_file, read_array, rows
-from mmf_fast.data.formats.layout import left_out
 from mmf_fast.data.formats.pickles import load_dict
 from mmf_fast.data.formats.sources import DataError, Item, Options, Source
 from mmf_fast.data.formats.trees import Tree
@@ -101,7 +100,7 @@ def _source(
     format: str, tree: Tree, names: Sequence[str], items: Callable[[], Iterator[Item]],
     rule: str = "labels of the batches", **more: Any,
 ) -> Source:  # fmt: skip
-    return Source(format, "images", items, rule=rule, left_out=left_out(tree, names), **more)
+    return Source(format, "images", items, rule=rule, left_out=tree.left_out(names), **more)
 
 
 def _items(

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from mmf_fast.data.formats.arrays import rows, source_of_rows
-from mmf_fast.data.formats.layout import split_of
 from mmf_fast.data.formats.sources import DataError, Options, Source
+from mmf_fast.data.formats.splits import split_of
 from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["IDX_NAME", "open_idx"]

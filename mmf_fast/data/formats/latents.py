@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from mmf_fast.data.formats.layout import Layout, lay_out, left_out
+from mmf_fast.data.formats.layout import Layout, lay_out
 from mmf_fast.data.formats.sources import DataError, Item, Options, SampleError, Source
 from mmf_fast.data.formats.tensors import TENSOR_ENDINGS, read_tensors
 from mmf_fast.data.formats.trees import Tree, ending
@@ -74,7 +74,7 @@ def open_latents(tree: Tree, options: Options) -> Source:
         raise DataError(f"{tree.label(files[0])}: {shape} are images as floats; save them as uint8, 0 .. 255")
     if features:  # in the order of their numbers
         used = [*features, *map(_fast_dit_name, features)]
-        found = Layout(features, None, None, "labels of fast-DiT", left_out(tree, used))
+        found = Layout(features, None, None, "labels of fast-DiT", tree.left_out(used))
         contents: str | None = options.latents or "scaled-sample"
     else:
         inside = keys.label is not None and options.labels is None

@@ -21,17 +21,13 @@ import numpy as np
 
 from mmf_fast.data.formats.labels import alike, in_order, json_labels, numbering
 from mmf_fast.data.formats.sources import DataError, Options
-from mmf_fast.data.formats.trees import Tree, ending
+from mmf_fast.data.formats.splits import are_splits, check_no_other_split, is_shard, may_be_splits, pick_split, split_of
+from mmf_fast.data.formats.trees import Tree, ending, some
 
-__all__ = ["LABELS", "Layout", "lay_out", "left_out", "split_of"]
+__all__ = ["LABELS", "Layout", "lay_out"]
 
 LABELS = ("none", "parents")  # values of the option
 
-_SPLITS = {
-    "train": {"train", "training"},
-    "validation": {"val", "valid", "validation", "dev", "test", "testing", "eval"},
-}
-_FIRST = ("val", "valid", "validation", "dev", "eval", "test", "testing")  # which is the validation split, of several
 _DOCUMENTS = {
     *(".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".html", ".htm", ".pdf", ".yaml", ".yml"),
     *(".py", ".ipynb", ".sh", ".log", ".mat", ".cls"),
@@ -40,7 +36,6 @@ _TABLES = {".csv", ".tsv", ".json", ".jsonl", ".xml", ".mat", ".xlsx", ".parquet
 _PLAIN_TEXT = re.compile(r"(readme|licen[cs]e|copying|citation|changelog|md5|sha)", re.IGNORECASE)
 _EDM = re.compile(r"\d{5}/img[-\w]*\d{8}\.\w+")
 _CHUNK = re.compile(r"\d{4,}")
-_SHARD = re.compile(r"[^\W\d_]+[-_]\d{4,}")
 _PREFIX = re.compile(r"(.*?[^\W\d_].*?)[-_. ]*\d+\.\w+")  # cat.0.jpg, n01440764_18.JPEG
 
 
@@ -68,7 +63,7 @@ def lay_out(tree: Tree, endings: Iterable[str], options: Options, besides: Seque
     known, root, labels = tuple(endings), options.root, options.labels
     samples = [name for name in tree.names if ending(name) in known and name not in besides]
     if not samples:
-        raise DataError(f"{tree.path}: holds no files {', '.join(known[:4])}, ...; {_kinds(left_out(tree, []))}")
+        raise DataError(f"{tree.path}: holds no files {', '.join(known[:4])}, ...; {_kinds(tree.left_out([]))}")
     if root is None:
         at, within, story = _descend(tree, samples, options.split, labels)
     else:
@@ -78,33 +73,14 @@ def lay_out(tree: Tree, endings: Iterable[str], options: Options, besides: Seque
     if not names:
         raise DataError(f"{tree.path}: has no samples in {root}; pass --root FOLDER as it is called in there")
     if root is None:
-        _check_splits(tree, [name[len(at) :] for name in names], at, options.split)
+        check_no_other_split(tree, [name[len(at) :] for name in names], at, options.split)
     found, classes, rule = _labelled(tree, names, at, root is not None, labels, options.allow_empty)
     others = len(samples) - len(names)
     used = [*names, at + "dataset.json"] if rule.startswith("dataset.json") else names
-    missed = left_out(tree, [*used, *besides], within)
+    missed = tree.left_out([*used, *besides], within)
     if others:
-        missed[f"outside {_some(folder[:-1] for folder in within)}"] = others
+        missed[f"outside {some(folder[:-1] for folder in within)}"] = others
     return Layout(names, found, classes, "; ".join([*story, rule]), missed)
-
-
-def left_out(tree: Tree, taken: Iterable[str], within: tuple[str, ...] = ("",)) -> dict[str, int]:
-    """{ending: files that are not taken}, and hidden ones."""
-    used = set(taken)
-    missed = (name for name in tree.names if name not in used and name.startswith(within))
-    counts = Counter(ending(name) or "no ending" for name in missed)
-    found = dict(counts.most_common())
-    return {**found, "hidden or ignored": tree.hidden} if tree.hidden else found
-
-
-def split_of(name: str) -> str | None:
-    """train or validation, where the first word of a name says it: train, val, test2017, train-00000-of-00005."""
-    word = _first_word(name)
-    return next((split for split, words in _SPLITS.items() if word in words), None)
-
-
-def _first_word(name: str) -> str:
-    return re.match(r"[^\W\d_]*", name.lower())[0]  # type: ignore[index]  # it always matches
 
 
 # ---- where the samples lie -------------------------------------------------------------------------------------------
@@ -121,13 +97,13 @@ def _descend(
         loose = [name for name in here if "/" not in name]
         if loose and splits and (labels != "none" or any(splits.values())):
             raise DataError(
-                f"{tree.label(at + loose[0])}: lies beside class folders or splits ({_some(splits)}); "
+                f"{tree.label(at + loose[0])}: lies beside class folders or splits ({some(splits)}); "
                 f"move it into one, or pass --ignore '{loose[0]}', or --root FOLDER"
             )
         if not splits or loose:
             break
-        if not story and _are_splits(splits):
-            chosen, *others = _pick(tree, at, splits, split)
+        if not story and are_splits(splits):
+            chosen, *others = pick_split(tree, at, splits, split, _has_cls(tree, at))
             if others:
                 shards = [chosen, *others]
                 story.append(f"split {split}, {len(shards)} shards")
@@ -136,11 +112,11 @@ def _descend(
             at += chosen + "/"
             story.append(f"split {chosen}")
             continue
-        if _doubtful(splits):
-            some = [top for top in splits if splits[top]]
+        if may_be_splits(splits):
+            named = [top for top in splits if splits[top]]
             raise DataError(
-                f"{_place(tree, at)}: are {_some(some)} of {_some(splits)} splits, or classes? "
-                f"pass --root '{at}{some[0]}' for a split, --root '{at or '.'}' for classes"
+                f"{tree.place(at)}: are {some(named)} of {some(splits)} splits, or classes? "
+                f"pass --root '{at}{named[0]}' for a split, --root '{at or '.'}' for classes"
             )
         if len(splits) > 1 or labels is not None or all(map(_EDM.fullmatch, here)):
             break
@@ -150,51 +126,12 @@ def _descend(
     flat = alone and not any("/" in name[len(at) :] for name in samples if name.startswith(at))
     if flat and labels is None and at + "dataset.json" not in tree.names and not _has_cls(tree, at):
         raise DataError(
-            f"{_place(tree, at)}: all samples lie in this folder: a class, or no labels? "
+            f"{tree.place(at)}: all samples lie in this folder: a class, or no labels? "
             f"pass --root '{alone}' for one class, --labels none for no labels"
         )
     if split == "validation" and not story:
         raise DataError(f"{tree.path}: has no folder val; pass the validation set itself, without --split")
     return at, tuple(f"{at}{shard}/" for shard in shards) or (at,), story
-
-
-def _pick(tree: Tree, at: str, splits: Mapping[str, str | None], split: str) -> list[str]:
-    """The folder of a split, or all its shards."""
-    found = [top for top in splits if splits[top] == split]
-    if split == "validation":  # val and test may both be there
-        for word in _FIRST:
-            those = [top for top in found if _first_word(top) == word]
-            if those:
-                found = those
-                break
-    if not found:
-        raise DataError(
-            f"{_place(tree, at)}: has no {split} split, but {_some(splits)}; pass --split, or --root FOLDER"
-        )
-    numbered = all(map(_is_shard, found)) and any(re.search("[-_]0", top) for top in found)  # train_2014 is a year
-    if len(found) > 1 and not numbered:
-        together = f", --root '{at or '.'}' for all folders as one set" if _has_cls(tree, at) else ""
-        raise DataError(
-            f"{_place(tree, at)}: {_some(found)} all look like the {split} split; "
-            f"pass --root '{at}{found[0]}' for that one alone{together}"
-        )
-    return found
-
-
-def _is_shard(top: str) -> bool:
-    """train-000000, as WebDataset numbers the archives of a split."""
-    return split_of(top) is not None and _SHARD.fullmatch(top) is not None
-
-
-def _are_splits(splits: Mapping[str, str | None]) -> bool:
-    """train and val; train2017 and val2017; but not train_station and test_tube."""
-    return all(splits.values()) and len({re.sub(r"\d", "", top[len(_first_word(top)) :]) for top in splits}) == 1
-
-
-def _doubtful(splits: Mapping[str, str | None]) -> bool:
-    """Whether some folders may be splits and others classes; train_station alone is no sign of a split."""
-    exact = any(top.lower() in words for top in splits for words in _SPLITS.values())
-    return exact or all(splits.values()) or len(set(splits.values()) - {None}) > 1
 
 
 # ---- what their labels are -------------------------------------------------------------------------------------------
@@ -226,7 +163,7 @@ def _labelled(tree: Tree, names: Sequence[str], at: str, told: bool, labels: str
     nested = [name for name in tree.names if name.startswith(at) and name.endswith("/dataset.json")]
     if nested:
         raise DataError(
-            f"{tree.label(nested[0])}: lies in one of several folders ({_some(tops)}); "
+            f"{tree.label(nested[0])}: lies in one of several folders ({some(tops)}); "
             f"pass --root '{nested[0].rpartition('/')[0]}' to read that, or --ignore dataset.json"
         )
     if not told:
@@ -234,12 +171,12 @@ def _labelled(tree: Tree, names: Sequence[str], at: str, told: bool, labels: str
     if not told and (pairs := alike(sorted(tops))):
         one, other = pairs[0]
         raise DataError(
-            f"{_place(tree, at)}: are {one!r} and {other!r} one class? "
+            f"{tree.place(at)}: are {one!r} and {other!r} one class? "
             f"give them one name, or pass --root '{at or '.'}' for two"
         )
-    if not told and len(tops) > 1 and all(_CHUNK.fullmatch(top) or _is_shard(top) for top in tops):
+    if not told and len(tops) > 1 and all(_CHUNK.fullmatch(top) or is_shard(top) for top in tops):
         raise DataError(
-            f"{_place(tree, at)}: folders {_some(tops)} are classes, or chunks of one set? "
+            f"{tree.place(at)}: folders {some(tops)} are classes, or chunks of one set? "
             f"pass --root '{at or '.'}' for classes, --labels none for chunks"
         )
     if not allow_empty:
@@ -255,7 +192,7 @@ def _by_parent(tree: Tree, inner: Sequence[str], at: str) -> _Found:
     last = {folder: folder.rpartition("/")[2] for folder in set(folders.values())}
     if "" in last or len(set(last.values())) < len(last):
         twice = next((f for f in sorted(last) if f == "" or list(last.values()).count(last[f]) > 1), "")
-        raise DataError(f"{_place(tree, at)}: {twice or 'a file'} has no folder name of its own; rename it")
+        raise DataError(f"{tree.place(at)}: {twice or 'a file'} has no folder name of its own; rename it")
     classes = in_order(last.values())
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[last[folders[name]]] for name in inner], np.int64), classes, "the folder of each file"
@@ -267,7 +204,7 @@ def _by_json(tree: Tree, inner: Sequence[str], at: str) -> _Found:
     if table is None:
         tops = {name.split("/")[0] for name in inner if "/" in name}
         if len(tops) > 1 and not all(top.isdigit() for top in tops):
-            raise DataError(f"{where}: says no labels, but folders {_some(tops)} do; pass --labels none|parents")
+            raise DataError(f"{where}: says no labels, but folders {some(tops)} do; pass --labels none|parents")
         return None, None, "dataset.json says no labels"
     table = {name.replace("\\", "/").removeprefix("./"): value for name, value in table.items()}
     for name, value in table.items():
@@ -340,7 +277,7 @@ def _check_flat(tree: Tree, inner: Sequence[str], at: str) -> None:
     if tables:
         where, what = tree.label(tables[0]), "may hold the labels of the files beside it, which is not read"
     elif 1 < len(prefixes) <= len(inner) / 2 and sum(prefixes.values()) == len(inner):
-        where, what = _place(tree, at), f"names begin with {_some(prefixes)}, perhaps their classes"
+        where, what = tree.place(at), f"names begin with {some(prefixes)}, perhaps their classes"
     else:
         return
     raise DataError(f"{where}: {what}; pass --labels none, or sort the files into class folders or a dataset.json")
@@ -353,21 +290,8 @@ def _check_depth(tree: Tree, inner: Sequence[str], at: str) -> None:
     if len(levels) > 1 or len(below) > 1:
         deep = next(name for name in inner if name.count("/") == max(levels)).rpartition("/")[0]
         raise DataError(
-            f"{_place(tree, at)}: is the class of {deep} its first folder or its last? "
+            f"{tree.place(at)}: is the class of {deep} its first folder or its last? "
             f"pass --root '{at or '.'}' for the first, --labels parents for the last"
-        )
-
-
-def _check_splits(tree: Tree, inner: Sequence[str], at: str, split: str) -> None:
-    """Raises DataError where samples of another split lie among those of this one, in each class for instance."""
-    first = 0 if at + "dataset.json" in tree.names else 1  # the first folders are classes or known
-    folders = {part for name in inner for part in name.split("/")[first:-1]}
-    words = {part: found for part in folders if (found := split_of(part))}
-    if set(words.values()) - {split} or len({*words}) > 1:
-        other = next((part for part in sorted(words) if words[part] != split), min(words))
-        raise DataError(
-            f"{_place(tree, at)}: has folders {_some(words)} within others: splits? "
-            f"pass --ignore '{other}' (and others) to leave them out, --root '{at or '.'}' to take all"
         )
 
 
@@ -388,19 +312,10 @@ def _check_gone(tree: Tree, at: str, tops: Iterable[str], way_out: str) -> None:
     if gone:
         inside = Counter(ending(n) or "no ending" for n in tree.names if n.startswith(f"{at}{gone[0]}/"))
         raise DataError(
-            f"{_place(tree, at)}/{gone[0]}: holds no sample that is read "
-            f"({_kinds(dict(inside))}) beside {_some(tops)}; {way_out}, or --ignore '{gone[0]}'"
+            f"{tree.place(at)}/{gone[0]}: holds no sample that is read "
+            f"({_kinds(dict(inside))}) beside {some(tops)}; {way_out}, or --ignore '{gone[0]}'"
         )
-
-
-def _place(tree: Tree, at: str) -> str:
-    return str(tree.path) if not at else f"{tree.path}/{at[:-1]}"
 
 
 def _kinds(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "it is empty"
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 from mmf_fast.data.formats.labels import LABELS, NOT_LABELS, numbering
-from mmf_fast.data.formats.layout import left_out, split_of
 from mmf_fast.data.formats.pixels import Pixels, survey
 from mmf_fast.data.formats.sources import DataError, Item, Options, Source
+from mmf_fast.data.formats.splits import split_of
 from mmf_fast.data.formats.trees import Tree
 
 __all__ = ["open_parquet"]
@@ -52,7 +52,7 @@ def open_parquet(tree: Tree, options: Options) -> Source:
         num_classes=len(classes) if classes else None,
         classes=classes,
         rule=rule,
-        left_out=left_out(tree, names),
+        left_out=tree.left_out(names),
         looks=looks,
     )
 

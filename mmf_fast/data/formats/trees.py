@@ -7,7 +7,8 @@ is a tar of tars). Nothing is unpacked but a compressed tar, into a temporary fi
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from mmf_fast.data.formats.containers import (
 )
 from mmf_fast.data.formats.sources import DataError, SampleError, identity_of_files, identity_of_names
 
-__all__ = ["Tree", "ending", "identity_of"]
+__all__ = ["Tree", "ending", "identity_of", "some"]
 
 _HIDDEN = {
     *("__MACOSX", "Icon\r", "Thumbs.db", "ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),
@@ -85,6 +86,17 @@ class Tree:
         """Where the file lies on disk, None where it lies in an archive."""
         container, member = self._find(name)
         return container.path / member if isinstance(container, Folder) else None
+
+    def place(self, at: str) -> str:
+        """What errors call a folder, given with a / at its end; "" is the source itself."""
+        return str(self.path) if not at else f"{self.path}/{at[:-1]}"
+
+    def left_out(self, taken: Iterable[str], within: tuple[str, ...] = ("",)) -> dict[str, int]:
+        """{ending: files that are not taken}, and hidden ones."""
+        used = set(taken)
+        missed = (name for name in self.names if name not in used and name.startswith(within))
+        found = dict(Counter(ending(name) or "no ending" for name in missed).most_common())
+        return {**found, "hidden or ignored": self.hidden} if self.hidden else found
 
     def _find(self, name: str) -> tuple[Container, str]:
         folder = name
@@ -149,3 +161,9 @@ def _parents(name: str) -> Iterator[str]:
 def ending(name: str) -> str:
     """Of a file, in small letters, such as .png; the last one."""
     return posixpath.splitext(name)[1].lower()
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of them in sorted order, as errors list them."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
