@@ -8,9 +8,10 @@ instance norm is silently wrong, so these are decomposed, and so is attention, w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
 from mmf_fast.forward.interception import intercepted
-from mmf_fast.forward.replay import RandomState
+from mmf_fast.forward.replay import RandomState, on_copies_of_buffers
 from mmf_fast.forward.rules.by_pytorch import WITHOUT_GRAPH
 from mmf_fast.forward.rules.families import spellings
 from mmf_fast.forward.rules.sdpa import multi_head_attention_forward, plain_mask
@@ -134,20 +135,21 @@ def finite_difference_jvp(
     way: FiniteDifference,
     tangent_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(f(x), its difference quotient along the tangents), on the same random numbers in every evaluation.
+    """(f(x), its difference quotient along the tangents), on the same random numbers and buffers in every evaluation.
 
-    Compiled code cannot begin its generators again: there, a network that draws random numbers is refused.
+    Compiled code cannot begin its generators again: there, a network that draws random numbers is refused, and one that
+    changes its buffers changes them at each evaluation.
     """
     compiling = torch.compiler.is_compiling()
     random = None if compiling else RandomState(primals[0].device)
 
     def at(shift: float, *, graph: bool) -> Tensor:
         shifted = [x if dx is None or not shift else x + shift * dx for x, dx in zip(primals, tangents, strict=True)]
-        with torch.set_grad_enabled(graph), _NoRandomNumbers() if random is None else random.replayed():
+        with torch.set_grad_enabled(graph), _NoRandomNumbers() if random is None else _as_at_first(random):
             return fn(*shifted)
 
     graph, h = torch.is_grad_enabled(), way.step
-    # The last evaluation leaves the generators as one run of the network does.
+    # The last evaluation leaves generators and buffers as one run of the network does.
     above = at(h, graph=graph and tangent_grad)
     below = at(-h, graph=graph and tangent_grad) if way.order == 2 else None
     y = at(0.0, graph=graph) if random is None else fn(*primals)
@@ -158,6 +160,12 @@ def finite_difference_jvp(
             stacklevel=2,
         )
     return y, (above - y) / h if below is None else (above - below) / (2 * h)
+
+
+@contextlib.contextmanager
+def _as_at_first(random: RandomState) -> Iterator[None]:
+    with random.replayed(), on_copies_of_buffers():
+        yield
 
 
 class _NoRandomNumbers(TorchFunctionMode):

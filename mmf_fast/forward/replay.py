@@ -1,4 +1,4 @@
-"""Evaluating a function again with the random numbers of its first run: recomputation, finite differences."""
+"""Evaluating a function again as it ran first: recomputation, finite differences."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["RandomState"]
+__all__ = ["RandomState", "on_copies_of_buffers"]
 
 
 class RandomState:
@@ -38,3 +39,27 @@ class RandomState:
         torch.set_rng_state(states[0])
         if len(states) > 1:
             torch.get_device_module(self.device).set_rng_state(states[1], self.device)
+
+
+@contextmanager
+def on_copies_of_buffers() -> Iterator[None]:
+    """The scope in which the modules that are called have copies of their buffers (running means, the vectors of a
+    spectral norm), to change for nothing."""
+    own: dict[nn.Module, dict[str, Tensor | None]] = {}
+    copies: dict[Tensor, Tensor] = {}  # one of a tensor that several modules hold
+
+    def copy(called: nn.Module, args: object) -> None:
+        for module in () if called in own else called.modules():
+            if module not in own:
+                own[module] = dict(module._buffers)
+                for name, x in own[module].items():
+                    if x is not None:
+                        module._buffers[name] = copies.setdefault(x, x.clone())
+
+    copying = register_module_forward_pre_hook(copy)
+    try:
+        yield
+    finally:
+        copying.remove()
+        for module, buffers in own.items():
+            module._buffers.update(buffers)

@@ -116,6 +116,51 @@ def test_all_evaluations_draw_the_same_random_numbers(way: Any) -> None:
     torch.testing.assert_close(dy, exact, rtol=0, atol=2e-2)  # two masks differ by about 1 / step
 
 
+class Counting(nn.Module):
+    """Another function at each call, by a buffer that it writes in place or binds anew."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("phase", torch.zeros(4, dtype=torch.float64))
+        self.in_place = in_place
+
+    def forward(self, x: Any) -> Any:
+        if self.in_place:
+            self.phase.add_(1)
+        else:
+            self.phase = self.phase + 1
+        return torch.sin(x + self.phase)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+        lambda: nn.BatchNorm1d(4),
+        lambda: Counting(in_place=True),
+        lambda: Counting(in_place=False),
+    ],
+    ids=["spectral norm", "parametrized spectral norm", "batch norm", "in place", "bound anew"],
+)
+def test_finite_differences_are_of_one_function_though_a_network_changes_its_buffers(make: Any) -> None:
+    torch.manual_seed(0)
+    net, twin = make().double(), make().double()
+    twin.load_state_dict(net.state_dict())
+    x, dx = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    y, dy = jvp(lambda x: net(x).square(), (x,), (dx,), mode=FiniteDifference(1e-5, order=2))
+    expected, exact = jvp(lambda x: twin(x).square(), (x,), (dx,))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dy, exact, rtol=1e-7, atol=1e-7)  # h^2, and 1e-16 / h
+    for found, once in zip(net.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(found, once, rtol=1e-14, atol=0)
+    if any(p.requires_grad for p in net.parameters()):
+        for a, b in zip(*(torch.autograd.grad(d.sum(), list(n.parameters()), allow_unused=True)
+                          for d, n in ((dy, net), (exact, twin))), strict=True):  # fmt: skip
+            assert (a is None) == (b is None)
+            torch.testing.assert_close(*(torch.zeros(()) if g is None else g for g in (a, b)), rtol=1e-6, atol=1e-6)
+
+
 def test_compiled_finite_differences_refuse_random_numbers() -> None:
     torch._dynamo.reset()
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
