@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmf_fast.contract import check_output
+from mmf_fast.contract import check_network, check_output
 from mmf_fast.forward import jvp
 from mmf_fast.registry import import_object
 
@@ -44,12 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(verdict.startswith(("yes", "exact")) for verdict in findings.values()) else 1
 
 
+def _called_plainly(net: nn.Module, z: Any, r: Any, t: Any) -> Any:
+    return net(z, r, t)
+
+
 def _built(name: str) -> nn.Module:
     build = import_object(name)
     try:
         net = build()
-    except TypeError as error:
-        raise ValueError(f"{name} builds no network: {error}; name a function without arguments") from error
+    except Exception as error:
+        way_out = "; name a function without arguments" if isinstance(error, TypeError) else ""
+        raise ValueError(f"{name} builds no network: {_line(error)}{way_out}") from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"{name} returned a {type(net).__name__}, not an nn.Module")
     return net
@@ -79,8 +84,13 @@ def examine(
     The network is moved to float64, or float32 where it does not run in that, and to evaluation mode where it stands,
     and its parameters stay what they are.
     """
-    call = call or (lambda net, z, r, t: net(z, r, t))
     findings: dict[str, str] = {}
+    if call is None:
+        try:
+            check_network(net)
+        except ValueError as error:
+            return {"is called as u(z, r, t)": f"no: {error}; here with --call"}
+        call = _called_plainly
     for precision in _PRECISIONS:
         net = net.to(precision.dtype).eval()
         generator = torch.Generator().manual_seed(0)

@@ -66,6 +66,8 @@ def sample(
     Raises ValueError for steps below 1 or times that do not fall from 1 to 0, an unknown sampler, a noise of another
     shape, noise given twice, a network with another call, and an output that is no tensor like z.
     """
+    if isinstance(shape, int):
+        raise ValueError(f"shape is {shape}: give that of the result, batch first, such as ({shape}, 3, 32, 32)")
     shape = tuple(shape)
     check_network(net)
     given = {"noise": noise, "seed": seed, "generator": generator}

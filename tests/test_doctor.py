@@ -110,12 +110,35 @@ def test_a_network_that_does_something_else_with_a_dual_is_noticed() -> None:
 
 def test_a_call_of_another_form(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["doctor", "torch.nn:Identity", "--shape", "4", "--no-compile"]
-    assert cli.main(arguments) == 1 and "runs on tensors, in float64" in capsys.readouterr().out
+    assert cli.main(arguments) == 1 and "Identity is called as (input)" in capsys.readouterr().out
     assert cli.main([*arguments, "--call", "lambda net, z, r, t: net(z) * t[:, None]"]) == 0
 
 
+def test_a_call_that_the_loss_refuses_is_refused() -> None:
+    class OneTime(nn.Linear):
+        def forward(self, x: Any, t: Any, y: Any = None) -> Any:
+            return super().forward(x)
+
+    said = examine(OneTime(3, 3), (3,))
+    assert list(said) == ["is called as u(z, r, t)"]
+    assert said["is called as u(z, r, t)"].startswith("no: OneTime is called as (x, t, y), not as u(z, r, t, **cond)")
+    assert examine(OneTime(3, 3), (3,), lambda net, z, r, t: net(z, t), compiling=False)["primal"].startswith("exact")
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("no weights here")
+
+
 @pytest.mark.parametrize(
-    "name", ["no_such_module:f", "torch:no_such_function", "torch.nn:Linear", "torch:tensor", "os:getcwd"]
+    "name",
+    [
+        "no_such_module:f",
+        "torch:no_such_function",
+        "torch.nn:Linear",
+        "torch:tensor",
+        "os:getcwd",
+        f"{__name__}:broken",
+    ],
 )
 def test_what_builds_no_network_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", name, "--shape", "3"]) == 2

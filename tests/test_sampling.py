@@ -164,6 +164,11 @@ def test_refused(steps, noise, sampler, message):
         sample(Probe(), (4, 2), steps, noise, sampler=sampler)
 
 
+def test_a_number_is_no_shape():
+    with pytest.raises(ValueError, match=r"shape is 4: give that of the result, batch first"):
+        sample(Probe(), 4)
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 

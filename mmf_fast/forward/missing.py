@@ -17,6 +17,7 @@ def rule(x, *args, **kwargs):
 _OWN_RULE = """@mmf_fast.register_rule({name})
 def rule(x, *args, **kwargs):
     return {call}(x.primal, *args, **kwargs), ...  # and its derivative along x.tangent"""
+_OF_AUTOGRAD = ("requires_grad_", "retain_grad", "backward")
 _NUMBERS = ("item", "tolist", "numpy", "data", "__array__", "__float__", "__int__")
 
 
@@ -48,11 +49,13 @@ def missing_rule_error(func: Any, fix: str | None = None) -> MissingRuleError:
     in_place = name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
     if fix is None and name in _NUMBERS:
         fix = f"what it gives has no tangent, write x.detach().{name} where it is meant as a constant"
+    if fix is None and name in _OF_AUTOGRAD:
+        fix = 'a network that calls autograd itself runs with jvp="finite_difference" alone'
     if fix is None and in_place:
         fix = "it cannot write into a Dual, use the out-of-place form"
     error = MissingRuleError(
         f"no forward-mode rule for {name}{_module_path()}: "
-        + (fix or 'teach it with mmf_fast.register_rule, or differentiate the whole network with jvp="func"')
+        + (fix or 'teach it with mmf_fast.register_rule, or try jvp="func", else "finite_difference", for the network')
     )
     error.function = None if fix else func
     return error

@@ -34,6 +34,8 @@ class LambdaSchedule:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"lam.kind is {self.kind!r}: choose one of {', '.join(_KINDS)}")
+        if isinstance(self.value, str):
+            raise ValueError(f"lam is {self.value!r}: give a number in [0, 1], or LambdaSchedule(kind=...)")
         if not 0 <= self.value <= 1:
             raise ValueError(f"lam.value is {self.value}: lambda must lie in [0, 1]")
         if self.kind in ("linear", "cosine") and self.warmup <= 0:
