@@ -77,7 +77,7 @@ class Trainer:
         optimizer or a list, whose groups keep their learning rates, times the schedule of `optimizer`.
     engine: what steps; by default the one that `train.zero` and `train.device` name.
     callbacks: each is called as callback(step, row) with what is logged, a {name: float}, on the first process; where
-        it has a `close`, that is called at the end.
+        it has a `close`, that is called at the end of each fit.
     record: nested plain values that config.yaml keeps.  identity: flat ones beside the settings that a run which goes
         on must agree in.  extra: is kept beside the exported weights.
     resume: continues from the newest whole checkpoint, or from the start where there is none yet.
@@ -181,7 +181,8 @@ class Trainer:
         return self.signals.came
 
     def fit(self) -> bool:
-        """Trains up to train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved).
+        """Trains up to train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved): called
+        again, it goes on from there.
 
         Raises NonFiniteError, OSError (a full disk), and of several ranks RankError for what one of them met alone.
         """
@@ -323,8 +324,9 @@ class Trainer:
     def _rows(self) -> AbstractContextManager[Rows | None]:
         if not self.is_main:
             return nullcontext()
+        logged = self._log.mark() if self._log else self._logged  # by an earlier fit, or before the run was resumed
         self._log = MetricsLog(self.run, self.step)
-        if self._logged and (change := self._log.changed_since(self._logged)):
+        if logged and (change := self._log.changed_since(logged)):
             self.log.say(change, logging.WARNING)
         return Rows(self._log, TensorBoard(self.run, self.step), *self.callbacks)
 

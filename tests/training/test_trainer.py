@@ -228,6 +228,33 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals)
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
+def stopping_at(trainer: Any, *stops: int) -> None:
+    """A signal comes in each of these steps."""
+    real = trainer.engine.step
+
+    def engine_step(x: Tensor, step: int, **cond: Tensor) -> Any:
+        if step in stops:
+            signal.raise_signal(signal.SIGINT)
+        return real(x, step, **cond)
+
+    trainer.engine.step = engine_step
+
+
+def test_fit_goes_on_after_a_signal_as_if_none_had_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in a run that was resumed, which has rows from before it."""
+    build_trainer(tiny(), tmp_path / "whole").fit()
+    build_trainer(tiny(train={"steps": 3}), tmp_path / "run").fit()
+    trainer = build_trainer(tiny(), tmp_path / "run", resume=True)
+    stopping_at(trainer, 5, 8)
+    assert not trainer.fit() and (trainer.step, trainer.stopped_by) == (6, signal.SIGINT)
+    assert not trainer.fit() and (trainer.step, trainer.stopped_by) == (9, signal.SIGINT)
+    assert trainer.fit() and trainer.stopped_by is None
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert "it was changed" not in capsys.readouterr().err
+    one, other = (models.load_pretrained(tmp_path / name)[0].state_dict() for name in ("whole", "run"))
+    assert all(map(torch.equal, one.values(), other.values()))
+
+
 def test_training_works_in_a_thread_where_signals_cannot_be_caught(tmp_path: Path) -> None:
     done = []
     thread = threading.Thread(target=lambda: done.append(build_trainer(tiny(), tmp_path / "run").fit()))
@@ -445,7 +472,7 @@ def test_an_error_of_the_data_comes_through_and_the_run_goes_on_from_the_last_ch
 
 def test_no_thread_outlives_a_run_however_it_ends(tmp_path: Path) -> None:
     trainer = build_trainer(tiny(), tmp_path / "signal")
-    trainer.signals.came = signal.SIGTERM
+    stopping_at(trainer, 2)
     assert not trainer.fit() and not threads()
 
     trainer = build_trainer(tiny(), tmp_path / "error")
