@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.contract import per_sample, take, to_device
+from mmf_fast.contract import Paths, per_sample, take, to_device
 from mmf_fast.objective import BatchShare
 from mmf_fast.objective.compiled import better_by_block, blocks_of, compile_blocks
 from mmf_fast.training.ema import move_average
@@ -113,6 +113,7 @@ class Engine:
             x = x.to(self.device, non_blocking=True)
             cond = to_device(cond, self.device)
         paths = per_sample(cond, len(x), self.shared)
+        check_parts(cond, paths, len(x) // self.accumulate, self.shared)
         lr = learning_rate(step, self.config, self.steps)
         for group in self.param_groups:
             group["lr"] = lr * group.get("relative_lr", 1.0)
@@ -272,3 +273,16 @@ def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> 
     own = rows // accumulate
     for i in range(accumulate):
         yield BatchShare(rank * accumulate + i, world_size * accumulate, seed), slice(i * own, (i + 1) * own)
+
+
+def check_parts(cond: Any, paths: Paths, rows: int, shared: Collection[str]) -> None:
+    """Raises ConfigError where the loss, which sees a part of the batch alone, would give each of its `rows` samples a
+    row of what belongs to all. A part of one sample has the same row either way."""
+    found = per_sample(take(cond, slice(rows), paths), rows, shared)
+    for path in found if rows > 1 else ():
+        if path not in paths:
+            name = next(key for key in reversed(path) if isinstance(key, str))
+            raise ConfigError(
+                f"the condition {name} belongs to all samples, but has {rows} rows, as a part of the batch has samples: "
+                f"name it in shared= of the loss (loss.shared=[{name}]), or set another train.accumulate"
+            )

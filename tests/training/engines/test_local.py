@@ -173,6 +173,43 @@ def test_accumulated_steps_are_those_of_the_whole_batch(accumulate: int, float64
     torch.testing.assert_close(losses(accumulate), losses(1), rtol=1e-10, atol=0)
 
 
+class Banked(nn.Module):
+    """A network that looks its rows up in a table that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.seen = nn.Linear(2, 2), set()
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, text: Any) -> Tensor:
+        assert len(text["ids"]) == len(z)
+        self.seen.add(tuple(text["bank"].shape))
+        return self.fc(z) + text["bank"][text["ids"]]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 8])
+@pytest.mark.parametrize("shared", [(), ("bank",)])
+def test_what_all_samples_share_stays_whole_in_each_part(accumulate: int, shared: tuple[str, ...]) -> None:
+    """A part sees its own rows alone, and 4 rows of a table are no longer told from those of 4 samples."""
+    net = Banked()
+    loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.5), shared=shared)
+    engine = LocalEngine(loss_fn, OPTIMIZER, Train(batch=8, accumulate=accumulate, device="cpu"))
+    text = {"ids": torch.arange(8) % 4, "bank": torch.randn(4, 2)}
+    if accumulate == 2 and not shared:
+        with pytest.raises(ConfigError, match=r"the condition bank .* 4 rows, .*\(loss.shared=\[bank\]\)") as caught:
+            engine.step(torch.randn(8, 2), 0, text=text)
+        assert "\n" not in str(caught.value)
+    else:
+        engine.step(torch.randn(8, 2), 0, text=text)
+        assert net.seen == {(4, 2)}
+
+
+def test_a_part_of_one_sample_shares_what_has_one_row() -> None:
+    net = Banked()
+    engine = LocalEngine(MeanFlowLoss(net), OPTIMIZER, Train(batch=4, accumulate=4, device="cpu"))
+    engine.step(torch.randn(4, 2), 0, text={"ids": torch.zeros(4, dtype=torch.long), "bank": torch.randn(1, 2)})
+    assert net.seen == {(1, 2)}
+
+
 class Normed(nn.Module):
     """A network with buffers, and a loss with a parameter of its own and a frozen one."""
 
