@@ -53,8 +53,7 @@ class Engine:
         self.config, self.steps, self.accumulate, self.seed = optimizer, train.steps, train.accumulate, seed
         self.device, self.phases = device, Phases(device)  # phases: `step` times its share of each
         self.autocast = train.precision == "bf16"
-        if train.precision != "fp32" and device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
+        set_precision(train.precision, device)
         self.model: Any = loss_fn.to(device).train()
         self.shared: tuple[str, ...] = getattr(loss_fn, "shared", ())
         self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
@@ -240,6 +239,14 @@ class Engine:
         for name, buffer in self.buffers.items():
             buffer.copy_(saved.buffers[name])
             self.good[name].copy_(buffer)
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Whether a GPU may round the float32 factors of products and convolutions to TF32. Both switches belong to the
+    process: PyTorch lets cuDNN round unless it is told, and an engine before this one may have left them otherwise."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def check_trainable(loss_fn: nn.Module) -> None:
