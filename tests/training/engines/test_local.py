@@ -84,6 +84,24 @@ def test_a_step_that_is_not_finite_changes_no_bit(poison: float, clip: float) ->
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("make_optimizer", [None, lambda named: torch.optim.SGD([p for _, p in named], lr=0.1)])
+def test_a_loss_that_is_not_finite_is_left_out_even_where_its_gradient_is_finite(make_optimizer: Any) -> None:
+    class Shifted(Regression):
+        shift = 0.0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Output:
+            output = super().forward(*args, **kwargs)
+            return output._replace(loss=output.loss + self.shift)
+
+    loss_fn = Shifted(make_net())
+    engine = LocalEngine(loss_fn, OPTIMIZER, TRAIN, make_optimizer=make_optimizer)
+    engine.step(step=0, **batch(0))
+    before, loss_fn.shift = everything(engine), math.inf
+    result = engine.step(step=1, **batch(1))
+    assert result.skipped and result.metrics["grad_norm"].isfinite()
+    assert all(map(torch.equal, before, everything(engine)))
+
+
 def test_a_skipped_step_does_not_disturb_the_ones_after_it() -> None:
     with_bad = LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN)
     without = LocalEngine(Regression(make_net()), OPTIMIZER, TRAIN)
