@@ -290,6 +290,6 @@ def check_parts(cond: Any, paths: Paths, rows: int, shared: Collection[str]) -> 
         if path not in paths:
             name = next(key for key in reversed(path) if isinstance(key, str))
             raise ConfigError(
-                f"the condition {name} belongs to all samples, but has {rows} rows, as a part of the batch has samples: "
-                f"name it in shared= of the loss (loss.shared=[{name}]), or set another train.accumulate"
+                f"the condition {name} belongs to all samples, but has {rows} rows, as a part of the batch has: name "
+                f"it in shared= of the loss (loss.shared=[{name}]), or set another train.accumulate"
             )
