@@ -25,7 +25,7 @@ from mmf_fast.devices import peak_flops
 from mmf_fast.distributed import agree, ending_together, gather
 from mmf_fast.files import write_text
 from mmf_fast.models import exported_step, save_pretrained
-from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
+from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, changes, rng_state, set_rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.drawing import can_draw, draw_samples
 from mmf_fast.training.engines import Engine, build_engine
@@ -35,19 +35,14 @@ from mmf_fast.training.optimizers import MakeOptimizer
 from mmf_fast.training.plain import plain, readable
 from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard, plot_curves
 from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, seed_everything
-from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, fixed
 from mmf_fast.training.signals import Signals
+from mmf_fast.training.skipping import Skipped
 from mmf_fast.training.timing import PHASES, TRACED, WARM_UP, Speed, tracer
 
 
 def content_digest(x: Tensor) -> str:
     return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-class NonFiniteError(FloatingPointError):
-    """Too many steps in a row had a non-finite loss or gradient; the weights are those before the first of them."""
-
-    told: bool
 
 
 class Trainer:
@@ -154,8 +149,7 @@ class Trainer:
                 "for instance by a DistributedSampler",
                 logging.WARNING,
             )
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.engine.device)
-        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.skipped = Skipped(self.train.max_bad_steps, self.engine.device)
         if not self.is_main:
             self._seed_apart()
         if resume:
@@ -222,7 +216,7 @@ class Trainer:
                     values = {key: float(value) for key, value in metrics.items()}
                     self._record(rows, bar, values | speed.read())
                 if logs or self.step % train.max_bad_steps == 0:
-                    self._check_finite(x)
+                    self.skipped.check(self.step, x, self.checkpoints)  # seldom, as it waits: weights are safe
                 if saves:
                     self.save()
                     saved = self.step
@@ -241,8 +235,7 @@ class Trainer:
         shares = gather(written)
         state = {
             "step": self.step,
-            "skipped": int(self.skipped),
-            "skipped_in_a_row": int(self.skipped_in_a_row),
+            **self.skipped.state(),
             "fingerprint": self.fingerprint,
             "history": self.history,
             "data_offset": self.data_offset,
@@ -293,27 +286,11 @@ class Trainer:
     def _one_step(self, x: Tensor, cond: Any) -> dict[str, Tensor]:
         result = self.engine.step(x, self.step, **conditions_of(cond))
         self.step += 1
-        self.skipped += result.skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * result.skipped
+        self.skipped.count(result.skipped)
         return result.metrics
 
-    def _check_finite(self, x: Tensor) -> None:
-        """Reading the count waits for the device, so it is not done at each step: weights are safe meanwhile."""
-        if int(self.skipped_in_a_row) < self.train.max_bad_steps:
-            return
-        finite = all(gather(bool(torch.isfinite(x).all())))
-        cause = "the loss or its gradient is" if finite else "the data are"
-        found = self.checkpoints.newest()
-        intact = f"the last good checkpoint is {found}" if found else "no checkpoint was written yet"
-        error = NonFiniteError(
-            f"stopped at step {self.step}: {cause} not finite in {int(self.skipped_in_a_row)} steps in a row, all "
-            f"skipped; {intact}; start another run with a lower optimizer.lr or optimizer.clip, or mend the data"
-        )
-        error.told = not self.is_main  # all ranks raise it
-        raise error
-
     def _record(self, rows: Rows | None, bar: Any, values: dict[str, float]) -> None:
-        values["skipped"] = int(self.skipped)
+        values["skipped"] = self.skipped.total
         if rows:
             rows(self.step, values)
         names = ("loss", "skipped", "peak_memory_gib", "step_seconds", *(f"{phase}_seconds" for phase in PHASES))
@@ -375,13 +352,7 @@ class Trainer:
             self.log.say(f"{self.run}: no checkpoint yet, starting at step 0")
             return
         state = agree(lambda: read_checkpoint(path, check=False))
-        changed = differences(state["fingerprint"], self.fingerprint)
-        allowed = [each for each in changed if each.startswith(("optimizer.", "loss.", "train."))]
-        if changed and not (self.allow_changes and allowed == changed):
-            ways = "set these back" if allowed != changed else "set these back, go on with them by --allow-changes"
-            raise CheckpointError(
-                f"{path} is of another configuration: {', '.join(changed)}; {ways}, or pass another --run"
-            )
+        changed = changes(path, state["fingerprint"], self.fingerprint, self.allow_changes)
         shares, rank = [state["engine"], *state["shares"]], self.engine.rank
         try:
             self.engine.load_state_dict(shares)
@@ -395,8 +366,7 @@ class Trainer:
             self.log.say(f"{self.run}: from step {self.step} on: {', '.join(changed)}")
             samples = (self.step + self.data_offset) * state["fingerprint"]["train.batch"]
             self.data_offset = -(-samples // self.train.batch) - self.step
-        self.skipped.fill_(state["skipped"])
-        self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
+        self.skipped.load(state)
         if generators:
             set_rng_state(generators)
         else:
