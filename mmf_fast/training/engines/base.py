@@ -55,6 +55,7 @@ class Engine:
         self.autocast = train.precision == "bf16"
         set_precision(train.precision, device)
         self.model: Any = loss_fn.to(device).train()
+        self.earlier = 0.0  # steps of the run whose moving average this one goes on with
         self.shared: tuple[str, ...] = getattr(loss_fn, "shared", ())
         self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
         if self.world_size > 1:  # all begin as the first does
@@ -92,8 +93,6 @@ class Engine:
         its own affair."""
         now = {name: getattr(holder, name.rpartition(".")[2]) for name, holder in self.holders.items()}
         return {name: buffer for name, buffer in now.items() if buffer.shape == self.good[name].shape}
-
-    earlier = 0.0  # steps of the run whose moving average this one goes on with
 
     def start_average(self) -> None:
         self.average = {name: fragment.value.clone() for name, fragment in self.fragments()}
