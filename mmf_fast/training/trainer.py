@@ -64,6 +64,7 @@ class Trainer:
 
     loss_fn: a module around `.net`, called as loss_fn(x, step=step, part=part, **cond), which returns an object with
         .loss and .metrics: `MeanFlowLoss`, or one's own. `part` (BatchShare) says which rows of the global batch x is.
+        What torch.compile, DDP or AveragedModel put around the network is taken off: `train.compile` compiles it.
         `net.flops()` and `loss_fn.forwards(batch, step)`, where they are, give the model FLOPs utilisation.
     data: what `mmf_fast.data.as_dataset` takes: a torch Dataset, an iterable of batches, tensors, a Dataset.
     seed: of what the loss draws, and of the order of the data. The weights are the network's own; under several
@@ -76,8 +77,8 @@ class Trainer:
     record: nested plain values that config.yaml keeps.  identity: flat ones beside the settings that a run which goes
         on must agree in.  extra: is kept beside the exported weights.
     resume: continues from the newest whole checkpoint, or from the start where there is none yet.
-    allow_changes: to it, of the optimizer, the loss and the batch; the run's history.jsonl has them. With another batch
-        the data go on at the next batch of that size, so that no sample comes twice in an epoch.
+    allow_changes: to it, of the optimizer, the loss, the precision and the batch; the run's history.jsonl has them.
+        With another batch the data go on at the next one of that size, so that no sample comes twice in an epoch.
     profile: leaves a trace of a few of its first steps in the run folder.
     Raises ConfigError, RunFolderError, CheckpointError, or ValueError of the component that refuses its arguments.
     """
@@ -118,7 +119,8 @@ class Trainer:
         self.fingerprint = {**own, **fixed(optimizer, self.train), "seed": seed}
         if not isinstance(getattr(loss_fn, "net", None), nn.Module):
             raise ConfigError("loss_fn.net must be the network, a torch module: there is nothing to train otherwise")
-        loss_fn.net = net = bare(loss_fn.net)
+        given, net = loss_fn.net, bare(loss_fn.net)
+        loss_fn.net = net
         self.model = type(net).__name__
         self.flow_matching_until = getattr(getattr(loss_fn, "times", None), "start", 0)
         self.shown = getattr(getattr(loss_fn, "guidance", None), "shown", None)
@@ -142,6 +144,11 @@ class Trainer:
         self._example = agree(lambda: self.dataset.batch(0, self.train.batch, rank, count))
         self.extra = plain({"shape": [*self.dataset.shape], "num_classes": self.dataset.num_classes, **(extra or {})})
         self.log = RankLog(self.engine.rank, terminal=self.is_main)
+        if net is not given:
+            self.log.say(
+                f"the network is trained as {self.model}, without the {type(given).__name__} around it: "
+                "train.compile compiles it, and its moving average is always kept"
+            )
         first = gather(content_digest(self._example[0]))
         if len(set(first)) < len(first):
             self.log.say(

@@ -1,6 +1,6 @@
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -163,100 +163,10 @@ def test_learning_rate() -> None:
     assert learning_rate(0, Optimizer(lr=2.0, warmup=0), 10) == 2.0
 
 
-def test_bf16_computes_in_bfloat16_and_keeps_float32_weights() -> None:
-    seen = []
-    net = make_net()
-    net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    engine = LocalEngine(Regression(net), OPTIMIZER, Train(steps=5, device="cpu", precision="bf16"))
-    result = engine.step(step=0, **batch(0))
-    assert seen == [torch.bfloat16]
-    assert weights(net).dtype == torch.float32 and math.isfinite(result.metrics["loss"])
-
-
-@pytest.fixture
-def switches() -> Iterator[Callable[..., tuple[str, bool]]]:
-    """Reads the two switches of the process for TF32, or sets them; they are as before in the end."""
-
-    def now(*values: Any) -> tuple[str, bool]:
-        if values:
-            torch.set_float32_matmul_precision(values[0])
-            torch.backends.cudnn.allow_tf32 = values[1]
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-
-    before = now()
-    yield now
-    now(*before)
-
-
-@pytest.mark.parametrize("before", [("highest", True), ("high", True), ("highest", False)])
-def test_a_precision_on_a_gpu_does_not_depend_on_what_was_set_before(
-    before: tuple[str, bool], switches: Callable[..., tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def engine(precision: Any, device: str) -> tuple[str, bool]:
-        LocalEngine(Regression(make_net()), OPTIMIZER, Train(precision=precision), device=torch.device(device))
-        return switches()
-
-    switches(*before)
-    for precision in ("fp32", "tf32", "bf16"):
-        assert engine(precision, "cpu") == before
-    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)  # there need be no such device
-    for precision in ("fp32", "bf16", "fp32", "tf32", "fp32"):
-        assert engine(precision, "cuda") == (("highest", False) if precision == "fp32" else ("high", True))
-
-
 def test_a_device_that_is_not_there_is_one_line() -> None:
     with pytest.raises(ValueError, match="nonsense") as caught:
         LocalEngine(Regression(make_net()), OPTIMIZER, Train(device="nonsense"))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulated_steps_are_those_of_the_whole_batch(accumulate: int, float64: None) -> None:
-    def losses(accumulate: int) -> list[Tensor]:
-        torch.manual_seed(1)
-        loss_fn = MeanFlowLoss(MLP(2, width=8, depth=1), lam=0.5, p=0.5)  # a quarter of the 16 rows has r < t
-        engine = LocalEngine(loss_fn, OPTIMIZER, Train(batch=16, accumulate=accumulate, device="cpu"), seed=5)
-        x = torch.linspace(-1, 1, 32).reshape(16, 2)
-        return [engine.step(x, step).metrics["loss"] for step in range(4)]
-
-    torch.testing.assert_close(losses(accumulate), losses(1), rtol=1e-10, atol=0)
-
-
-class Banked(nn.Module):
-    """A network that looks its rows up in a table that all samples share."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.seen = nn.Linear(2, 2), set()
-
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, text: Any) -> Tensor:
-        assert len(text["ids"]) == len(z)
-        self.seen.add(tuple(text["bank"].shape))
-        return self.fc(z) + text["bank"][text["ids"]]
-
-
-@pytest.mark.parametrize("accumulate", [1, 2, 4, 8])
-@pytest.mark.parametrize("shared", [(), ("bank",)])
-def test_what_all_samples_share_stays_whole_in_each_part(accumulate: int, shared: tuple[str, ...]) -> None:
-    """A part sees its own rows alone, and 4 rows of a table are no longer told from those of 4 samples."""
-    net = Banked()
-    loss_fn = MeanFlowLoss(net, times=TimeSampler(share=0.5), shared=shared)
-    engine = LocalEngine(loss_fn, OPTIMIZER, Train(batch=8, accumulate=accumulate, device="cpu"))
-    text = {"ids": torch.arange(8) % 4, "bank": torch.randn(4, 2)}
-    if accumulate == 2 and not shared:
-        with pytest.raises(ConfigError, match=r"the condition bank .* 4 rows, .*\(loss.shared=\[bank\]\)") as caught:
-            engine.step(torch.randn(8, 2), 0, text=text)
-        assert "\n" not in str(caught.value)
-    else:
-        engine.step(torch.randn(8, 2), 0, text=text)
-        assert net.seen == {(4, 2)}
-
-
-def test_a_part_of_one_sample_shares_what_has_one_row() -> None:
-    net = Banked()
-    engine = LocalEngine(MeanFlowLoss(net), OPTIMIZER, Train(batch=4, accumulate=4, device="cpu"))
-    engine.step(torch.randn(4, 2), 0, text={"ids": torch.zeros(4, dtype=torch.long), "bank": torch.randn(1, 2)})
-    assert net.seen == {(1, 2)}
 
 
 class Normed(nn.Module):
@@ -409,20 +319,3 @@ def test_the_mode_of_compilation_reaches_torch(compile: Any, monkeypatch: pytest
     train = Train(batch=16, device="cpu", compile=compile, compile_mode="max-autotune")
     LocalEngine(MeanFlowLoss(MLP(2, width=8, depth=3)), OPTIMIZER, train)
     assert seen and set(seen) == {"max-autotune"}
-
-
-def test_of_a_step_all_parts_are_kept_where_graphs_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a part leaves, its gradients too, is lost where PyTorch is told that a new step begins."""
-    seen = []
-
-    class Told(Regression):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            seen.append("part")
-            return super().forward(*args, **kwargs)
-
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append("begins"))
-    engine = LocalEngine(Told(make_net()), OPTIMIZER, Train(batch=8, accumulate=2, device="cpu"))
-    engine.cuda_graphs = True
-    for step in range(2):
-        engine.step(step=step, **batch(step))
-    assert seen == 2 * ["begins", "part", "part"]
