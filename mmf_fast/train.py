@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     result.add_argument(
-        "--allow-changes", action="store_true", help="with --resume: another optimizer, loss or batch from there on"
+        "--allow-changes", action="store_true", help="with --resume: another optimizer, loss, precision or batch"
     )
     result.add_argument("--profile", action="store_true", help="leave a trace of a few steps in RUN/profile/")
     result.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")

@@ -24,6 +24,7 @@ import torch
 
 from mmf_fast.files import digest, remove_drafts, write_text, writing
 from mmf_fast.training.plain import readable
+from mmf_fast.training.settings import differences
 
 
 class CheckpointError(ValueError):
@@ -128,6 +129,19 @@ def read(path: Path, check: bool = True) -> dict[str, Any]:
     shares = state["shares"].items()
     state["shares"] = [_read(path.parent / name, digest if check else None, path.name) for name, digest in shares]
     return state
+
+
+def changes(path: Path, saved: dict[str, Any], now: dict[str, Any], allow: bool) -> list[str]:
+    """What a run that goes on from `path` has otherwise than it says, as `differences` names it. Raises CheckpointError
+    for changes of what it is, and unless they are allowed for those of how it trains."""
+    changed = differences(saved, now)
+    allowed = [each for each in changed if each.startswith(("optimizer.", "loss.", "train."))]
+    if changed and not (allow and allowed == changed):
+        ways = "set these back" if allowed != changed else "set these back, go on with them by --allow-changes"
+        raise CheckpointError(
+            f"{path} is of another configuration: {', '.join(changed)}; {ways}, or pass another --run"
+        )
+    return changed
 
 
 def _read(path: Path, expected: str | None, holder: str) -> dict[str, Any]:

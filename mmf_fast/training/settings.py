@@ -71,7 +71,8 @@ class Train:
 
     batch: int = 128  # samples per step, over all processes and accumulation steps
     accumulate: int = field(default=1, metadata=FREE)  # backward passes per step, each on its part of the batch
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: autocast, weights stay float32
+    # fp32 rounds no factor of a product or convolution, tf32 to 10 bits on a GPU; bf16: autocast, weights stay float32.
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     steps: int = field(default=2000, metadata=FREE)
     # What shares the work among processes: a DeepSpeed configuration such as zero1.json, or fsdp, PyTorch's FSDP2.
     zero: str = field(default="", metadata=FREE)

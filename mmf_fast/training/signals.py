@@ -16,7 +16,7 @@ _ASK_EVERY = 10  # steps: launchers kill after 30 s what has not ended on SIGTER
 
 
 class Signals:
-    """came: the signal that ends the run, or None."""
+    """came: the signal that came within the last block, or None."""
 
     def __init__(self) -> None:
         self.came: signal.Signals | None = None
@@ -25,6 +25,7 @@ class Signals:
     def caught(self) -> Iterator[None]:
         """Within the block a signal is noted. A second one ends the process at once, except where several train: their
         launcher passes on what they have received already, and kills them if it takes too long."""
+        self.came = None  # what ended an earlier block does not end this one
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return

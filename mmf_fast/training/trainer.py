@@ -25,7 +25,7 @@ from mmf_fast.devices import peak_flops
 from mmf_fast.distributed import agree, ending_together, gather
 from mmf_fast.files import write_text
 from mmf_fast.models import exported_step, save_pretrained
-from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, rng_state, set_rng_state
+from mmf_fast.training.checkpoint import CheckpointError, Checkpoints, changes, rng_state, set_rng_state
 from mmf_fast.training.checkpoint import read as read_checkpoint
 from mmf_fast.training.drawing import can_draw, draw_curves, draw_samples
 from mmf_fast.training.engines import Engine, build_engine
@@ -35,19 +35,14 @@ from mmf_fast.training.optimizers import MakeOptimizer
 from mmf_fast.training.plain import plain, readable
 from mmf_fast.training.record import Callback, MetricsLog, Rows, TensorBoard
 from mmf_fast.training.run_folder import check_run_folder, prepare_run_folder, seed_everything
-from mmf_fast.training.settings import ConfigError, Optimizer, Train, differences, fixed
+from mmf_fast.training.settings import ConfigError, Optimizer, Train, fixed
 from mmf_fast.training.signals import Signals
+from mmf_fast.training.skipping import Skipped
 from mmf_fast.training.timing import PHASES, TRACED, WARM_UP, Speed, tracer
 
 
 def content_digest(x: Tensor) -> str:
     return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-class NonFiniteError(FloatingPointError):
-    """Too many steps in a row had a non-finite loss or gradient; the weights are those before the first of them."""
-
-    told: bool
 
 
 class Trainer:
@@ -69,6 +64,7 @@ class Trainer:
 
     loss_fn: a module around `.net`, called as loss_fn(x, step=step, part=part, **cond), which returns an object with
         .loss and .metrics: `MeanFlowLoss`, or one's own. `part` (BatchShare) says which rows of the global batch x is.
+        What torch.compile, DDP or AveragedModel put around the network is taken off: `train.compile` compiles it.
         `net.flops()` and `loss_fn.forwards(batch, step)`, where they are, give the model FLOPs utilisation.
     data: what `mmf_fast.data.as_dataset` takes: a torch Dataset, an iterable of batches, tensors, a Dataset.
     seed: of what the loss draws, and of the order of the data. The weights are the network's own; under several
@@ -77,12 +73,12 @@ class Trainer:
         optimizer or a list, whose groups keep their learning rates, times the schedule of `optimizer`.
     engine: what steps; by default the one that `train.zero` and `train.device` name.
     callbacks: each is called as callback(step, row) with what is logged, a {name: float}, on the first process; where
-        it has a `close`, that is called at the end.
+        it has a `close`, that is called at the end of each fit.
     record: nested plain values that config.yaml keeps.  identity: flat ones beside the settings that a run which goes
         on must agree in.  extra: is kept beside the exported weights.
     resume: continues from the newest whole checkpoint, or from the start where there is none yet.
-    allow_changes: to it, of the optimizer, the loss and the batch; the run's history.jsonl has them. With another batch
-        the data go on at the next batch of that size, so that no sample comes twice in an epoch.
+    allow_changes: to it, of the optimizer, the loss, the precision and the batch; the run's history.jsonl has them.
+        With another batch the data go on at the next one of that size, so that no sample comes twice in an epoch.
     profile: leaves a trace of a few of its first steps in the run folder.
     Raises ConfigError, RunFolderError, CheckpointError, or ValueError of the component that refuses its arguments.
     """
@@ -123,7 +119,8 @@ class Trainer:
         self.fingerprint = {**own, **fixed(optimizer, self.train), "seed": seed}
         if not isinstance(getattr(loss_fn, "net", None), nn.Module):
             raise ConfigError("loss_fn.net must be the network, a torch module: there is nothing to train otherwise")
-        loss_fn.net = net = bare(loss_fn.net)
+        given, net = loss_fn.net, bare(loss_fn.net)
+        loss_fn.net = net
         self.model = type(net).__name__
         self.flow_matching_until = getattr(getattr(loss_fn, "times", None), "start", 0)
         self.shown = getattr(getattr(loss_fn, "guidance", None), "shown", None)
@@ -147,6 +144,11 @@ class Trainer:
         self._example = agree(lambda: self.dataset.batch(0, self.train.batch, rank, count))
         self.extra = plain({"shape": [*self.dataset.shape], "num_classes": self.dataset.num_classes, **(extra or {})})
         self.log = RankLog(self.engine.rank, terminal=self.is_main)
+        if net is not given:
+            self.log.say(
+                f"the network is trained as {self.model}, without the {type(given).__name__} around it: "
+                "train.compile compiles it, and its moving average is always kept"
+            )
         first = gather(content_digest(self._example[0]))
         if len(set(first)) < len(first):
             self.log.say(
@@ -154,8 +156,7 @@ class Trainer:
                 "for instance by a DistributedSampler",
                 logging.WARNING,
             )
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.engine.device)
-        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.skipped = Skipped(self.train.max_bad_steps, self.engine.device)
         if not self.is_main:
             self._seed_apart()
         if resume:
@@ -181,7 +182,8 @@ class Trainer:
         return self.signals.came
 
     def fit(self) -> bool:
-        """Trains up to train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved).
+        """Trains up to train.steps. Returns False where SIGINT or SIGTERM ended it early (and it was saved): called
+        again, it goes on from there.
 
         Raises NonFiniteError, OSError (a full disk), and of several ranks RankError for what one of them met alone.
         """
@@ -221,7 +223,7 @@ class Trainer:
                     values = {key: float(value) for key, value in metrics.items()}
                     self._record(rows, bar, values | speed.read())
                 if logs or self.step % train.max_bad_steps == 0:
-                    self._check_finite(x)
+                    self.skipped.check(self.step, x, self.checkpoints)  # seldom, as it waits: weights are safe
                 if saves:
                     self.save()
                     saved = self.step
@@ -240,8 +242,7 @@ class Trainer:
         shares = gather(written)
         state = {
             "step": self.step,
-            "skipped": int(self.skipped),
-            "skipped_in_a_row": int(self.skipped_in_a_row),
+            **self.skipped.state(),
             "fingerprint": self.fingerprint,
             "history": self.history,
             "data_offset": self.data_offset,
@@ -292,27 +293,11 @@ class Trainer:
     def _one_step(self, x: Tensor, cond: Any) -> dict[str, Tensor]:
         result = self.engine.step(x, self.step, **conditions_of(cond))
         self.step += 1
-        self.skipped += result.skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * result.skipped
+        self.skipped.count(result.skipped)
         return result.metrics
 
-    def _check_finite(self, x: Tensor) -> None:
-        """Reading the count waits for the device, so it is not done at each step: weights are safe meanwhile."""
-        if int(self.skipped_in_a_row) < self.train.max_bad_steps:
-            return
-        finite = all(gather(bool(torch.isfinite(x).all())))
-        cause = "the loss or its gradient is" if finite else "the data are"
-        found = self.checkpoints.newest()
-        intact = f"the last good checkpoint is {found}" if found else "no checkpoint was written yet"
-        error = NonFiniteError(
-            f"stopped at step {self.step}: {cause} not finite in {int(self.skipped_in_a_row)} steps in a row, all "
-            f"skipped; {intact}; start another run with a lower optimizer.lr or optimizer.clip, or mend the data"
-        )
-        error.told = not self.is_main  # all ranks raise it
-        raise error
-
     def _record(self, rows: Rows | None, bar: Any, values: dict[str, float]) -> None:
-        values["skipped"] = int(self.skipped)
+        values["skipped"] = self.skipped.total
         if rows:
             rows(self.step, values)
         names = ("loss", "skipped", "peak_memory_gib", "step_seconds", *(f"{phase}_seconds" for phase in PHASES))
@@ -323,8 +308,9 @@ class Trainer:
     def _rows(self) -> AbstractContextManager[Rows | None]:
         if not self.is_main:
             return nullcontext()
+        logged = self._log.mark() if self._log else self._logged  # by an earlier fit, or before the run was resumed
         self._log = MetricsLog(self.run, self.step)
-        if self._logged and (change := self._log.changed_since(self._logged)):
+        if logged and (change := self._log.changed_since(logged)):
             self.log.say(change, logging.WARNING)
         return Rows(self._log, TensorBoard(self.run, self.step), *self.callbacks)
 
@@ -373,13 +359,7 @@ class Trainer:
             self.log.say(f"{self.run}: no checkpoint yet, starting at step 0")
             return
         state = agree(lambda: read_checkpoint(path, check=False))
-        changed = differences(state["fingerprint"], self.fingerprint)
-        allowed = [each for each in changed if each.startswith(("optimizer.", "loss.", "train."))]
-        if changed and not (self.allow_changes and allowed == changed):
-            ways = "set these back" if allowed != changed else "set these back, go on with them by --allow-changes"
-            raise CheckpointError(
-                f"{path} is of another configuration: {', '.join(changed)}; {ways}, or pass another --run"
-            )
+        changed = changes(path, state["fingerprint"], self.fingerprint, self.allow_changes)
         shares, rank = [state["engine"], *state["shares"]], self.engine.rank
         try:
             self.engine.load_state_dict(shares)
@@ -393,8 +373,7 @@ class Trainer:
             self.log.say(f"{self.run}: from step {self.step} on: {', '.join(changed)}")
             samples = (self.step + self.data_offset) * state["fingerprint"]["train.batch"]
             self.data_offset = -(-samples // self.train.batch) - self.step
-        self.skipped.fill_(state["skipped"])
-        self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
+        self.skipped.load(state)
         if generators:
             set_rng_state(generators)
         else:

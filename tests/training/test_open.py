@@ -50,9 +50,12 @@ def test_it_trains_stops_goes_on_and_leaves_what_it_promises(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.optim.swa_utils.AveragedModel], ids=["compiled", "averaged"])
-def test_a_wrapped_network_is_trained_and_saved_as_itself(wrap: Any, tmp_path: Path) -> None:
+def test_a_wrapped_network_is_trained_and_saved_as_itself(wrap: Any, tmp_path: Path, capsys: Any) -> None:
     trainer(tmp_path / "bare", steps=3).fit()
+    assert "around it" not in capsys.readouterr().err
     trainer(tmp_path / "wrapped", steps=3, wrap=wrap).fit()
+    wrapper = type(wrap(Net())).__name__
+    assert f"trained as Net, without the {wrapper} around it: train.compile compiles it" in capsys.readouterr().err
     nets = [load_pretrained(tmp_path / name, wrap(Net()))[0] for name in ("bare", "wrapped")]
     assert all(map(torch.equal, nets[0].state_dict().values(), nets[1].state_dict().values()))
 

@@ -1,5 +1,4 @@
 import math
-import signal
 import threading
 import time
 import warnings
@@ -11,7 +10,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from support.archives import edm, edm2, pictures, write_zip
-from support.tiny_runs import TINY, Poisoned, tiny
+from support.tiny_runs import TINY, Poisoned, records, stopping_at, tiny
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,14 +28,6 @@ from mmf_fast.training.record import read as read_metrics
 def digits(**sections: Any) -> Config:
     model = {"name": "dit", "patch_size": 4, "width": 16, "depth": 1, "heads": 2}
     return config.from_tree({**TINY, "data": {"name": "digits"}, "model": model, **sections})
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """What was logged, without what depends on the clock and the memory of the process."""
-    measured = ("_second", "_seconds", "_gib")
-    return [
-        {k: v for k, v in record.items() if not k.endswith(measured)} for record in read_metrics(run / "metrics.jsonl")
-    ]
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
@@ -204,28 +195,6 @@ def test_bad_steps_in_a_row_are_counted_across_a_resumption(tmp_path: Path) -> N
     trainer.dataset = Poisoned(trainer.dataset, range(1000))
     with pytest.raises(NonFiniteError, match="6 steps in a row"):
         trainer.fit()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    trainer = build_trainer(tiny(train={"checkpoint_every": 1000}), tmp_path / "run")
-    real = trainer.engine.step
-
-    def engine_step(x: Tensor, step: int, **cond: Tensor) -> Any:
-        if step == 6:
-            signal.raise_signal(number)
-            assert signal.getsignal(number) is before  # a second one is not caught
-        return real(x, step, **cond)
-
-    trainer.engine.step = engine_step  # type: ignore[method-assign]
-    assert not trainer.fit()
-    assert trainer.stopped_by == number and trainer.step == 7
-    assert signal.getsignal(number) is before
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")] == ["step_0000007.pt"]
-    build_trainer(tiny(), tmp_path / "run", resume=True).fit()
-    build_trainer(tiny(), tmp_path / "whole").fit()
-    assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
 def test_training_works_in_a_thread_where_signals_cannot_be_caught(tmp_path: Path) -> None:
@@ -445,7 +414,7 @@ def test_an_error_of_the_data_comes_through_and_the_run_goes_on_from_the_last_ch
 
 def test_no_thread_outlives_a_run_however_it_ends(tmp_path: Path) -> None:
     trainer = build_trainer(tiny(), tmp_path / "signal")
-    trainer.signals.came = signal.SIGTERM
+    stopping_at(trainer, 2)
     assert not trainer.fit() and not threads()
 
     trainer = build_trainer(tiny(), tmp_path / "error")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmf_fast.contract import per_sample, take, to_device
+from mmf_fast.contract import Paths, per_sample, take, to_device
 from mmf_fast.objective import BatchShare
 from mmf_fast.objective.compiled import better_by_block, blocks_of, compile_blocks
 from mmf_fast.training.ema import move_average
@@ -53,9 +53,9 @@ class Engine:
         self.config, self.steps, self.accumulate, self.seed = optimizer, train.steps, train.accumulate, seed
         self.device, self.phases = device, Phases(device)  # phases: `step` times its share of each
         self.autocast = train.precision == "bf16"
-        if train.precision != "fp32" and device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
+        set_precision(train.precision, device)
         self.model: Any = loss_fn.to(device).train()
+        self.earlier = 0.0  # steps of the run whose moving average this one goes on with
         self.shared: tuple[str, ...] = getattr(loss_fn, "shared", ())
         self.net: nn.Module = loss_fn.net  # type: ignore[assignment]
         if self.world_size > 1:  # all begin as the first does
@@ -94,8 +94,6 @@ class Engine:
         now = {name: getattr(holder, name.rpartition(".")[2]) for name, holder in self.holders.items()}
         return {name: buffer for name, buffer in now.items() if buffer.shape == self.good[name].shape}
 
-    earlier = 0.0  # steps of the run whose moving average this one goes on with
-
     def start_average(self) -> None:
         self.average = {name: fragment.value.clone() for name, fragment in self.fragments()}
 
@@ -113,6 +111,7 @@ class Engine:
             x = x.to(self.device, non_blocking=True)
             cond = to_device(cond, self.device)
         paths = per_sample(cond, len(x), self.shared)
+        check_parts(cond, paths, len(x) // self.accumulate, self.shared)
         lr = learning_rate(step, self.config, self.steps)
         for group in self.param_groups:
             group["lr"] = lr * group.get("relative_lr", 1.0)
@@ -241,6 +240,14 @@ class Engine:
             self.good[name].copy_(buffer)
 
 
+def set_precision(precision: str, device: torch.device) -> None:
+    """Whether a GPU may round the float32 factors of products and convolutions to TF32. Both switches belong to the
+    process: PyTorch lets cuDNN round unless it is told, and an engine before this one may have left them otherwise."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
 def check_trainable(loss_fn: nn.Module) -> None:
     """Raises ConfigError for a network that no optimizer can step on."""
     parameters = dict(loss_fn.named_parameters())
@@ -272,3 +279,16 @@ def parts(rows: int, accumulate: int, rank: int, world_size: int, seed: int) -> 
     own = rows // accumulate
     for i in range(accumulate):
         yield BatchShare(rank * accumulate + i, world_size * accumulate, seed), slice(i * own, (i + 1) * own)
+
+
+def check_parts(cond: Any, paths: Paths, rows: int, shared: Collection[str]) -> None:
+    """Raises ConfigError where the loss, which sees a part of the batch alone, would give each of its `rows` samples a
+    row of what belongs to all. A part of one sample has the same row either way."""
+    found = per_sample(take(cond, slice(rows), paths), rows, shared)
+    for path in found if rows > 1 else ():
+        if path not in paths:
+            name = next(key for key in reversed(path) if isinstance(key, str))
+            raise ConfigError(
+                f"the condition {name} belongs to all samples, but has {rows} rows, as a part of the batch has: name "
+                f"it in shared= of the loss (loss.shared=[{name}]), or set another train.accumulate"
+            )

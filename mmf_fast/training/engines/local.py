@@ -64,11 +64,13 @@ class LocalEngine(Engine):
 
     def start_average(self) -> None:
         """Where one process has it all, that of the network lies in the network that is drawn from and saved."""
-        super().start_average()
-        if self.world_size > 1:
+        if self.world_size > 1 or self.whole is None:
+            super().start_average()
             return
-        whole = dict(self.whole.named_parameters()) if self.whole is not None else {}
-        self.average |= {name: whole[name[4:]].data for name in self.average if name.startswith("net.")}
+        drawn = {f"net.{name}": each.data for name, each in self.whole.named_parameters()}
+        self.average = {
+            name: drawn[name] if name in drawn else fragment.value.clone() for name, fragment in self.fragments()
+        }
 
     def averaged(self) -> nn.Module:
         if self.world_size > 1 or self.whole is None:
