@@ -165,6 +165,13 @@ class MeanFlowLoss(nn.Module):
         return self._teacher[0]
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Its settings, flat and plain: what a run that goes on with this loss must agree in."""
+        names = ("times", "lam", "tangent", "paired", "stochastic", "p", "c", "weight", "guidance", "shared", "jvp")
+        found = {f"loss.{name}": getattr(self, name) for name in names}
+        return {name: x if isinstance(x, (str, bool, int, float)) else repr(x) for name, x in found.items()}
+
+    @property
     def _counts(self) -> Counts:
         return Counts(self.times, self.lam, self.paired, self.stochastic)  # as they are now: they may be replaced
 

@@ -74,8 +74,9 @@ class Trainer:
     engine: what steps; by default the one that `train.zero` and `train.device` name.
     callbacks: each is called as callback(step, row) with what is logged, a {name: float}, on the first process; where
         it has a `close`, that is called at the end of each fit.
-    record: nested plain values that config.yaml keeps.  identity: flat ones beside the settings that a run which goes
-        on must agree in.  extra: is kept beside the exported weights.
+    record: nested plain values that config.yaml keeps.  extra: is kept beside the exported weights.
+    identity: flat plain values in which, beside the settings, a run that goes on must agree; by default the `identity`
+        of the data, and of the loss where it has one.
     resume: continues from the newest whole checkpoint, or from the start where there is none yet.
     allow_changes: to it, of the optimizer, the loss, the precision and the batch; the run's history.jsonl has them.
         With another batch the data go on at the next one of that size, so that no sample comes twice in an epoch.
@@ -115,11 +116,19 @@ class Trainer:
 
         check_run_folder(self.run, resume)
         self.dataset = as_dataset(data, seed)
-        own = readable(dict(identity or self.dataset.identity), "identity")
+        of_loss = getattr(loss_fn, "identity", {})
+        known = {**self.dataset.identity, **(of_loss if isinstance(of_loss, Mapping) else {})}
+        own = readable(dict(identity or known), "identity")
         self.fingerprint = {**own, **fixed(optimizer, self.train), "seed": seed}
         if not isinstance(getattr(loss_fn, "net", None), nn.Module):
             raise ConfigError("loss_fn.net must be the network, a torch module: there is nothing to train otherwise")
         given, net = loss_fn.net, bare(loss_fn.net)
+        classes = getattr(net, "num_classes", 0)
+        if isinstance(classes, int) and 0 < classes < self.dataset.num_classes:
+            raise ConfigError(
+                f"labels go up to {self.dataset.num_classes - 1}, but the network has {classes} classes, 0 to "
+                f"{classes - 1}: build it with num_classes={self.dataset.num_classes}, or count labels from 0"
+            )
         loss_fn.net = net
         self.model = type(net).__name__
         self.flow_matching_until = getattr(getattr(loss_fn, "times", None), "start", 0)
@@ -365,7 +374,9 @@ class Trainer:
             self.engine.load_state_dict(shares)
             generators = shares[rank]["rng"] if rank < len(shares) else None
         except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is of another version of the code ({error}); start another run") from error
+            raise CheckpointError(
+                f"{path} is of another network or version of the code ({error}); start another run"
+            ) from error
         self.step, self._logged = state["step"], state["metrics"]
         self.history, self.data_offset = state["history"], state["data_offset"]
         if changed:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mmf_fast import MeanFlowLoss, Optimizer, TimeSampler, Train, Trainer, sample
 from mmf_fast.evaluation.samples import evaluate_run
-from mmf_fast.models import load_pretrained
+from mmf_fast.models import MLP, load_pretrained
 from mmf_fast.objective import LossOutput
 from mmf_fast.sampling import draw_run
 from mmf_fast.training import CheckpointError, ConfigError, RunFolderError, checkpoint, drawing
@@ -310,6 +310,29 @@ def test_a_run_goes_on_with_what_it_is_told_to_change(tmp_path: Path) -> None:
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_its_own_loss(tmp_path: Path) -> None:
+    def run(steps: int, resume: bool = True, allow_changes: bool = False, **loss: Any) -> Trainer:
+        loss_fn = MeanFlowLoss(Points(), **loss)
+        train = Train(batch=8, steps=steps, sample_every=0)
+        return Trainer(loss_fn, X, tmp_path / "run", train=train, resume=resume, allow_changes=allow_changes)
+
+    assert run(2, resume=False, lam=0.5).fit()
+    assert run(4, lam=0.5).fit()
+    for other, named in (({"lam": 0.25}, "loss.lam"), ({"lam": 0.5, "p": 0.0}, r"loss.p \(1.0 -> 0.0\)"),
+                         ({"lam": 0.5, "times": TimeSampler(share=0.5)}, "loss.times")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"of another configuration: {named}"):
+            run(6, **other)
+    assert run(6, lam=0.25, allow_changes=True).fit()
+
+
+def test_labels_that_the_network_does_not_know_are_refused(tmp_path: Path) -> None:
+    """Counted from 1, the last class would be no class to the network."""
+    for y in (torch.tensor([1, 2, 3] * 4), torch.tensor([0, 7] * 6)):
+        loss_fn = MeanFlowLoss(MLP(dim=2, width=8, depth=1, num_classes=3))
+        with pytest.raises(ConfigError, match=f"go up to {int(y.max())}, but the network has 3 classes, 0 to 2"):
+            Trainer(loss_fn, (torch.randn(12, 2), y), tmp_path / "run", train=Train(batch=4, steps=1))
 
 
 def test_a_run_killed_between_its_checkpoint_and_its_export_exports_when_it_goes_on(tmp_path: Path) -> None:
