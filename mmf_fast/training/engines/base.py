@@ -111,7 +111,8 @@ class Engine:
             x = x.to(self.device, non_blocking=True)
             cond = to_device(cond, self.device)
         paths = per_sample(cond, len(x), self.shared)
-        check_parts(cond, paths, len(x) // self.accumulate, self.shared)
+        if self.accumulate > 1:
+            check_parts(cond, paths, len(x) // self.accumulate, self.shared)
         lr = learning_rate(step, self.config, self.steps)
         for group in self.param_groups:
             group["lr"] = lr * group.get("relative_lr", 1.0)
