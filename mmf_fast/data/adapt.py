@@ -20,8 +20,8 @@ def as_dataset(source: Any, seed: int = 0) -> Dataset:
     """A `Dataset` from any of these; x is floating-point, or uint8 for images of 0 to 255, which stand for [-1, 1]:
 
         x, or (x, cond)     tensors or arrays of all N samples; cond: labels (N,), or {"name": N rows}
-        a torch Dataset     dataset[i] is x, (x, y) or (x, {"name": ...}), with a length: shuffled anew in each epoch; so
-                            is a list, which holds samples, not batches
+        a torch Dataset     dataset[i] is x, (x, y) or (x, {"name": ...}), with a length: shuffled anew in each epoch
+                            (a list is one, of samples)
         an iterable         of batches x, (x, y) or (x, {...}), such as a DataLoader: on each process those of its own
         a Dataset           of this package, as it is
 
