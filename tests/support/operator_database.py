@@ -25,6 +25,9 @@ from mmf_fast.forward import dual
 from mmf_fast.forward.dual import DetachedDual, Dual, primal, tangent
 from mmf_fast.forward.missing import MissingRuleError
 
+# Importing PyTorch's test tools forbids the whole process to set its switches, as our engines do on a GPU.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
 STEP = 1e-4
 TOLERANCE = 1e-6
 DTYPES = (torch.float64, torch.complex128)
