@@ -59,9 +59,8 @@ def test_the_figures_of_the_recipes_are_those_of_mmf_evaluate() -> None:
     text = " ".join(README.split())
     agreement = [f"{100 * figure('fashion', 'class_agreement', column):.0f} %" for column in ("1", "validation")]
     assert f"sees the class asked for in {agreement[0]} of them (in {agreement[1]} of test images)" in text
-    distance, real = (figure("fashion", "frechet_distance", column) for column in ("1", "validation"))
-    four = figure("fashion_consistency", "frechet_distance", "4")
-    assert f"is {distance:.0f} (test images {real:.1f}), with four evaluations {four:.0f}" in text
+    guided, plain = (figure(name, "frechet_distance", "1") for name in ("fashion", "fashion_omega_1"))
+    assert f"is {guided:.0f}, and at scale 1, which is no guidance, {plain:.0f}" in text
     distance, real = (figure("digits", "frechet_distance", column) for column in ("1", "validation"))
     assert f"Frechet distance {distance:.1f}, of real unseen digits {real:.1f}" in text
 
