@@ -65,7 +65,7 @@ def choose_device(name: str) -> torch.device:
         if tensor.is_meta:
             raise RuntimeError("tensors there have no content")
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
+        why = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used here ({why}): choose auto, or one that is there") from error
     flash.activate(tensor.device)
     return tensor.device

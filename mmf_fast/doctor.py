@@ -44,10 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(verdict.startswith(("yes", "exact")) for verdict in findings.values()) else 1
 
 
-def _called_plainly(net: nn.Module, z: Any, r: Any, t: Any) -> Any:
-    return net(z, r, t)
-
-
 def _built(name: str) -> nn.Module:
     build = import_object(name)
     try:
@@ -90,7 +86,7 @@ def examine(
             check_network(net)
         except ValueError as error:
             return {"is called as u(z, r, t)": f"no: {error}; here with --call"}
-        call = _called_plainly
+    call = call or (lambda net, z, r, t: net(z, r, t))
     for precision in _PRECISIONS:
         net = net.to(precision.dtype).eval()
         generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,8 @@ rules/           the rules, one file per family of functions
 interception.py  what does not reach a Dual by itself: isinstance, checkpoints, tensors that receive one
 teaching.py      what Dynamo, einops and flex_attention are told of Duals
 buffers.py       plain tensors that receive a Dual
-replay.py        the same random numbers again
+missing.py       what is said of a function that has no rule
+replay.py        the same random numbers and buffers again
 functional.py    `jvp`: Duals, torch.func.jvp made right, finite differences
 """
 

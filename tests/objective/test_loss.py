@@ -316,9 +316,8 @@ def test_metrics() -> None:
     metrics = MeanFlowLoss(net, lam=lam)(x, step=5, noise=noise, times=(r, t)).metrics
     assert set(metrics) == {"mse", "mse_instant", "mse_interval", "lam"}
     assert float(metrics["lam"]) == pytest.approx(0.5)
-    square = MeanFlowLoss(net, lam=lam, p=0)(
-        x, step=5, noise=noise, times=(r, t)
-    ).per_sample  # of each row, not weighted
+    unweighted = MeanFlowLoss(net, lam=lam, p=0)
+    square = unweighted(x, step=5, noise=noise, times=(r, t)).per_sample
     assert float(metrics["mse_instant"]) == pytest.approx(float(square[r == t].mean()) / x[0].numel())
     assert float(metrics["mse_interval"]) == pytest.approx(float(square[r < t].mean()) / x[0].numel())
     assert float(metrics["mse"]) == pytest.approx(float(2 * metrics["mse_instant"] + 4 * metrics["mse_interval"]) / 6)
